@@ -1,0 +1,73 @@
+"""The command line. Help and version answer at once; everything else is imported when it is needed."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+from sdprune.errors import InputError, unknown
+
+HELP = """usage: sdprune [--help] [--version] {fit,predict} ...
+
+Find out how much of a text-to-image model can be pruned away before the pictures suffer.
+
+  fit      --config FILE   prune a model and save it as a diffusers directory, or gather calibration statistics
+  predict  --config FILE   prune in memory, draw images from captions, score them, write the record
+
+Any value of a configuration can be given as an option after it:
+  sdprune predict --config configs/mini/predict.yaml --model.prune.unet.sparsity=0.35
+
+  sdprune VERB --help      all options       sdprune VERB --config FILE --print_config    the whole configuration
+
+Exit codes: 0 done, 1 failed, 2 bad input, 130 interrupted.
+"""
+VERBS = ("fit", "predict")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    first = arguments[0] if arguments else "--help"
+    if first in ("-h", "--help", "help"):
+        print(HELP, end="")
+        return 0
+    if first == "--version":
+        from importlib.metadata import version
+
+        print(f"sdprune {version('sdprune')}")
+        return 0
+    try:
+        if first not in VERBS:
+            raise unknown("verb", first, VERBS)
+        from sdprune.commands import run
+
+        run(arguments)
+        return 0
+    except KeyboardInterrupt:
+        return _tell("interrupted; run the same command again to go on", 130)
+    except Exception as error:
+        bad_input = _cause(error)
+        if bad_input is None:
+            import traceback
+
+            traceback.print_exc()
+            return _tell(f"failed: {type(error).__name__}: {error}", 1)
+        return _tell(f"error: {bad_input}", 2)
+
+
+def _cause(error: BaseException | None) -> InputError | None:
+    """The InputError behind an exception: libraries wrap what a constructor raises."""
+    while error is not None and not isinstance(error, InputError):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+def _tell(line: str, code: int) -> int:
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # one process speaks for all
+        print(f"sdprune: {line}", file=sys.stderr, flush=True)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,229 @@
+"""The data of a run: which captions become images, which calibrate, and which real images they are compared with."""
+
+import hashlib
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Optional, cast
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
+
+from sdprune.data.batches import Batch, Batches, BatchSampler, draw, require_images
+from sdprune.data.sources import CaptionSource
+from sdprune.errors import InputError, unknown
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+class CocoDataModule(LightningDataModule):
+    """Prompts drawn as in the study, calibration prompts, and the real images of the reference.
+
+    Run the trainer with `use_distributed_sampler: false`: batches are dealt to processes here.
+
+    Args:
+        source: Captions to generate from, with their real images.
+        n: Number of captions drawn.
+        seed: Seed of the draw.
+        batch_size: Prompts generated together. Another value changes the last bits of images.
+        reference: Real images to compare with: `drawn` (those of the drawn captions), `split` (all of the source), or
+            the path of an .npz of statistics with `mu` and `sigma`.
+        calibration: Captions to calibrate on; by default those of `source`, where they may be among the drawn ones.
+        calibration_n: Number of calibration captions.
+        calibration_batch_size: Calibration prompts that go through the model together.
+        calibration_draw: `first` takes the first ones of the calibration source, `random` draws them with seed + 1.
+            Neither depends on which captions are drawn for generation.
+        workers: Worker processes that load batches.
+    """
+
+    def __init__(
+        self,
+        source: CaptionSource,
+        n: int = 10_000,
+        seed: int = 0,
+        batch_size: int = 8,
+        reference: str = "drawn",
+        calibration: Optional[CaptionSource] = None,
+        calibration_n: int = 128,
+        calibration_batch_size: int = 16,
+        calibration_draw: Literal["first", "random"] = "first",
+        workers: int = 0,
+    ) -> None:
+        super().__init__()
+        counts = {"n": n, "batch_size": batch_size}
+        counts |= {"calibration_n": calibration_n, "calibration_batch_size": calibration_batch_size}
+        _require_positive(counts)
+        if not 0 <= seed < 2**32 - 1:
+            raise InputError(f"seed={seed} is out of range: choose from 0 to {2**32 - 2}.")
+        if reference not in ("drawn", "split") and not reference.endswith(".npz"):
+            raise unknown("reference", reference, ["drawn", "split", "<path to statistics>.npz"])
+        self.source = source
+        self.n = n
+        self.seed = seed
+        self.batch_size = batch_size
+        self.reference = reference
+        self.calibration = calibration or source
+        self.calibration_n = calibration_n
+        self.calibration_batch_size = calibration_batch_size
+        self.calibration_draw = calibration_draw
+        self.workers = workers
+
+    def prepare_data(self) -> None:
+        """Let the sources make what they read; the trainer calls this on one process a node."""
+        self.source.prepare()
+        if self.calibration is not self.source:
+            self.calibration.prepare()
+
+    @cached_property
+    def examples(self) -> "Dataset":
+        """The drawn rows (`id`, `file_name`, `caption`, `path`), in drawn order."""
+        return self._table.select(draw(len(self._table), self.n, self.seed))
+
+    @cached_property
+    def calibration_examples(self) -> "Dataset":
+        """The calibration rows, with the columns of `examples`."""
+        table = self._table if self.calibration is self.source else self._prepared(self.calibration).load()
+        if self.calibration_draw == "random":
+            return table.select(draw(len(table), self.calibration_n, self.seed + 1))
+        require_images(len(table), self.calibration_n)
+        return table.select(range(self.calibration_n))
+
+    def predict_dataloader(self) -> "DataLoader[Batch]":
+        """Return this process's batches of drawn prompts, each a `Batch` of `batch_size`.
+
+        Raises:
+            InputError: More processes than batches.
+        """
+        sampler = BatchSampler(self.n, self.batch_size, *self._place())
+        return self._loader(Batches(self.examples, self.batch_size), sampler)
+
+    def train_dataloader(self) -> "DataLoader[Batch]":
+        """Return this process's calibration batches, as many as every other process has."""
+        return self.calibration_loader(*self._place())
+
+    def calibration_loader(self, rank: int = 0, world_size: int = 1) -> "DataLoader[Batch]":
+        """Return the calibration batches of process `rank` of `world_size`; fillers (`valid` 0) even them out."""
+        sampler = BatchSampler(self.calibration_n, self.calibration_batch_size, rank, world_size, fill=True)
+        return self._loader(Batches(self.calibration_examples, self.calibration_batch_size), sampler)
+
+    @property
+    def reference_rows(self) -> "Dataset":
+        """The rows of the reference's images.
+
+        Raises:
+            InputError: The reference is a file of statistics.
+        """
+        if self._statistics is not None:
+            raise InputError(f"reference={self.reference} is a file of statistics and has no images.")
+        return self.examples if self.reference == "drawn" else self._table
+
+    def reference_images(self) -> Iterator[torch.Tensor]:
+        """Yield the real images of the reference one by one: uint8 [3, height, width], each in its own size."""
+        import numpy as np
+
+        for row in self.reference_rows:
+            yield torch.from_numpy(np.array(self.source.image(row))).permute(2, 0, 1).contiguous()
+
+    def describe(self) -> dict[str, Any]:
+        """Return what generated images and their reference depend on, as JSON."""
+        reference = self.reference
+        if self._statistics is not None:
+            reference = hashlib.sha256(_read_statistics(self._statistics)).hexdigest()
+        facts = {"n": self.n, "seed": self.seed, "batch_size": self.batch_size, "reference": reference}
+        return {"source": self._prepared(self.source).describe(), **facts}
+
+    def describe_calibration(self) -> dict[str, Any]:
+        """Return what calibration statistics depend on, as JSON."""
+        facts = {
+            "source": self._prepared(self.calibration).describe(),
+            "n": self.calibration_n,
+            "batch_size": self.calibration_batch_size,
+            "draw": self.calibration_draw,
+        }
+        return facts | ({"seed": self.seed + 1} if self.calibration_draw == "random" else {})
+
+    def check(self, tokenizer: Optional[Any] = None, calibration: bool = False, images: bool = True) -> dict[str, int]:
+        """Report everything that would stop the run, before anything is generated.
+
+        Args:
+            tokenizer: Hugging Face tokenizer, to count captions that it cuts.
+            calibration: The run calibrates, so its captions are needed too.
+            images: Read every image of the reference; not needed once its statistics are known.
+
+        Returns:
+            Facts: `images` of the source, `prompts` drawn, and where they were looked at `calibration_prompts`,
+            `reference_images` and `truncated`.
+
+        Raises:
+            InputError: Too few captions, more processes than batches, images or statistics missing or damaged.
+        """
+        BatchSampler(self.n, self.batch_size, *self._place())
+        facts = {"images": len(self._table), "prompts": len(self.examples)}
+        if calibration:
+            facts["calibration_prompts"] = len(self.calibration_examples)
+        if self._statistics is not None:
+            _check_statistics(self._statistics)
+        elif images:
+            self.source.check(self.reference_rows)
+            facts["reference_images"] = len(self.reference_rows)
+        return facts if tokenizer is None else facts | {"truncated": self.count_truncated(tokenizer)}
+
+    def count_truncated(self, tokenizer: Any) -> int:
+        """Return how many drawn captions have more tokens, special ones included, than `tokenizer.model_max_length`."""
+        tokens = tokenizer(list(self.examples["caption"]), truncation=False, verbose=False)["input_ids"]
+        return sum(len(caption) > tokenizer.model_max_length for caption in tokens)
+
+    @cached_property
+    def _table(self) -> "Dataset":
+        return self._prepared(self.source).load()
+
+    @property
+    def _statistics(self) -> Optional[Path]:
+        return None if self.reference in ("drawn", "split") else Path(self.reference)
+
+    def _prepared(self, source: CaptionSource) -> CaptionSource:
+        if self.trainer is None:  # with a trainer, prepare_data has run on one process a node
+            source.prepare()
+        return source
+
+    def _place(self) -> tuple[int, int]:
+        """Rank and number of processes: those of the trainer, if there is one."""
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+
+    def _loader(self, batches: Batches, sampler: BatchSampler) -> "DataLoader[Batch]":
+        # A plain sampler of whole batches, not a batch_sampler: Lightning rebuilds a batch_sampler for predict.
+        dataset = cast("TorchDataset[Batch]", batches)
+        return DataLoader(dataset, batch_size=None, sampler=sampler, num_workers=self.workers)
+
+
+def _require_positive(counts: dict[str, int]) -> None:
+    for name, count in counts.items():
+        if count < 1:
+            raise InputError(f"{name}={count} is too small: choose 1 or more.")
+
+
+def _read_statistics(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(
+            f"Cannot read the reference {path}: {error.strerror}. Give `drawn`, `split` or an .npz."
+        ) from error
+
+
+def _check_statistics(path: Path) -> None:
+    import io
+    import zipfile
+
+    import numpy as np
+
+    try:
+        with np.load(io.BytesIO(_read_statistics(path)), allow_pickle=False) as content:
+            missing = {"mu", "sigma"} - set(content)
+    except (OSError, ValueError, AttributeError, TypeError, zipfile.BadZipFile) as error:
+        raise InputError(f"The reference {path} is not an .npz of statistics ({error}).") from error
+    if missing:
+        raise InputError(f"The reference {path} has no {', '.join(sorted(missing))}: expected `mu` and `sigma`.")

@@ -1,0 +1,17 @@
+"""The one exception for input that the user can mend."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class InputError(ValueError):
+    """Bad input, told in one line: the value, the choices, the next step. The command line exits with 2."""
+
+
+def unknown(kind: str, value: object, choices: Iterable[object]) -> InputError:
+    """`Unknown criterion 'Magnitud'. Did you mean 'Magnitude'? Choices: ...`, for the caller to raise."""
+    names = [str(choice) for choice in choices]
+    close = get_close_matches(str(value), names, n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    shown = ", ".join(names[:12]) + (f", ... ({len(names)} in all)" if len(names) > 12 else "")
+    return InputError(f"Unknown {kind} {str(value)!r}.{hint} Choices: {shown or 'none'}.")

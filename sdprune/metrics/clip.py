@@ -1,0 +1,161 @@
+"""A CLIP model as the metrics use it: loaded late, run in fp32, preprocessing without torchvision."""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from sdprune.errors import InputError
+from sdprune.metrics.inference import exact_inference
+from sdprune.metrics.preprocess import ClipPreprocessing
+from sdprune.pipelines.resolve import resolve
+
+if TYPE_CHECKING:
+    from transformers import CLIPModel, CLIPTokenizer
+
+
+class ClipModel:
+    """Image and text embeddings of a transformers CLIPModel directory or hub id.
+
+    Constructing it reads nothing; weights are loaded by `load` or at first use (safetensors only, no remote code,
+    fp32). It is a plain object, not an `nn.Module`, so that no trainer's precision setting can cast it.
+
+    Args:
+        model: a directory, a hub id, or `miniature` for the evaluator that comes with this package.
+        revision: branch, tag or commit of the hub repository; None means `main`.
+    """
+
+    def __init__(self, model: str = "openai/clip-vit-base-patch32", revision: str | None = None) -> None:
+        self.model = model
+        self.revision = revision
+        self.device = torch.device("cpu")
+        self._network: CLIPModel | None = None
+
+    @property
+    def source(self) -> str:
+        """Directory or hub id that the weights come from."""
+        return resolve(self.model, "evaluator")
+
+    @property
+    def label(self) -> str:
+        """Name for people and for protocol names: the hub id, or a directory's own name."""
+        return Path(self.model).name if Path(self.model).is_dir() else self.model
+
+    @property
+    def embedding_size(self) -> int:
+        """Width of the shared image and text space; loads the model at first use."""
+        config: Any = self.network.config
+        return config.projection_dim
+
+    @property
+    def network(self) -> "CLIPModel":
+        """The loaded model on `device`.
+
+        Raises:
+            InputError: the directory or hub id cannot be loaded.
+        """
+        if self._network is None:
+            self.load(self.device)
+        assert self._network is not None
+        return self._network
+
+    def load(self, device: torch.device | str) -> None:
+        """Load the weights, the tokenizer and the preprocessing, or move what is loaded, to `device`."""
+        self.device = torch.device(device)
+        if self._network is None:
+            self._network, self._tokenizer, self._preprocess = _load(self.source, self.revision or "main")
+        self._network.to(self.device)  # type: ignore[arg-type]
+
+    def preprocess(self, images: Tensor) -> Tensor:
+        """Pixel values [b, 3, H, W] of uint8 images [b, 3, h, w], float32 on the model's device."""
+        self.network  # noqa: B018 (the preprocessing is read together with the weights)
+        return self._preprocess(images.to(self.device))
+
+    def embed_pixels(self, pixels: Tensor) -> Tensor:
+        """Image embeddings [b, d] of preprocessed pixels: the projection's output, not normalised."""
+        with exact_inference(self.device):
+            output = self.network.get_image_features(pixel_values=pixels.to(self.device))
+        return output.pooler_output.float()
+
+    def image_embeddings(self, images: Tensor) -> Tensor:
+        """Image embeddings [b, d] float32 of uint8 images [b, 3, h, w], not normalised."""
+        return self.embed_pixels(self.preprocess(images))
+
+    def text_embeddings(self, prompts: Sequence[str]) -> Tensor:
+        """Text embeddings [b, d] float32, not normalised; prompts are cut at the model's length (77 tokens in CLIP).
+
+        Always padded to that length, so that a prompt's numbers do not hang on how long its neighbours are.
+        """
+        config: Any = self.network.config
+        length = min(config.text_config.max_position_embeddings, self._tokenizer.model_max_length)
+        tokens = self._tokenizer(
+            list(prompts), padding="max_length", truncation=True, max_length=length, return_tensors="pt"
+        )
+        with exact_inference(self.device):
+            output = self.network.get_text_features(**tokens.to(self.device))
+        return output.pooler_output.float()
+
+    def describe(self) -> dict[str, Any]:
+        """What the embeddings depend on, for fingerprints: a hash of local files, or hub id and asked revision."""
+        if self._directory_hash is not None:
+            return {"weights": self._directory_hash}
+        return {"model": self.model, "revision": self.revision or "main"}
+
+    @cached_property
+    def _directory_hash(self) -> str | None:
+        directory = Path(self.source)
+        return directory_hash(directory) if directory.is_dir() else None
+
+
+def directory_hash(directory: Path) -> str:
+    """SHA-256 over the names and contents of a model directory's json, txt and safetensors files, in name order."""
+    total = hashlib.sha256()
+    for path in sorted(directory.iterdir()):
+        if path.suffix in {".json", ".txt", ".safetensors"}:
+            with path.open("rb") as file:
+                total.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return total.hexdigest()
+
+
+def _load(source: str, revision: str) -> "tuple[CLIPModel, CLIPTokenizer, ClipPreprocessing]":
+    from transformers import CLIPModel, CLIPTokenizer
+    from transformers.image_processing_base import ImageProcessingMixin
+
+    try:
+        with _quiet_loading():
+            config, _ = ImageProcessingMixin.get_image_processor_dict(source, revision=revision)
+            tokenizer = CLIPTokenizer.from_pretrained(source, revision=revision)
+            network = CLIPModel.from_pretrained(source, revision=revision, use_safetensors=True, dtype=torch.float32)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise InputError(
+            f"Cannot load the CLIP model {source!r}: {_reason(source, error)}. Give a directory that transformers "
+            f"saved, a hub id that can be reached or is cached, or 'miniature'."
+        ) from error
+    return network.eval().requires_grad_(False), tokenizer, ClipPreprocessing.from_config(config)
+
+
+def _reason(source: str, error: Exception) -> str:
+    if source.startswith(("/", ".", "~")) and not Path(source).is_dir():
+        return "no such directory"
+    # transformers' messages go on with advice for its own callers; the first sentence is the fact.
+    first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return first_line.split(". ")[0].rstrip(".")
+
+
+@contextmanager
+def _quiet_loading() -> Iterator[None]:
+    """Keep transformers' progress bar of a second-long load away from users."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

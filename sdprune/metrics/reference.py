@@ -1,0 +1,63 @@
+"""Statistics of the real images, computed once and kept under a fingerprint of what they depend on."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sdprune.metrics.extractors import FeatureExtractor
+from sdprune.metrics.frechet import Moments, Statistics
+
+BATCH_SIZE = 32
+
+
+def reference_path(extractor: FeatureExtractor, cache_dir: str | Path, key: Mapping[str, Any]) -> Path:
+    """Where the cache keeps the statistics of `key` under `extractor`: `<cache_dir>/fid-<fingerprint>.npz`."""
+    facts = {"images": dict(key), "extractor": extractor.describe()}
+    canonical = json.dumps(facts, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return Path(cache_dir) / f"fid-{hashlib.sha256(canonical.encode()).hexdigest()[:16]}.npz"
+
+
+def reference_statistics(
+    images: Callable[[], Iterable[Tensor]],
+    extractor: FeatureExtractor,
+    cache_dir: str | Path,
+    key: Mapping[str, Any],
+    source: str | None = None,
+) -> Statistics:
+    """Feature statistics of the real images, from the cache or computed and cached.
+
+    Two processes that compute the same entry at once write equal files, each whole; with many processes it saves
+    work to let one go first.
+
+    Args:
+        images: called only when the cache has no entry; yields uint8 images [3, h, w] of any sizes.
+        extractor: the protocol that the generated images are measured with.
+        cache_dir: created when missing.
+        key: JSON-able facts that tell this set of images from any other.
+        source: a line for people, stored with the statistics.
+
+    Raises:
+        InputError: fewer than two images, or a cached file that cannot be read.
+    """
+    path = reference_path(extractor, cache_dir, key)
+    if path.exists():
+        return Statistics.load(path)
+    moments = Moments()
+    for features in _feature_batches(images(), extractor):
+        moments.add(features)
+    statistics = moments.statistics(extractor.name, source)
+    statistics.save(path)
+    return statistics
+
+
+def _feature_batches(images: Iterable[Tensor], extractor: FeatureExtractor) -> Iterator[Tensor]:
+    # Real images differ in size, so each is preprocessed alone; the network sees batches.
+    pixels = (extractor.preprocess(image[None]) for image in images)
+    while batch := list(islice(pixels, BATCH_SIZE)):
+        yield extractor.extract(torch.cat(batch))

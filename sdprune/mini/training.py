@@ -1,0 +1,300 @@
+"""The miniature's recipe: one LightningModule a stage, run by `sdprune fit --config configs/mini/<stage>.yaml`.
+
+Stages: VaeStage; ContrastiveStage twice, with other seeds, for the text encoder and for the evaluator; UNetStage, which
+needs the first two. A finished stage writes fp16 safetensors under `weights` and its losses to `training.json` there;
+an interrupted one continues from its last checkpoint when the same command is given again.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from lightning import LightningDataModule, LightningModule
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import DataLoader, IterableDataset
+
+from sdprune.errors import InputError
+from sdprune.mini.models import (
+    build_clip, build_scheduler, build_unet, build_vae, save_evaluator, save_pipeline, text_tower,
+)  # fmt: skip
+from sdprune.mini.tokenizer import MAX_LENGTH, train_tokenizer
+from sdprune.mini.world import scenes
+
+
+class WorldTrainingData(LightningDataModule):
+    """Batches of (uint8 pictures [b, 3, 64, 64], captions), drawn at random from rendered training scenes.
+
+    Args:
+        n: scenes rendered at the start and kept in memory (0.4 ms and 12 kB each).
+        batch_size: pictures a step.
+        seed: of the scenes and of the drawing.
+        steps: batches in an epoch; one epoch is the whole training.
+    """
+
+    def __init__(self, n: int = 20_000, batch_size: int = 64, seed: int = 0, steps: int = 1_000):
+        super().__init__()
+        self.n, self.batch_size, self.seed, self.steps = n, batch_size, seed, steps
+
+    def setup(self, stage: str) -> None:
+        """Render the scenes."""
+        drawn = list(scenes("train", self.n, self.seed))
+        self.pictures = torch.stack([torch.tensor(scene.render()).permute(2, 0, 1) for scene in drawn])
+        self.captions = [scene.captions for scene in drawn]
+
+    def train_dataloader(self) -> DataLoader:
+        """One epoch of `steps` batches."""
+        return DataLoader(_RandomBatches(self), batch_size=None)
+
+
+class _RandomBatches(IterableDataset):
+    def __init__(self, data: WorldTrainingData):
+        self.data = data
+
+    def __len__(self) -> int:
+        return self.data.steps
+
+    def __iter__(self) -> Iterator[tuple[Tensor, list[str], Tensor]]:
+        data = self.data
+        generator = torch.Generator().manual_seed(torch.initial_seed() % 2**63)
+        for _ in range(data.steps):
+            index = torch.randint(data.n, (data.batch_size,), generator=generator)
+            wording = torch.randint(3, (data.batch_size,), generator=generator)
+            captions = [data.captions[i][w] for i, w in zip(index.tolist(), wording.tolist(), strict=True)]
+            yield data.pictures[index], captions, index
+
+
+class Stage(LightningModule):
+    """AdamW with warm-up and cosine decay over the trainer's steps, an exponential average of the weights, a record.
+
+    Args:
+        weights: the directory that receives the finished weights (and holds those of earlier stages).
+        lr: peak learning rate.
+        warmup: steps of linear warm-up.
+        ema: decay of the exponential average that is saved.
+        resume: start from the weights that are there already, instead of at random.
+    """
+
+    name: str
+    model: nn.Module
+
+    def __init__(
+        self, weights: str = "sdprune/mini/weights", lr: float = 1e-3, warmup: int = 100, ema: float = 0.999,
+        resume: bool = False,
+    ):  # fmt: skip
+        super().__init__()
+        self.weights, self.lr, self.warmup, self.resume = Path(weights), lr, warmup, resume
+        self.ema_decay = ema
+        self.losses: list[float] = []
+        self.started = time.monotonic()
+
+    def build(self, model: nn.Module) -> None:
+        """Take the model to train and start its average."""
+        self.model = model
+        self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(self.ema_decay), use_buffers=True)
+
+    def loss(self, pictures: Tensor, captions: list[str], index: Tensor) -> Tensor:
+        """The stage's training loss; pictures in [-1, 1]."""
+        raise NotImplementedError
+
+    def save(self, model: nn.Module) -> None:
+        """Write the averaged model under `weights`."""
+        raise NotImplementedError
+
+    def training_step(self, batch: tuple[Tensor, list[str], Tensor]) -> Tensor:
+        """Loss of one batch."""
+        pictures, captions, index = batch
+        loss = self.loss(pictures.float() / 127.5 - 1, captions, index)
+        self.losses.append(float(loss.detach()))
+        self.log("loss", loss, prog_bar=True)
+        return loss
+
+    def configure_optimizers(self) -> dict[str, Any]:  # type: ignore[override]
+        """AdamW; one learning-rate step a batch."""
+        optimizer = torch.optim.AdamW(self.model.parameters(), lr=self.lr, betas=(0.9, 0.99), weight_decay=0.01)
+        total = int(self.trainer.estimated_stepping_batches)
+
+        def factor(step: int) -> float:
+            decay = 0.5 * (1 + torch.cos(torch.tensor(torch.pi * min(1.0, step / total))).item())
+            return min(1.0, (step + 1) / max(1, self.warmup)) * max(decay, 0.01)
+
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        """Update the average."""
+        if self.global_step == self.warmup:  # forget the random start
+            self.average.module.load_state_dict(self.model.state_dict())
+        else:
+            self.average.update_parameters(self.model)
+        if self.global_step % 100 == 0:
+            recent = self.losses[-100:]
+            minutes = (time.monotonic() - self.started) / 60
+            print(f"{self.name} step {self.global_step} loss {sum(recent) / len(recent):.5f} {minutes:.1f} min", flush=True)
+
+    def on_train_end(self) -> None:
+        """Save the average in fp16 and note the losses beside it."""
+        if not self.trainer.is_global_zero:
+            return
+        self.save(self.average.module.half().eval())
+        path = self.weights / "training.json"
+        record = json.loads(path.read_text()) if path.exists() else {}
+        recent = self.losses[-200:]
+        record[self.name] = {
+            "final_loss": round(sum(recent) / max(1, len(recent)), 6),
+            "steps": self.global_step,
+            "minutes": round((time.monotonic() - self.started) / 60, 1),
+            "resumed": self.resume,
+        }
+        path.write_text(json.dumps(record, indent=2, sort_keys=True) + "\n")
+
+    def part(self, *names: str) -> Path:
+        """A directory under `weights` that an earlier stage wrote.
+
+        Raises:
+            InputError: it is not there.
+        """
+        path = self.weights.joinpath(*names)
+        if not path.is_dir():
+            raise InputError(f"{path} is missing: run the stage that writes it first (configs/mini/).")
+        return path
+
+
+class VaeStage(Stage):
+    """AutoencoderKL, 64 x 64 x 3 to 8 x 8 x 8: squared and absolute error and a small KL term."""
+
+    name = "vae"
+
+    def __init__(self, kl: float = 2e-4, **options: Any):
+        super().__init__(**options)
+        self.kl = kl
+
+    def configure_model(self) -> None:
+        """Build it, or read the one to resume."""
+        from diffusers import AutoencoderKL
+
+        if hasattr(self, "model"):
+            return
+        if self.resume:
+            return self.build(AutoencoderKL.from_pretrained(self.part("pipeline", "vae")))
+        self.build(build_vae())
+
+    def loss(self, pictures: Tensor, captions: list[str], index: Tensor) -> Tensor:
+        """mse + 0.5 mae + kl * (nats a latent number)."""
+        posterior = self.model.encode(pictures).latent_dist  # type: ignore[operator]
+        output = self.model.decode(posterior.sample()).sample.float()  # type: ignore[operator]
+        error = output - pictures
+        nats = posterior.kl().float().mean() / posterior.mean[0].numel()
+        return error.square().mean() + 0.5 * error.abs().mean() + self.kl * nats
+
+    @torch.no_grad()
+    def save(self, model: Any) -> None:
+        """Save with the scaling factor that gives the latents unit variance (Rombach et al. 2022, G.1)."""
+        pictures = self.trainer.datamodule.pictures[:512].float() / 127.5 - 1  # type: ignore[attr-defined]
+        latents = model.float().encode(pictures.to(model.device)).latent_dist.mean
+        model.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
+        model.half().save_pretrained(self.weights / "pipeline" / "vae")
+
+
+class ContrastiveStage(Stage):
+    """A CLIP trained on (picture, caption) pairs by the symmetric contrastive loss (Radford et al. 2021).
+
+    Args:
+        keep: `text_encoder` saves the text tower and the tokenizer as parts of the pipeline; `evaluator` saves all.
+    """
+
+    def __init__(
+        self, keep: str = "text_encoder", text_layers: int = 6, image_layers: int = 4, image_width: int = 128,
+        **options: Any,
+    ):  # fmt: skip
+        super().__init__(**options)
+        self.name = self.keep = keep
+        self.text_layers, self.image_layers, self.image_width = text_layers, image_layers, image_width
+
+    def configure_model(self) -> None:
+        """Build both towers and the tokenizer, or read those to resume."""
+        from transformers import CLIPModel
+
+        if hasattr(self, "model"):
+            return
+        self.tokenizer = train_tokenizer()
+        if self.resume and self.keep == "evaluator":
+            return self.build(CLIPModel.from_pretrained(self.part("evaluator")).float())
+        self.build(build_clip(self.tokenizer, self.text_layers, self.image_layers, self.image_width))
+
+    def loss(self, pictures: Tensor, captions: list[str], index: Tensor) -> Tensor:
+        """Cross-entropy over the batch, both ways; equal captions are no negatives of each other."""
+        tokens = self.tokenizer(captions, padding="max_length", max_length=MAX_LENGTH, return_tensors="pt")
+        output = self.model(input_ids=tokens["input_ids"].to(self.device), pixel_values=pictures)
+        logits = output.logits_per_image.float()
+        number = {caption: i for i, caption in enumerate(captions)}
+        key = torch.tensor([number[caption] for caption in captions], device=self.device)
+        same = (key[:, None] == key[None]) & ~torch.eye(len(key), dtype=torch.bool, device=self.device)
+        logits = logits.masked_fill(same, -1e4)
+        target = torch.arange(len(key), device=self.device)
+        return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+    def save(self, model: Any) -> None:
+        """Save the tower that is kept, with the tokenizer."""
+        if self.keep == "evaluator":
+            return save_evaluator(self.weights / "evaluator", model, self.tokenizer)
+        text_tower(model).half().save_pretrained(self.weights / "pipeline" / "text_encoder")
+        self.tokenizer.save_pretrained(self.weights / "pipeline" / "tokenizer")
+
+
+class UNetStage(Stage):
+    """UNet2DConditionModel on the VAE's latents, v-prediction (Salimans & Ho 2022), 10 % empty captions for guidance."""
+
+    name = "unet"
+
+    def configure_model(self) -> None:
+        """Read the finished parts, build the U-Net or read the one to resume."""
+        from diffusers import AutoencoderKL, UNet2DConditionModel
+        from transformers import CLIPTextModel, CLIPTokenizer
+
+        if hasattr(self, "model"):
+            return
+        vae = AutoencoderKL.from_pretrained(self.part("pipeline", "vae")).float().eval().requires_grad_(False)
+        text = CLIPTextModel.from_pretrained(self.part("pipeline", "text_encoder")).float().eval()
+        self.frozen = [vae, text.requires_grad_(False)]  # in a list: neither saved nor averaged
+        self.tokenizer = CLIPTokenizer.from_pretrained(self.part("pipeline", "tokenizer"))
+        self.scheduler = build_scheduler()
+        if self.resume:
+            return self.build(UNet2DConditionModel.from_pretrained(self.part("pipeline", "unet")).float())
+        self.build(build_unet())
+
+    @torch.no_grad()
+    def on_train_start(self) -> None:
+        """Encode every training picture once."""
+        vae, text = (module.to(self.device) for module in self.frozen)
+        self.frozen = [vae, text]
+        pictures = self.trainer.datamodule.pictures  # type: ignore[attr-defined]
+        chunks = [vae.encode(p.to(self.device).float() / 127.5 - 1).latent_dist for p in pictures.split(256)]
+        self.latents = torch.cat([chunk.mean for chunk in chunks]) * vae.config.scaling_factor
+        self.spread = torch.cat([chunk.std for chunk in chunks]) * vae.config.scaling_factor
+
+    def loss(self, pictures: Tensor, captions: list[str], index: Tensor) -> Tensor:
+        """Mean squared error of v."""
+        index = index.to(self.device)
+        latents = self.latents[index] + self.spread[index] * torch.randn_like(self.latents[index])
+        empty = torch.rand(len(captions)) < 0.1
+        captions = ["" if drop else caption for caption, drop in zip(captions, empty.tolist(), strict=True)]
+        tokens = self.tokenizer(captions, padding="max_length", max_length=MAX_LENGTH, return_tensors="pt")
+        with torch.no_grad():
+            hidden = self.frozen[1](tokens["input_ids"].to(self.device))[0]
+        noise = torch.randn_like(latents)
+        step = torch.randint(1000, (len(latents),), device=self.device)
+        noisy = self.scheduler.add_noise(latents, noise, step)
+        target = self.scheduler.get_velocity(latents, noise, step)
+        return F.mse_loss(self.model(noisy, step, hidden).sample.float(), target.float())
+
+    def save(self, model: Any) -> None:
+        """Save the U-Net, the scheduler and the pipeline's index."""
+        vae, text = self.frozen
+        save_pipeline(self.weights / "pipeline", vae, text, self.tokenizer, model)

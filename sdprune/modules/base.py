@@ -1,0 +1,62 @@
+"""What the three modules share: a pipeline that is not trained, on the trainer's device and in its dtype."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning import LightningModule
+from torch import nn
+
+from sdprune.errors import InputError
+from sdprune.pipelines import PipelineFamily
+
+if TYPE_CHECKING:
+    from sdprune.data import CocoDataModule
+
+_DTYPES = {"16-true": torch.float16, "bf16-true": torch.bfloat16, "64-true": torch.float64}
+
+
+class FrozenModule(LightningModule):
+    """Holds a pipeline outside the module tree, so that neither DDP nor checkpoints nor casts reach it."""
+
+    def __init__(self, pipeline: PipelineFamily):
+        super().__init__()
+        self._pipeline = [pipeline]
+        self.automatic_optimization = False
+        self.anchor = nn.Parameter(torch.zeros(()))  # `fit` under DDP wants something to train
+
+    @property
+    def pipeline(self) -> PipelineFamily:
+        """The model."""
+        return self._pipeline[0]
+
+    @property
+    def data(self) -> CocoDataModule:
+        """The trainer's data module."""
+        from sdprune.data import CocoDataModule
+
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        if not isinstance(data, CocoDataModule):
+            raise InputError(f"{type(self).__name__} needs --data CocoDataModule, got {type(data).__name__}.")
+        return data
+
+    @property
+    def precision_name(self) -> str:
+        """The trainer's precision, e.g. `16-true`: it decides the weights' dtype."""
+        return str(self.trainer.precision)
+
+    def load(self) -> None:
+        """Put the pipeline on this process's device in the trainer's dtype; mixed precision keeps fp32 weights."""
+        self.pipeline.load(_DTYPES.get(self.precision_name, torch.float32), self.trainer.strategy.root_device)
+
+    def configure_optimizers(self) -> None:
+        """Nothing is trained."""
+
+    def tell(self, line: str) -> None:
+        """Print on the first process only."""
+        if self.trainer.is_global_zero:
+            print(line, flush=True)
+
+    def check(self, data: Any) -> None:
+        """Raise InputError for everything that can be told before the model is loaded."""

@@ -1,0 +1,255 @@
+"""Generation: prune in memory, draw an image for each prompt, score, and write the record."""
+
+from __future__ import annotations
+
+import resource
+import time
+from typing import TYPE_CHECKING, Any, Dict, List
+
+import numpy as np
+import torch
+
+from sdprune.data import Batch
+from sdprune.errors import InputError
+from sdprune.metrics import FrechetInceptionDistance, PerImageMetric, reference_path, reference_statistics
+from sdprune.modules.base import FrozenModule
+from sdprune.modules.pruning import PruningPlan, flat, summary
+from sdprune.pictures import grid
+from sdprune.pipelines import PipelineFamily, Sampling
+from sdprune.pruning import PruneReport, PruneSpec
+from sdprune.record import Record, image_seed, label, own_version, read_png, save_png, versions
+
+if TYPE_CHECKING:
+    from sdprune.data import CocoDataModule
+
+SAMPLES = ["A dog in a field", "A treehouse at night", "An ocean sunset", "The Eiffel Tower"]
+
+
+class GenerationModule(FrozenModule):
+    """Draw an image for every prompt, score them and write a record: `sdprune predict`.
+
+    Pruning happens in memory before the first batch. Running the same command again goes on where it stopped.
+
+    Args:
+        pipeline: the model.
+        prune: how, by component: `--model.prune.unet.sparsity=0.35`; sparsity 0 everywhere is the dense model.
+        metrics: scores to compute.
+        sampling: how images are drawn.
+        seed: every image's noise comes from this and its id.
+        samples: prompts of the sample grid.
+        compare_dense: when something is pruned, draw the dense model's images too, unless that record is there
+            already, and report paired differences.
+        output: directory of all runs.
+        store: directory of calibration statistics.
+    """
+
+    def __init__(
+        self,
+        pipeline: PipelineFamily,
+        prune: Dict[str, PruneSpec],
+        metrics: List[PerImageMetric],
+        sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
+        seed: int = 0,
+        samples: List[str] = SAMPLES,  # noqa: B006 (read only)
+        compare_dense: bool = True,
+        output: str = "runs",
+        store: str = "runs/statistics",
+    ):
+        super().__init__(pipeline)
+        names = [metric.name for metric in metrics]
+        if len(set(names)) < len(names):
+            raise InputError(f"Two metrics share a name among {names}: set `name` of one.")
+        self._metrics = list(metrics)  # a plain list: as submodules they would be cast by precision plugins
+        self.sampling, self.seed, self.samples = sampling, seed, list(samples)
+        self.compare_dense, self.output = compare_dense, output
+        self.plan = PruningPlan(pipeline, prune, sampling, seed, store)
+        self.reports: dict[str, PruneReport] = {}
+        self.baseline: Record | None = None
+        self.facts_of_data: dict[str, int] = {}
+
+    def dense(self) -> GenerationModule:
+        """The same run without pruning, sharing pipeline and metrics."""
+        return GenerationModule(
+            self.pipeline, {}, self._metrics, self.sampling, self.seed, self.samples, False, self.output,
+            str(self.plan.store.root),
+        )  # fmt: skip
+
+    @property
+    def wants_dense(self) -> bool:
+        """Whether this run is compared with a dense one."""
+        return self.compare_dense and bool(self.plan.specs)
+
+    def prepare_record(self, data: CocoDataModule, precision: str) -> Record:
+        """The run's directory, from everything that decides its results."""
+        facts = {
+            "version": own_version(),
+            "pipeline": self.pipeline.describe(),
+            "dtype": precision,
+            "prune": self.plan.describe(),
+            "calibration": self.plan.facts(data, precision),
+            "data": data.describe(),
+            "sampling": self.sampling.describe(),
+            "seed": self.seed,
+            "metrics": [metric.describe() for metric in self._metrics],
+            "samples": self.samples,
+        }
+        self.record = Record(self.output, label(self.plan.specs), facts)
+        return self.record
+
+    def check(self, data: CocoDataModule) -> None:
+        """Everything that can be told before the model is loaded."""
+        self.pipeline.require(list(self.plan.asked))
+        self.record.check()
+        cached = all(reference_path(m.extractor, self._cache, self._key(data)).exists() for m in self._referenced)
+        self.facts_of_data = data.check(calibration=bool(self.plan.calibrated), images=not cached)
+        self.record.start()
+
+    @property
+    def _cache(self) -> str:
+        return f"{self.output}/reference"
+
+    @property
+    def _referenced(self) -> list[FrechetInceptionDistance]:
+        return [m for m in self._metrics if isinstance(m, FrechetInceptionDistance) and m.needs_reference]
+
+    def _key(self, data: CocoDataModule) -> dict[str, Any]:
+        facts = data.describe()
+        return {key: facts[key] for key in ("source", "reference", "n", "seed")}
+
+    def on_predict_start(self) -> None:
+        """Load, calibrate what is missing, prune, and load the metrics."""
+        self.started = time.perf_counter()
+        self.load()
+        if self.trainer.strategy.root_device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        strategy, data = self.trainer.strategy, self.data
+        calibrator = self.plan.calibrator(data, self.precision_name)
+        calibrator.run(data.calibration_loader(self.global_rank, self.trainer.world_size), strategy)
+        self.reports = self.plan.apply(data, self.precision_name)
+        self.sparsity = self.plan.account(self.reports)
+        for metric in self._metrics:
+            metric.reset()
+            metric.prepare(strategy.root_device)
+        self.generated = 0
+        self.seconds = {"preparation": time.perf_counter() - self.started, "generation": 0.0, "scoring": 0.0}
+
+    def predict_step(self, batch: Batch) -> list[int]:
+        """Draw a batch's images, or read them if an earlier attempt wrote them all; score them either way."""
+        paths = [self.record.image_path(name) for name in batch.file_names[: batch.valid]]
+        start = time.perf_counter()
+        if all(path.exists() for path in paths):
+            images = torch.from_numpy(np.stack([read_png(path) for path in paths])).permute(0, 3, 1, 2)
+        else:
+            seeds = [image_seed(self.seed, image_id) for image_id in batch.ids]
+            images = self.pipeline.generate(batch.prompts, seeds, self.sampling)[: batch.valid]
+            for path, image in zip(paths, images, strict=True):
+                save_png(path, image.permute(1, 2, 0).numpy())
+            self.generated += batch.valid
+        middle = time.perf_counter()
+        images = images.to(self.trainer.strategy.root_device)
+        for metric in self._metrics:
+            metric.update(images, batch.prompts[: batch.valid], batch.positions[: batch.valid])
+        self.seconds["generation"] += middle - start
+        self.seconds["scoring"] += time.perf_counter() - middle
+        return batch.ids[: batch.valid]
+
+    def on_predict_epoch_end(self) -> None:
+        """Compute the metrics over all processes; the first one writes the record."""
+        self._set_references()
+        scores: dict[str, float] = {}
+        for metric in self._metrics:
+            scores |= metric.compute()
+        counts = self.all_gather(torch.tensor(self.generated)).sum()
+        if self.trainer.is_global_zero:
+            self._write(scores, int(counts))
+        self.trainer.strategy.barrier("record")
+
+    def _set_references(self) -> None:
+        strategy, data = self.trainer.strategy, self.data
+        for metric in self._metrics:
+            if isinstance(metric, FrechetInceptionDistance):
+                for turn in (True, False):  # the first process fills the cache, the others read it
+                    if strategy.is_global_zero == turn and metric.needs_reference:
+                        metric.set_reference(
+                            reference_statistics(data.reference_images, metric.extractor, self._cache, self._key(data))
+                        )
+                    strategy.barrier("reference")
+
+    def _write(self, scores: dict[str, float], generated: int) -> None:
+        rows = {
+            f"{metric.name}.{column}": value.numpy()
+            for metric in self._metrics
+            for column, value in metric.rows().items()
+        }
+        self.record.save_rows(list(self.data.examples["id"]), rows)
+        self._draw_samples()
+        seconds = time.perf_counter() - self.started
+        busy = self.seconds["generation"] + self.seconds["scoring"]
+        results = {
+            "fingerprint": self.record.fingerprint,
+            "label": self.record.directory.name,
+            "n": len(self.data.examples),
+            "metrics": scores,
+            "comparison": self._comparison(),
+            "sparsity": self.sparsity,
+            "pruning": summary(self.reports),
+            "data": self.facts_of_data,
+            "reference": {m.name: vars_of(m) for m in self._metrics if isinstance(m, FrechetInceptionDistance)},
+            "speed": {
+                "seconds": seconds,
+                **{f"{name}_seconds": value for name, value in self.seconds.items()},
+                "generated": generated,
+                "images_per_second": generated / busy if generated else 0.0,
+                "processes": self.trainer.world_size,
+                "peak_memory_bytes": peak_memory(self.trainer.strategy.root_device),
+            },
+            "device": str(self.trainer.strategy.root_device.type),
+            "versions": versions(),
+        }
+        self.record.finish(results)
+        self.log_record(results)
+
+    def _draw_samples(self) -> None:
+        if not self.samples:
+            return
+        seeds = [image_seed(self.seed, f"sample:{prompt}") for prompt in self.samples]
+        images = self.pipeline.generate(self.samples, seeds, self.sampling).permute(0, 2, 3, 1).numpy()
+        for number, image in enumerate(images):
+            save_png(self.record.directory / "samples" / f"{number}.png", image)
+        rows = {"pruned" if self.plan.specs else "dense": list(images)}
+        if self.baseline is not None:
+            folder = self.baseline.directory / "samples"
+            rows = {"dense": [read_png(folder / f"{i}.png") for i in range(len(images))], **rows}
+        save_png(self.record.directory / "grid.png", grid(rows, self.samples))
+
+    def _comparison(self) -> dict[str, Any]:
+        if self.baseline is None:
+            return {}
+        result: dict[str, Any] = {"dense": self.baseline.directory.name}
+        for metric in self._metrics:
+            rows = {k: torch.from_numpy(v) for k, v in self.baseline.load_rows(metric.name).items()}
+            result |= metric.compare(rows)
+        return result
+
+    def log_record(self, results: dict[str, Any]) -> None:
+        """All numbers and the grid, to every logger."""
+        numbers = flat({key: results[key] for key in ("metrics", "comparison", "sparsity", "speed")})
+        prefix = "" if self.plan.specs or not self.trainer.loggers else "dense/"
+        for logger in self.trainer.loggers:
+            logger.log_hyperparams({"record": self.record.facts})
+            logger.log_metrics({f"{prefix}{key}": value for key, value in numbers.items()}, step=0)
+            if hasattr(logger, "log_image") and (self.record.directory / "grid.png").exists():
+                logger.log_image(f"{prefix}samples", [str(self.record.directory / "grid.png")], step=0)
+
+
+def vars_of(metric: FrechetInceptionDistance) -> dict[str, Any]:
+    """What a FID was measured against."""
+    reference = metric.reference
+    return {} if reference is None else {"n": reference.n, "extractor": reference.extractor, "source": reference.source}
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: of the GPU where there is one, else of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

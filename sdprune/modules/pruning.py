@@ -1,0 +1,214 @@
+"""Pruning: make the masks, zero the weights, save a plain diffusers pipeline with its report."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Dict
+
+import torch
+
+from sdprune.data import Batch
+from sdprune.errors import InputError
+from sdprune.modules.base import FrozenModule
+from sdprune.modules.calibration import Calibrator, calibration_facts
+from sdprune.pipelines import PipelineFamily, Sampling
+from sdprune.pruning import PruneReport, PruneSpec, account, find_targets, prune
+from sdprune.record import fingerprint, label, own_version, read_json, write_json
+from sdprune.store import StatisticsStore
+
+if TYPE_CHECKING:
+    from sdprune.data import CocoDataModule
+
+
+class PruningPlan:
+    """What is to be pruned and how, and the statistics that this needs.
+
+    Args:
+        pipeline: the model.
+        prune: by component; components at sparsity 0 stay dense.
+        sampling: how images are drawn in calibration.
+        seed: of the calibration's noise.
+        store: where statistics are kept.
+    """
+
+    def __init__(
+        self, pipeline: PipelineFamily, prune: Mapping[str, PruneSpec], sampling: Sampling, seed: int, store: str
+    ):
+        self.pipeline, self.sampling, self.seed = pipeline, sampling, seed
+        self.asked = dict(prune)
+        self.specs = {name: spec for name, spec in prune.items() if not spec.dense}
+        self.store = StatisticsStore(store)
+
+    @property
+    def calibrated(self) -> list[str]:
+        """Components whose criterion or allocation needs statistics."""
+        return [n for n, spec in self.specs.items() if spec.criterion.statistics | spec.allocation.statistics]
+
+    def describe(self) -> dict[str, Any]:
+        """What the pruned weights depend on, statistics apart."""
+        return {name: spec.describe() for name, spec in sorted(self.specs.items())}
+
+    def facts(self, data: CocoDataModule, dtype: str) -> dict[str, dict[str, Any]]:
+        """What the statistics depend on, by component."""
+        return calibration_facts(self.calibrated, self.pipeline, data, self.sampling, self.seed, dtype)
+
+    def calibrator(self, data: CocoDataModule, dtype: str) -> Calibrator:
+        """Gathers what the store lacks; layer patterns are checked first, because gathering may take long."""
+        for name, spec in self.specs.items():
+            find_targets(self.pipeline.components[name], spec.layers, spec.include, spec.exclude)
+        return Calibrator(self.pipeline, self.facts(data, dtype), self.sampling, self.seed, self.store)
+
+    def apply(self, data: CocoDataModule, dtype: str) -> dict[str, PruneReport]:
+        """Prune every component in place, with statistics from the store."""
+        facts = self.facts(data, dtype)
+        reports = {}
+        for name, spec in self.specs.items():
+            statistics = self.store.load(facts[name]) if name in facts else None
+            reports[name] = prune(self.pipeline.components[name], spec, statistics)
+        _require_equal_masks(reports)
+        return reports
+
+    def account(self, reports: Mapping[str, PruneReport]) -> dict[str, Any]:
+        """Asked and achieved sparsities of the pipeline as it is now."""
+        return account(self.pipeline.components, reports, self.pipeline.prunable)
+
+
+def _require_equal_masks(reports: Mapping[str, PruneReport]) -> None:
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return
+    own = {name: report.mask_hash for name, report in reports.items()}
+    everyone: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(everyone, own)
+    if any(other != own for other in everyone):
+        raise RuntimeError(f"Processes made different masks: {everyone}.")
+
+
+def summary(reports: Mapping[str, PruneReport]) -> dict[str, Any]:
+    """The reports without their layers."""
+    return {
+        name: {"spec": r.spec, "mask_hash": r.mask_hash, "weights": r.weights, "pruned": r.pruned, "zeros": r.zeros}
+        for name, r in reports.items()
+    }
+
+
+class PruningModule(FrozenModule):
+    """Prune a model after training and save it: `sdprune fit`; gathers missing statistics first.
+
+    The result is `<output>/<label>-<fingerprint>/`: a diffusers directory, a model card, pruning_report.json.
+
+    Args:
+        pipeline: the model.
+        prune: how, by component: `--model.prune.unet.sparsity=0.35`.
+        sampling: how images are drawn when a criterion needs calibration of the U-Net.
+        seed: of the calibration's noise.
+        output: directory of all results.
+        store: directory of calibration statistics.
+    """
+
+    def __init__(
+        self,
+        pipeline: PipelineFamily,
+        prune: Dict[str, PruneSpec],
+        sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
+        seed: int = 0,
+        output: str = "runs",
+        store: str = "runs/statistics",
+    ):
+        super().__init__(pipeline)
+        self.plan = PruningPlan(pipeline, prune, sampling, seed, store)
+        self.output = output
+
+    def check(self, data: CocoDataModule) -> None:
+        """Everything that can be told before the model is loaded."""
+        self.pipeline.require(list(self.plan.asked))
+        if self.plan.calibrated:
+            data.check(calibration=True, images=False)
+        try:
+            Path(self.output).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"Cannot write {self.output}: {error.strerror}. Choose another --model.output.") from error
+
+    def directory(self) -> Path:
+        """Where the pruned pipeline goes."""
+        facts = {
+            "version": own_version(), "pipeline": self.pipeline.describe(), "prune": self.plan.describe(),
+            "calibration": self.plan.facts(self.data, self.precision_name), "dtype": self.precision_name,
+        }  # fmt: skip
+        return Path(self.output) / f"pruned-{label(self.plan.specs)}-{fingerprint(facts)}"
+
+    def on_fit_start(self) -> None:
+        """Load the model and see what has to be gathered."""
+        self.load()
+        self.calibrator = self.plan.calibrator(self.data, self.precision_name)
+
+    def training_step(self, batch: Batch) -> None:
+        """One batch of calibration, if any is missing."""
+        self.calibrator.step(batch)
+
+    def on_train_epoch_end(self) -> None:
+        """Prune and save."""
+        self.calibrator.finish(self.trainer.strategy)
+        directory = self.directory()
+        reports = self.plan.apply(self.data, self.precision_name)
+        if self.trainer.is_global_zero:
+            self.save(directory, reports)
+        self.trainer.strategy.barrier("saved")
+
+    def save(self, directory: Path, reports: Mapping[str, PruneReport]) -> None:
+        """Write pipeline, card and report; a finished directory is left as it is."""
+        if (directory / "pruning_report.json").exists():
+            read_json(directory / "pruning_report.json")
+            return self.tell(f"Already there: {directory}")
+        sparsity = self.plan.account(reports)
+        self.pipeline.save(directory)
+        (directory / "README.md").write_text(model_card(self.pipeline.describe(), sparsity, reports))
+        layers = {name: [asdict(layer) for layer in report.layers] for name, report in reports.items()}
+        report = {"sparsity": sparsity, "pruning": summary(reports), "layers": layers, "version": own_version()}
+        write_json(directory / "pruning_report.json", report)  # last: its presence says that the rest is whole
+        for logger in self.trainer.loggers:
+            logger.log_metrics(flat({"sparsity": sparsity}), step=0)
+        self.tell(sparsity_table(sparsity))
+        self.tell(f"Saved: {directory}")
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+    """Numbers of a nested mapping, keyed `a/b/c`."""
+    result: dict[str, float] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            result |= flat(value, f"{prefix}{key}/")
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            result[f"{prefix}{key}"] = value
+    return result
+
+
+def sparsity_table(sparsity: Mapping[str, Any]) -> str:
+    """Plain lines: what was asked, what was pruned and what is zero, over ever larger wholes."""
+    rows = [("nominal (the study's count)", f"{sparsity['nominal']:.2%}", "")]
+    wholes = {"targeted weights": sparsity["targets"], **sparsity["components"]}
+    wholes |= {"all prunable components": sparsity["prunable"], "whole pipeline": sparsity["pipeline"]}
+    for name, whole in wholes.items():
+        detail = f"{whole['pruned']:,} pruned, {whole['zeros']:,} zero of {whole['parameters']:,}"
+        rows.append((name, f"{whole['pruned_fraction']:.2%}", detail))
+    return "\n".join(f"  {name:<28}{share:>8}   {detail}" for name, share, detail in rows)
+
+
+def model_card(model: Mapping[str, Any], sparsity: Mapping[str, Any], reports: Mapping[str, PruneReport]) -> str:
+    """A model card for the hub."""
+    base = model.get("model")
+    header = ["---", "library_name: diffusers", "pipeline_tag: text-to-image", "tags: [sdprune, pruned]"]
+    header += [f"base_model: {base}", "---"] if base else ["---"]
+    specs = "\n".join(f"- `{name}`: `{json.dumps(report.spec)}`" for name, report in reports.items())
+    return "\n".join(
+        [
+            *header, "", "# A pruned text-to-image pipeline", "",
+            "Pruned after training, without retraining, by sdprune. Zeros are stored as zeros: the files are as large",
+            "and the model is as fast as before; `pruning_report.json` has every layer's counts.", "",
+            "## What was pruned", "", specs or "Nothing.", "", "## Sparsity", "", "```", sparsity_table(sparsity),
+            "```", "", "## Use", "", "```python", "from diffusers import DiffusionPipeline", "",
+            'pipe = DiffusionPipeline.from_pretrained("<this directory>")', "```", "",
+        ]
+    )  # fmt: skip

@@ -1,0 +1,103 @@
+"""What calibration, pruning and generation ask of a text-to-image pipeline: one subclass a model family."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Optional
+
+from sdprune.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How images are drawn from the model.
+
+    Args:
+        steps: denoising steps.
+        guidance: classifier-free guidance scale; 1 or less is none.
+        height: of the image in pixels; the model's own if not given.
+        width: of the image in pixels; the model's own if not given.
+        scheduler: a diffusers scheduler class to use instead of the model's own, e.g. DPMSolverMultistepScheduler.
+    """
+
+    steps: int = 50
+    guidance: float = 7.5
+    height: Optional[int] = None
+    width: Optional[int] = None
+    scheduler: Optional[str] = None
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise InputError(f"steps is {self.steps}: give 1 or more.")
+        for name in ("height", "width"):
+            value = getattr(self, name)
+            if value is not None and (value < 8 or value % 8):
+                raise InputError(f"{name} is {value}: give a multiple of 8 pixels.")
+
+    def describe(self) -> dict[str, Any]:
+        """All of it, for fingerprints."""
+        return asdict(self)
+
+
+class PipelineFamily(ABC):
+    """A pipeline that is loaded late: constructing one reads nothing."""
+
+    @abstractmethod
+    def load(self, dtype: torch.dtype, device: torch.device) -> None:
+        """Read the weights, the first time from disk; afterwards only move them.
+
+        Raises:
+            InputError: no such model, or one without safetensors.
+        """
+
+    @property
+    @abstractmethod
+    def components(self) -> dict[str, nn.Module]:
+        """Every module of the loaded pipeline, by name."""
+
+    @property
+    @abstractmethod
+    def prunable(self) -> list[str]:
+        """Names of the components that can be pruned: all that turn text into latents."""
+
+    @property
+    @abstractmethod
+    def tokenizer(self) -> Any:
+        """The tokenizer that cuts captions."""
+
+    @abstractmethod
+    def encode(self, prompts: Sequence[str]) -> None:
+        """Run the text encoders alone, as in generation without guidance; for calibration."""
+
+    @abstractmethod
+    def generate(
+        self, prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling, decode: bool = True
+    ) -> Tensor:
+        """Draw one image a prompt, from noise that depends on nothing but its seed.
+
+        Returns:
+            uint8 [b, 3, height, width] on the CPU; without `decode` the latents, [b, channels, h, w].
+        """
+
+    @abstractmethod
+    def save(self, directory: Path) -> None:
+        """Write a plain diffusers directory."""
+
+    @abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """Model id with its resolved revision, or hashes of its files: what fingerprints need, without loading."""
+
+    def require(self, names: Sequence[str]) -> None:
+        """Raise InputError for a name that is no prunable component."""
+        from sdprune.errors import unknown
+
+        for name in names:
+            if name not in self.prunable:
+                raise unknown("component", name, self.prunable)

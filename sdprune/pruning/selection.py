@@ -1,0 +1,237 @@
+"""Scores and a count -> boolean masks (True = pruned), exact to the last tie.
+
+Selection is by rank: of a group of n scores the k lowest, and among equal scores the one with the lower flat index (in
+a group of several layers: the earlier layer) first. The bits of a non-negative float, read as an integer, sort like the
+float itself, so the k-th lowest score falls out of a histogram of the high bits and one of the low bits inside the
+bucket that holds it: two passes that only count, where sorting would move everything. Counting also adds up over
+parts, so a group of any size needs the scores of a few rows at a time.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache, partial
+from itertools import chain, groupby
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sdprune.errors import InputError
+
+Scores = Callable[[], Tensor]  # recomputed on every pass, so that no two parts' scores are held at once
+
+_KEY_DTYPES = {
+    torch.float16: torch.int16,
+    torch.bfloat16: torch.int16,
+    torch.float32: torch.int32,
+    torch.float64: torch.int64,
+}
+_DIGIT = 16  # bits a histogram resolves: 65,536 counters stay in cache
+CHUNK = 1 << 20  # weights counted at a time: bounds the temporaries
+_ROWS_CHUNK = 1 << 18  # weights of rows ranked at a time, which takes four times the memory
+
+
+class Cut(NamedTuple):
+    """Everything below the key is selected, and the first `ties` of those equal to it."""
+
+    key: int
+    ties: int
+
+
+def count(n: int, fraction: float) -> int:
+    """How many of n weights a fraction stands for: floor(n * fraction + 0.5)."""
+    return math.floor(n * fraction + 0.5)
+
+
+def apportion(numerators: Sequence[int], denominator: int) -> list[int]:
+    """Round the quotas numerator / denominator to whole numbers by largest remainder, earlier first.
+
+    They add up to the rounded sum of the quotas, and none exceeds its quota rounded up.
+    """
+    whole = [numerator // denominator for numerator in numerators]
+    total = (2 * sum(numerators) + denominator) // (2 * denominator)
+    by_remainder = sorted(range(len(whole)), key=lambda i: -(numerators[i] % denominator))
+    for i in by_remainder[: total - sum(whole)]:
+        whole[i] += 1
+    return whole
+
+
+def split(k: int, sizes: Sequence[int]) -> list[int]:
+    """Share k among groups in proportion to their sizes, by largest remainder, earlier first."""
+    return apportion([k * size for size in sizes], sum(sizes))
+
+
+def select(scores: Mapping[str, Sequence[Scores]], low: int, high: int) -> Iterator[Tensor]:
+    """Select ranks low to high - 1 of one group that may span several layers.
+
+    Args:
+        scores: for each layer, in order, functions that compute the scores [rows, columns] of its parts, from the first
+            row to the last: non-negative floats of one dtype. Each is called several times, unless it is the only one.
+        low: the first rank selected.
+        high: the first rank after the selected ones.
+
+    Yields:
+        One bool mask a layer, in order, shaped like its scores. A layer's weights may be changed once its mask is out.
+
+    Raises:
+        InputError: for scores that are NaN, negative or no floats, naming the layer.
+    """
+    layers: list[list[Scores]] = [[partial(_keys_of, name, part) for part in parts] for name, parts in scores.items()]
+    if sum(map(len, layers)) == 1:
+        layers = [[cache(layers[0][0])]]
+    parts = list(chain.from_iterable(layers))
+    lower, upper = _find_cut(parts, low), _find_cut(parts, high)
+    for layer in layers:
+        masks = []
+        for part in layer:
+            mask, lower, upper = _between(part(), lower, upper)
+            masks.append(mask)
+        whole = torch.cat(masks) if len(masks) > 1 else masks[0]
+        del masks, mask
+        yield whole
+        del whole  # before the next one is made
+
+
+def select_rows(name: str, scores: Tensor, low: Sequence[int], high: Sequence[int]) -> Tensor:
+    """Select ranks low[i] to high[i] - 1 of each row i of the scores [rows, columns] of the layer so named."""
+    keys = _keys(name, scores)
+    mask = _lowest_per_row(keys, high)
+    if any(low):
+        mask &= ~_lowest_per_row(keys, low)
+    return mask
+
+
+def select_column_blocks(name: str, scores: Tensor, width: int, low: Sequence[int], high: Sequence[int]) -> Tensor:
+    """Select ranks low[i] to high[i] - 1 of each block i of `width` columns; the last block may be narrower."""
+    rows, columns = scores.shape
+    mask = torch.empty(scores.shape, dtype=torch.bool, device=scores.device)
+    step = max(1, _ROWS_CHUNK // (rows * width))  # blocks of equal width that are worked on together
+    start = 0
+    while start < len(high):
+        stop = min(start + step, max(columns // width, start + 1))
+        area = slice(start * width, min(stop * width, columns))
+        by_block = (rows, stop - start, -1)
+        block_scores = scores[:, area].reshape(by_block).transpose(0, 1).flatten(1)
+        selected = select_rows(name, block_scores, low[start:stop], high[start:stop])
+        mask[:, area] = selected.view(stop - start, rows, -1).transpose(0, 1).reshape(rows, -1)
+        start = stop
+    return mask
+
+
+def column_blocks(columns: int, width: int) -> list[int]:
+    """The widths of the column blocks."""
+    return [min(width, columns - start) for start in range(0, columns, width)]
+
+
+def _keys_of(name: str, score: Scores) -> Tensor:
+    return _keys(name, score())
+
+
+def _keys(name: str, scores: Tensor) -> Tensor:
+    """The scores' bits as integers of the same order, after a check that they are such."""
+    if scores.dtype not in _KEY_DTYPES:
+        raise InputError(f"Layer {name!r} has scores of type {scores.dtype}: a criterion must return floats.")
+    keys = scores.view(_KEY_DTYPES[scores.dtype])
+    if not keys.numel():
+        return keys
+    lowest, highest = (int(key) for key in keys.aminmax())
+    if highest <= _infinity(scores.dtype) and lowest >= 0:
+        return keys
+    if scores.isnan().any():
+        raise InputError(f"Layer {name!r} has NaN scores: check its weights and its calibration statistics for NaN.")
+    if (scores < 0).any():
+        raise InputError(f"Layer {name!r} has negative scores: a criterion must return scores of 0 and up.")
+    return (scores + 0.0).view(keys.dtype)  # -0.0 becomes 0.0
+
+
+def _infinity(dtype: torch.dtype) -> int:
+    return int(torch.tensor(math.inf, dtype=dtype).view(_KEY_DTYPES[dtype]))
+
+
+def _find_cut(parts: Sequence[Scores], k: int) -> Cut:
+    """The cut that selects the k lowest keys of all parts together."""
+    if k == 0:
+        return Cut(0, 0)
+    keys = parts[0]()
+    prefix, shift, device = 0, torch.iinfo(keys.dtype).bits - 1, keys.device
+    del keys
+    while shift > 0:
+        bits = min(_DIGIT, shift)
+        shift -= bits
+        histogram = torch.zeros(1 << bits, dtype=torch.int64, device=device)
+        for part in parts:
+            _count(histogram, part(), prefix, shift, bits)
+        cumulative = histogram.cumsum(0)
+        bucket = int(torch.searchsorted(cumulative, k))
+        prefix = (prefix << bits) + bucket
+        if k == int(cumulative[bucket]):  # the bucket is needed whole: cut right after it
+            return Cut((prefix + 1) << shift, 0)
+        k -= int(cumulative[bucket] - histogram[bucket])
+    return Cut(prefix, k)
+
+
+def _count(histogram: Tensor, keys: Tensor, prefix: int, shift: int, bits: int) -> None:
+    """Count the values of the `bits` bits above `shift`, of the keys whose higher bits are the prefix."""
+    first_digit = shift + bits == torch.iinfo(keys.dtype).bits - 1
+    for chunk in keys.reshape(-1).split(CHUNK):
+        digits = chunk >> shift if shift else chunk
+        if not first_digit:
+            digits = digits[(digits >> bits) == prefix] & ((1 << bits) - 1)
+        histogram += torch.bincount(digits, minlength=1 << bits)
+
+
+def _between(keys: Tensor, lower: Cut, upper: Cut) -> tuple[Tensor, Cut, Cut]:
+    """One part's mask, and the cuts with the ties that are left for the parts after it."""
+    mask, upper = _below(keys, upper)
+    if lower != Cut(0, 0):
+        spared, lower = _below(keys, lower)
+        mask &= spared.logical_not_()
+    return mask, lower, upper
+
+
+def _below(keys: Tensor, cut: Cut) -> tuple[Tensor, Cut]:
+    flat, left = keys.reshape(-1), cut.ties
+    mask = flat < cut.key
+    for start in range(0, len(flat), CHUNK):
+        if not left:
+            break
+        ties = (flat[start : start + CHUNK] == cut.key).nonzero().flatten()[:left]
+        mask[start + ties] = True
+        left -= len(ties)
+    return mask.view(keys.shape), Cut(cut.key, left)
+
+
+def _lowest_per_row(keys: Tensor, counts: Sequence[int]) -> Tensor:
+    mask = torch.zeros(keys.shape, dtype=torch.bool, device=keys.device)
+    columns = keys.shape[1]
+    for start, stop, k in _runs(counts, max(1, _ROWS_CHUNK // columns)):
+        rows = keys[start:stop]
+        if k in (0, columns):
+            mask[start:stop] = k > 0
+        elif columns > _ROWS_CHUNK:
+            for row in range(start, stop):
+                mask[row] = _below(keys[row], _find_cut([partial(keys.select, 0, row)], k))[0]
+        else:
+            mask[start:stop] = _lowest(rows, k)
+    return mask
+
+
+def _runs(counts: Sequence[int], longest: int) -> Iterator[tuple[int, int, int]]:
+    """(start, stop, count) of neighbouring equal counts, no longer than asked."""
+    start = 0
+    for k, run in groupby(counts):
+        end = start + sum(1 for _ in run)
+        for first in range(start, end, longest):
+            yield first, min(first + longest, end), k
+        start = end
+
+
+def _lowest(rows: Tensor, k: int) -> Tensor:
+    """The k lowest of every row."""
+    # On a GPU kthvalue is refused under deterministic algorithms, and sorting is fast.
+    kth = rows.sort(dim=1).values[:, k - 1 : k] if rows.is_cuda else rows.kthvalue(k, dim=1, keepdim=True).values
+    below, ties = rows < kth, rows == kth
+    wanted = k - below.sum(1, keepdim=True)
+    if (ties.sum(1, keepdim=True) > wanted).any():
+        ties &= ties.cumsum(1, dtype=torch.int32) <= wanted
+    return below | ties

@@ -1,0 +1,217 @@
+"""A run's directory, fingerprint and results: the only thing that studies read.
+
+    <output>/<label>-<fingerprint>/
+        config.json      every fact that the fingerprint covers
+        images/*.png     one image a prompt, under the name of its COCO image
+        samples/*.png    the fixed prompts; grid.png shows them, the dense model's above
+        rows.npz         `ids`, and each metric's row of every image, in drawn order
+        results.json     written last: a run that has it is finished
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import tempfile
+from collections.abc import Mapping
+from functools import cached_property
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from sdprune.errors import InputError
+
+_PACKAGES = ("torch", "lightning", "diffusers", "transformers", "torchmetrics", "datasets", "numpy")
+
+
+def fingerprint(facts: Mapping[str, Any]) -> str:
+    """Twelve hexadecimal digits of SHA-256 over the canonical JSON of `facts`."""
+    canonical = json.dumps(facts, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()[:12]
+
+
+def image_seed(seed: int, image_id: object) -> int:
+    """The noise seed of one image, in [0, 2^63): it depends on the run's seed and the image's id, on nothing else."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{image_id}".encode()).digest()[:8], "big") >> 1
+
+
+def versions() -> dict[str, str]:
+    """Versions of this package and of what its numbers depend on."""
+    return {"sdprune": own_version(), **{name: version(name) for name in _PACKAGES}}
+
+
+def own_version() -> str:
+    """Version of the installed package."""
+    try:
+        return version("sdprune")
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def label(prune: Mapping[str, Any]) -> str:
+    """`dense`, or what is pruned: `text_encoder-magnitude-0.475-unet-wanda-0.35`."""
+    parts = []
+    for name, spec in sorted(prune.items()):
+        asked = f"{spec.sparsity:g}" if spec.band is None else "band-{:g}-{:g}".format(*spec.band)
+        parts.append(f"{name}-{type(spec.criterion).__name__.lower()}-{asked}")
+    return re.sub(r"[^\w.-]", "_", "-".join(parts))[:100] or "dense"
+
+
+class Record:
+    """One run's directory.
+
+    Args:
+        output: directory of all runs.
+        label: what a person should see first in the directory's name.
+        facts: JSON values that decide the results; another value is another directory.
+    """
+
+    def __init__(self, output: str | Path, label: str, facts: Mapping[str, Any]) -> None:
+        self.facts = facts
+        self.fingerprint = fingerprint(facts)
+        self.directory = Path(output) / f"{label}-{self.fingerprint}"
+
+    @property
+    def finished(self) -> bool:
+        """Whether the results are there."""
+        return (self.directory / "results.json").exists()
+
+    @cached_property
+    def results(self) -> dict[str, Any]:
+        """The finished run's results.
+
+        Raises:
+            InputError: results.json is damaged.
+        """
+        return read_json(self.directory / "results.json")
+
+    def start(self) -> None:
+        """Make the directory and write its configuration.
+
+        Raises:
+            InputError: the directory cannot be written.
+        """
+        try:
+            (self.directory / "images").mkdir(parents=True, exist_ok=True)
+            write_json(self.directory / "config.json", self.facts)
+        except OSError as error:
+            raise InputError(
+                f"Cannot write the run directory {self.directory}: {error.strerror}. Choose another --model.output."
+            ) from error
+
+    def image_path(self, file_name: str) -> Path:
+        """Where the image of a COCO file lies."""
+        return self.directory / "images" / Path(file_name).with_suffix(".png")
+
+    def check(self) -> None:
+        """Look at what an earlier attempt left.
+
+        Raises:
+            InputError: damaged results or images, by name.
+        """
+        if self.finished:
+            read_json(self.directory / "results.json")
+            return
+        for path in sorted((self.directory / "images").rglob("*.png")):
+            try:
+                with Image.open(path) as image:
+                    image.verify()
+            except (OSError, SyntaxError, UnidentifiedImageError) as error:
+                raise damaged_image(path) from error
+
+    def save_rows(self, ids: list[Any], rows: Mapping[str, np.ndarray]) -> None:
+        """Write each metric's rows, keyed `<metric>.<column>`, beside the ids."""
+        with replacing(self.directory / "rows.npz") as temporary, temporary.open("wb") as file:
+            np.savez(file, ids=np.asarray(ids), **rows)  # type: ignore[arg-type]
+
+    def load_rows(self, metric: str) -> dict[str, np.ndarray]:
+        """One metric's rows.
+
+        Raises:
+            InputError: rows.npz is missing or damaged.
+        """
+        path = self.directory / "rows.npz"
+        try:
+            with np.load(path, allow_pickle=False) as content:
+                return {k.removeprefix(f"{metric}."): content[k] for k in content if k.startswith(f"{metric}.")}
+        except Exception as error:  # zipfile, zlib and NumPy each have their own
+            raise InputError(
+                f"{path} is missing or damaged: delete results.json beside it and run again; images are kept."
+            ) from error
+
+    def finish(self, results: Mapping[str, Any]) -> None:
+        """Write the results; the run is finished."""
+        write_json(self.directory / "results.json", results)
+
+
+def damaged_image(path: Path) -> InputError:
+    """What to say of an image that cannot be read."""
+    return InputError(f"{path} is damaged: delete it and run again; it alone is generated anew.")
+
+
+def save_png(path: Path, pixels: np.ndarray) -> None:
+    """Write uint8 [h, w, 3] atomically."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        Image.fromarray(pixels).save(temporary, format="PNG")
+
+
+def read_png(path: Path) -> np.ndarray:
+    """Read uint8 [h, w, 3].
+
+    Raises:
+        InputError: it is damaged.
+    """
+    try:
+        with Image.open(path) as image:
+            return np.array(image.convert("RGB"))
+    except (OSError, SyntaxError, UnidentifiedImageError) as error:
+        raise damaged_image(path) from error
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Write JSON atomically."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(values, indent=2) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        InputError: it is damaged.
+    """
+    try:
+        values = json.loads(path.read_text())
+        if not isinstance(values, dict):
+            raise ValueError("no object")
+        return values
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{path} is damaged ({error}): delete it and run again; images that are there are kept."
+        ) from error
+
+
+class replacing:  # noqa: N801 (reads as a verb: with replacing(path) as temporary)
+    """A temporary path beside `path` that takes its place when the block ends well."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __enter__(self) -> Path:
+        handle, name = tempfile.mkstemp(dir=self.path.parent, prefix=f".{self.path.name}.")
+        os.close(handle)
+        self.temporary = Path(name)
+        return self.temporary
+
+    def __exit__(self, kind: Any, *rest: Any) -> None:
+        if kind is None:
+            self.temporary.chmod(0o644)
+            os.replace(self.temporary, self.path)
+        else:
+            self.temporary.unlink(missing_ok=True)

@@ -1,0 +1,69 @@
+"""What a finished run tells a person."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from sdprune.record import Record
+
+
+def show(record: Record, console: Console | None = None) -> None:
+    """Print a finished run: scores, differences to the dense model, sparsities, where things lie."""
+    console = console or Console(width=None if Console().is_terminal else 110)
+    results = record.results
+    console.print(_scores(results))
+    if results["pruning"]:
+        console.print(_sparsities(results["sparsity"]))
+    speed = results["speed"]
+    rate = f"{speed['generated']} drawn, {speed['images_per_second']:.1f} a second" if speed["generated"] else "none drawn"
+    console.print(f"{results['n']} images ({rate}), {speed['peak_memory_bytes'] / 2**30:.1f} GiB at most", highlight=False)
+    if results["data"].get("truncated"):
+        console.print(f"{results['data']['truncated']} captions were longer than the tokenizer takes", highlight=False)
+    print(f"pictures   {record.directory / 'grid.png'}")
+    print(f"results    {record.directory / 'results.json'}")
+
+
+def _scores(results: dict[str, Any]) -> Table:
+    metrics, against = results["metrics"], results["comparison"]
+    table = Table(title=results["label"].rsplit("-", 1)[0])
+    table.add_column("score")
+    table.add_column("this run", justify="right")
+    if against:
+        table.add_column("dense", justify="right")
+        table.add_column("difference", justify="right")
+        table.add_column("95 % interval", justify="right")
+    for name, value in metrics.items():
+        if name.endswith("_se"):
+            continue
+        row = [_title(name), _number(value)]
+        if f"{name}_diff" in against:
+            difference = against[f"{name}_diff"]
+            interval = [against.get(f"{name}_diff_{end}") for end in ("low", "high")]
+            row += [_number(value - difference), f"{difference:+.4f}"]
+            row.append("" if None in interval else f"[{interval[0]:+.4f}, {interval[1]:+.4f}]".replace("[", r"\["))
+        table.add_row(*row)
+    return table
+
+
+def _title(name: str) -> str:
+    hints = {"fid": "lower is better", "clip_score": "cosine, higher is better", "clip_gap": "own minus other prompts"}
+    return f"{name} ({hints[name]})" if name in hints else name
+
+
+def _number(value: float) -> str:
+    return f"{value:.4f}"
+
+
+def _sparsities(sparsity: dict[str, Any]) -> Table:
+    table = Table(title=f"sparsity reached (nominal {sparsity['nominal']:.2%})")
+    for column in ("of", "pruned", "zero", "weights"):
+        table.add_column(column, justify="left" if column == "of" else "right")
+    wholes = {"targeted weights": sparsity["targets"], **sparsity["components"]}
+    wholes |= {"all prunable components": sparsity["prunable"], "whole pipeline": sparsity["pipeline"]}
+    for name, whole in wholes.items():
+        shares = (f"{whole['pruned_fraction']:.2%}", f"{whole['zero_fraction']:.2%}", f"{whole['parameters']:,}")
+        table.add_row(name, *shares)
+    return table

@@ -1,0 +1,249 @@
+"""The specification, the criteria and allocations, and `prune` as a whole."""
+
+import json
+import math
+from typing import get_args
+
+import pytest
+import torch
+from jsonargparse import ArgumentParser
+from torch import nn
+
+import sdprune.pruning
+from sdprune.errors import InputError
+from sdprune.pruning import Allocation, Criterion, Magnitude, PruneSpec, Wanda, find_targets, masks, prune, subclasses
+from sdprune.pruning.spec import Granularity
+
+
+def packaged(base):
+    return [cls for cls in subclasses(base).values() if cls.__module__.startswith("sdprune.")]
+
+
+CRITERIA, ALLOCATIONS = packaged(Criterion), packaged(Allocation)
+
+
+@pytest.fixture
+def net():
+    torch.manual_seed(0)
+    return nn.ModuleDict({"down_blocks": nn.ModuleList([nn.Linear(8, 6), nn.Linear(6, 8)]), "out": nn.Linear(8, 4)})
+
+
+class Statistics(dict):
+    """Plausible values of any statistic: input norms are [columns], anything else must be added here with it."""
+
+    def __init__(self, net):
+        self["input_norm"] = {t.name: torch.rand(t.matrix.shape[1]) for t in find_targets(net)}
+
+
+def test_everything_in_the_package_is_found():
+    assert {"Magnitude", "Wanda"} <= {cls.__name__ for cls in CRITERIA}
+    assert "Uniform" in {cls.__name__ for cls in ALLOCATIONS}
+    for cls in CRITERIA + ALLOCATIONS:
+        assert getattr(sdprune.pruning, cls.__name__) is cls
+
+
+@pytest.mark.parametrize("cls", CRITERIA)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_every_criterion_scores_without_touching_the_weight(net, cls, dtype):
+    net.to(dtype)
+    statistics = Statistics(net)
+    for target in find_targets(net):
+        before = target.matrix.clone()
+        own = {name: statistics[name][target.name] for name in cls.statistics}
+        scores = cls().score(target.matrix, own)
+        assert scores.shape == before.shape
+        assert scores.is_floating_point()
+        assert (scores >= 0).all()
+        assert torch.equal(scores, cls().score(target.matrix, own))
+        assert torch.equal(target.matrix, before)
+
+
+@pytest.mark.parametrize("cls", ALLOCATIONS)
+@pytest.mark.parametrize("sparsity", [0.0, 0.01, 0.35, 0.5, 0.99, 1.0])
+def test_every_allocation_keeps_the_overall_sparsity(net, cls, sparsity):
+    targets = find_targets(net)
+    got = cls().sparsities(targets, sparsity, Statistics(net))
+    assert list(got) == [target.name for target in targets]
+    assert all(0 <= share <= 1 for share in got.values())
+    sizes = {target.name: target.weight.numel() for target in targets}
+    assert sum(got[name] * size for name, size in sizes.items()) / sum(sizes.values()) == pytest.approx(sparsity)
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+@pytest.mark.parametrize("allocation", ALLOCATIONS)
+@pytest.mark.parametrize("granularity", ["layer", "row", "column_block", "module_block"])
+def test_every_combination_prunes_what_was_asked(net, criterion, allocation, granularity):
+    spec = PruneSpec(0.3, criterion=criterion(), allocation=allocation(), granularity=granularity, block_width=3)
+    report = prune(net, spec, Statistics(net))
+    groups = len({layer.block if granularity == "module_block" else layer.name for layer in report.layers})
+    assert abs(report.pruned - 0.3 * report.weights) <= groups / 2
+    assert report.zeros == report.pruned
+    assert json.loads(json.dumps(report.spec)) == spec.describe()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_wanda_is_its_formula(net, dtype):
+    weight = torch.randn(6, 8).to(dtype)
+    squared = torch.rand(8)
+    squared[3] = 0
+    scores = Wanda().score(weight, {"input_norm": squared})
+    assert scores.dtype == torch.float32
+    for i in range(6):
+        for j in range(8):
+            assert scores[i, j].item() == pytest.approx(abs(weight[i, j].item()) * math.sqrt(squared[j].item()))
+    assert not scores[:, 3].any()
+
+
+def test_wanda_refuses_statistics_of_another_shape(net):
+    statistics = Statistics(net)
+    statistics["input_norm"]["out"] = torch.ones(5)
+    with pytest.raises(InputError, match=r"\[5\].*\[4, 8\]"):
+        prune(net, PruneSpec(0.5, criterion=Wanda()), statistics)
+
+
+@pytest.mark.parametrize("missing", ["statistic", "layer"])
+def test_missing_statistics_name_the_layer_before_anything_is_pruned(net, missing):
+    statistics = Statistics(net)
+    del statistics["input_norm"]["out"]
+    with pytest.raises(InputError, match=r"Wanda needs the statistic input_norm of layer '(out|down_blocks\.0)'"):
+        prune(net, PruneSpec(0.5, criterion=Wanda()), None if missing == "statistic" else statistics)
+    assert all(parameter.all() for parameter in net.parameters())
+
+
+def test_nan_statistics_name_the_layer(net):
+    statistics = Statistics(net)
+    statistics["input_norm"]["out"][2] = math.nan
+    with pytest.raises(InputError, match=r"'out' has NaN scores"):
+        prune(net, PruneSpec(0.5, criterion=Wanda(), granularity="component"), statistics)
+
+
+def test_sparsity_0_touches_nothing_needs_nothing_and_reports(net):
+    with torch.no_grad():
+        net["out"].weight[0, 0] = -0.0
+    before = [(p.data_ptr(), p._version, p.detach().clone()) for p in net.parameters()]
+    report = prune(net, PruneSpec(criterion=Wanda()))
+    for parameter, (pointer, version, old) in zip(net.parameters(), before, strict=True):
+        assert (parameter.data_ptr(), parameter._version) == (pointer, version)
+        assert torch.equal(torch.signbit(parameter), torch.signbit(old))
+    assert (report.weights, report.pruned, report.zeros) == (48 + 48 + 32, 0, 1)
+
+
+class Ramp(Allocation):
+    """Earlier layers lose more: 0.9, 0.5, 0.1 and so on, not keeping any mean."""
+
+    def sparsities(self, targets, sparsity, statistics):
+        return {target.name: 0.9 - 0.4 * i for i, target in enumerate(targets)}
+
+
+def test_unequal_sparsities_share_one_count_by_largest_remainder(net):
+    # Quotas 43.2, 24 and 3.2 add up to 70.4: 70 in all, none left over for a remainder of 0.2.
+    report = prune(net, PruneSpec(0.5, allocation=Ramp()))
+    assert [layer.pruned for layer in report.layers] == [43, 24, 3]
+    net = nn.Sequential(nn.Linear(3, 1), nn.Linear(3, 1), nn.Linear(3, 1))
+    # Quotas 2.7, 1.5 and 0.3 add up to 4.5, which rounds to 5: the two largest remainders are rounded up.
+    assert [layer.pruned for layer in prune(net, PruneSpec(0.5, allocation=Ramp())).layers] == [3, 2, 0]
+
+
+@pytest.mark.parametrize("granularity", ["row", "column_block"])
+def test_rows_and_blocks_share_their_layers_own_count(net, granularity):
+    report = prune(net, PruneSpec(0.5, allocation=Ramp(), granularity=granularity, block_width=3))
+    assert [layer.pruned for layer in report.layers] == [43, 24, 3]
+
+
+def test_the_mask_hash_tells_masks_apart_and_nothing_else(net):
+    def digest(**options):
+        targets = find_targets(net)
+        torch.manual_seed(1)
+        copy = nn.ModuleDict({"down_blocks": nn.ModuleList([nn.Linear(8, 6), nn.Linear(6, 8)]), "out": nn.Linear(8, 4)})
+        copy.load_state_dict(net.state_dict())
+        assert len(targets) == 3
+        return prune(copy, PruneSpec(**options)).mask_hash
+
+    assert digest(sparsity=0.5) == digest(sparsity=0.5, granularity="column_block", block_width=99)
+    assert digest(sparsity=1.0) == digest(sparsity=1.0, granularity="module_block")
+    assert len({digest(sparsity=s) for s in (0.0, 0.02, 0.5, 0.6)}) == 4
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"sparsity": -0.1}, "sparsity is -0.1"),
+        ({"sparsity": 1.01}, "between 0 and 1"),
+        ({"sparsity": math.nan}, "sparsity is nan"),
+        ({"band": (0.4, 0.2)}, "below its second"),
+        ({"band": (0.4, 0.4)}, "below its second"),
+        ({"band": (0.4, 1.2)}, "band is 1.2"),
+        ({"band": (math.nan, 0.2)}, "band is nan"),
+        ({"band": (0.1,)}, "two shares"),
+        ({"band": (0.1, 0.2), "sparsity": 0.5}, "exclude each other"),
+        ({"band": (0.1, 0.2), "allocation": Ramp()}, "Ramp has no effect under a band"),
+        ({"granularity": "component", "allocation": Ramp()}, "no effect under granularity component"),
+        ({"granularity": "rows"}, "'rows'.*Did you mean 'row'"),
+        ({"criterion": "Magnitud"}, "Unknown criterion 'Magnitud'. Did you mean 'Magnitude'"),
+        ({"allocation": "Unifrm"}, "Unknown allocation 'Unifrm'. Did you mean 'Uniform'"),
+        ({"block_width": 0}, "block_width is 0"),
+        ({"layers": ["Linaer"]}, "Unknown layer kind 'Linaer'"),
+        ({"layers": []}, "layers is empty"),
+        ({"include": "*attn*"}, "give a list"),
+    ],
+)
+def test_bad_choices_are_told_in_one_line(options, words):
+    with pytest.raises(InputError, match=words) as error:
+        PruneSpec(**options)
+    assert "\n" not in str(error.value)
+
+
+def test_describe_is_canonical():
+    one = PruneSpec(0.5, include=["b", "a"], layers=["Linear", "Conv2d"], block_width=7).describe()
+    assert one == PruneSpec(0.5, include=["a", "b"], layers=["Conv2d", "Linear"]).describe()
+    assert one["criterion"] == {"class": "Magnitude", "options": {}}
+    assert PruneSpec(1).describe() == PruneSpec(1.0).describe()
+    assert PruneSpec(granularity="column_block", block_width=7).describe()["block_width"] == 7
+    assert json.loads(json.dumps(one)) == one
+
+
+def test_describe_tells_options_apart():
+    class Power(Magnitude):
+        """Magnitude with an option."""
+
+        def __init__(self, power: float = 1.0) -> None:
+            self.power = power
+
+    described = PruneSpec(criterion=Power(power=2.0)).describe()["criterion"]
+    assert described == {"class": "Power", "options": {"power": 2.0}}
+
+
+class Model:
+    """What a configuration file configures."""
+
+    def __init__(self, prune: dict[str, PruneSpec]) -> None:
+        self.prune = prune
+
+
+def test_dotted_options_on_top_of_a_file_round_trip(tmp_path):
+    parser = ArgumentParser()
+    parser.add_argument("--config", action="config")
+    parser.add_class_arguments(Model, "model")
+    config = tmp_path / "config.yaml"
+    config.write_text("model: {prune: {unet: {}, text_encoder: {sparsity: 0.2, layers: [Linear, Conv2d]}}}")
+    options = ["sparsity=0.35", "criterion=Wanda", "allocation=Uniform", "granularity=row"]
+    arguments = [f"--config={config}", *(f"--model.prune.unet.{option}" for option in options)]
+    arguments.append("--model.prune.text_encoder.criterion=Wanda")
+    dumped = parser.dump(parser.parse_args(arguments))
+    config.write_text(dumped)
+    read = parser.parse_args([f"--config={config}"])
+    assert parser.dump(read) == dumped
+    specs = parser.instantiate_classes(read).model.prune
+    wanted = {
+        "unet": PruneSpec(0.35, criterion="Wanda", granularity="row"),
+        "text_encoder": PruneSpec(0.2, criterion="Wanda", layers=["Linear", "Conv2d"]),
+    }
+    assert {name: spec.describe() for name, spec in specs.items()} == {n: s.describe() for n, s in wanted.items()}
+
+
+def test_every_granularity_is_deterministic_across_the_order_of_calls(net):
+    targets = find_targets(net)
+    for granularity in get_args(Granularity):
+        spec = PruneSpec(0.4, granularity=granularity)
+        first = {target.name: mask for target, mask in masks(targets, spec)}
+        assert all(torch.equal(mask, first[target.name]) for target, mask in masks(targets, spec))

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from sdprune.errors import InputError
-from sdprune.pruning import Criterion, PruneSpec, find_targets, masks, prune
+from sdprune.pruning import Criterion, Magnitude, PruneSpec, find_targets, masks, prune
 
 SPARSITIES = [0.0, 0.001, 0.25, 0.35, 0.475, 0.5, 0.999, 1.0]
 GRANULARITIES = ["layer", "row", "column_block", "module_block", "component"]
@@ -172,17 +172,28 @@ def stable_masks(scores, k):
     return mask.view(scores.shape)
 
 
+class Whole(Magnitude):
+    """Magnitude, scored a layer at a time."""
+
+    rowwise = False
+
+
+@pytest.mark.parametrize("criterion", [Magnitude(), Whole()])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_layers_larger_than_a_working_chunk(dtype):
+def test_layers_larger_than_a_working_chunk(dtype, criterion):
     torch.manual_seed(0)
-    layer = nn.Sequential(nn.Linear(600, 1100).to(dtype))
+    layer = nn.Sequential(nn.Linear(1200, 1100).to(dtype))
     scores = layer[0].weight.detach().abs()
     if dtype == torch.float32:
         scores[:, 300:] = 0.01  # a run of ties that spans chunks
         layer[0].weight.data.copy_(scores)
     for spec, parts in [
-        (PruneSpec(sparsity=0.7), [slice(None)]),
-        (PruneSpec(sparsity=0.7, granularity="column_block", block_width=400), [slice(0, 400), slice(400, None)]),
+        (PruneSpec(0.7, None, criterion), [slice(None)]),
+        (PruneSpec(0.7, None, criterion, granularity="component"), [slice(None)]),
+        (
+            PruneSpec(0.7, None, criterion, granularity="column_block", block_width=800),
+            [slice(0, 800), slice(800, None)],
+        ),
     ]:
         ((_, mask),) = masks(find_targets(layer), spec)
         for part in parts:

@@ -87,8 +87,10 @@ def test_merge_gives_the_same_bits_in_whatever_order_batches_arrive():
     torch.manual_seed(0)
     sums = {i: {"a": torch.rand(50, dtype=torch.float64) * 10.0**i} for i in range(-8, 8)}
     forward = merge(sums, 7)
-    backward = merge(dict(reversed(sums.items())), 7)
-    assert torch.equal(forward["a"], backward["a"])
+    assert torch.equal(forward["a"], merge(dict(reversed(sums.items())), 7)["a"])
+    # In the order of arrival these add up to 0.
+    rounding = {i: {"a": torch.tensor([x], dtype=torch.float64)} for i, x in [(2, 1.0), (0, 1e20), (1, -1e20)]}
+    assert merge(rounding, 1)["a"].item() == 1.0
     assert forward["a"].dtype == torch.float32
     wanted = [sum(sums[i]["a"][j].item() for i in range(-8, 8)) / 7 for j in range(50)]
     torch.testing.assert_close(forward["a"].double(), torch.tensor(wanted, dtype=torch.float64), rtol=1e-6, atol=0)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from sdprune.errors import InputError
 from sdprune.pruning.selection import (
     CHUNK,
+    Layer,
     apportion,
     column_blocks,
     count,
@@ -105,7 +106,7 @@ def masks(
     are held at a time, of a rowwise criterion no more than a few rows'.
     """
     if spec.dense:
-        return ((target, torch.zeros(target.matrix.shape, dtype=torch.bool)) for target in targets)
+        return ((target, torch.zeros(target.shape, dtype=torch.bool)) for target in targets)
     statistics = statistics or {}
     _check_statistics(targets, spec, statistics)
     groups = _groups(targets, spec.granularity)
@@ -142,11 +143,16 @@ def _pick_together(
     group: list[Target], low: int, high: int, spec: PruneSpec, statistics: Statistics
 ) -> Iterator[Tuple[Target, Tensor]]:
     widest = reduce(torch.promote_types, (target.weight.dtype for target in group))
-    scores = {
-        target.name: [partial(_score, target, spec, statistics, widest, rows) for rows in _parts(target, spec)]
+    layers = [
+        Layer(
+            target.name,
+            target.shape,
+            target.weight.device,
+            [partial(_score, target, spec, statistics, widest, rows) for rows in _parts(target, spec)],
+        )
         for target in group
-    }
-    selected = select(scores, low, high)
+    ]
+    selected = select(layers, low, high)
     for target in group:
         yield target, next(selected)
 
@@ -155,7 +161,7 @@ def _pick_within(
     group: list[Target], low: int, high: int, spec: PruneSpec, statistics: Statistics
 ) -> Iterator[Tuple[Target, Tensor]]:
     for target in group:
-        rows, columns = target.matrix.shape
+        rows, columns = target.shape
         widths = [columns] if spec.granularity == "row" else column_blocks(columns, spec.block_width)
         sizes = widths * rows if spec.granularity == "row" else [rows * width for width in widths]
         lows, highs = [0] * len(sizes), split(high, sizes)
@@ -170,7 +176,7 @@ def _pick_within(
 
 def _parts(target: Target, spec: PruneSpec) -> list[slice]:
     """The rows that are scored at a time."""
-    rows, columns = target.matrix.shape
+    rows, columns = target.shape
     step = max(1, CHUNK // columns) if spec.criterion.rowwise else rows
     return [slice(start, start + step) for start in range(0, rows, step)]
 
@@ -178,7 +184,7 @@ def _parts(target: Target, spec: PruneSpec) -> list[slice]:
 def _score(target: Target, spec: PruneSpec, statistics: Statistics, dtype: torch.dtype, rows: slice) -> Tensor:
     """The criterion's scores; ranked beside layers of a wider dtype they are widened, which keeps their order."""
     own = {name: statistics[name][target.name] for name in spec.criterion.statistics}
-    scores = spec.criterion.score(target.matrix[rows], own)
+    scores = spec.criterion.score(target.weight.detach()[rows].flatten(1), own)
     return scores.to(torch.promote_types(scores.dtype, dtype)) if scores.is_floating_point() else scores
 
 

@@ -8,7 +8,7 @@ parts, so a group of any size needs the scores of a few rows at a time.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
 from itertools import chain, groupby
 from typing import NamedTuple
@@ -28,7 +28,18 @@ _KEY_DTYPES = {
 }
 _DIGIT = 16  # bits a histogram resolves: 65,536 counters stay in cache
 CHUNK = 1 << 20  # weights counted at a time: bounds the temporaries
-_ROWS_CHUNK = 1 << 18  # weights of rows ranked at a time, which takes four times the memory
+_ROWS_CHUNK = 1 << 17  # weights of rows ranked at a time, which takes four times the memory
+
+
+class Layer(NamedTuple):
+    """A layer to be ranked."""
+
+    name: str
+    shape: tuple[int, int]  # rows, columns
+    device: torch.device
+    parts: Sequence[Scores]
+    """Functions that compute the scores of its rows, some at a time, first to last: floats of 0 and up, of one dtype in
+    all of a group. Each is called several times, unless the group has no other."""
 
 
 class Cut(NamedTuple):
@@ -61,35 +72,29 @@ def split(k: int, sizes: Sequence[int]) -> list[int]:
     return apportion([k * size for size in sizes], sum(sizes))
 
 
-def select(scores: Mapping[str, Sequence[Scores]], low: int, high: int) -> Iterator[Tensor]:
+def select(layers: Sequence[Layer], low: int, high: int) -> Iterator[Tensor]:
     """Select ranks low to high - 1 of one group that may span several layers.
 
-    Args:
-        scores: for each layer, in order, functions that compute the scores [rows, columns] of its parts, from the first
-            row to the last: non-negative floats of one dtype. Each is called several times, unless it is the only one.
-        low: the first rank selected.
-        high: the first rank after the selected ones.
-
     Yields:
-        One bool mask a layer, in order, shaped like its scores. A layer's weights may be changed once its mask is out.
+        Each layer's mask, bool [rows, columns], in order. A layer's weights may be changed once its mask is out.
 
     Raises:
         InputError: for scores that are NaN, negative or no floats, naming the layer.
     """
-    layers: list[list[Scores]] = [[partial(_keys_of, name, part) for part in parts] for name, parts in scores.items()]
-    if sum(map(len, layers)) == 1:
-        layers = [[cache(layers[0][0])]]
-    parts = list(chain.from_iterable(layers))
-    lower, upper = _find_cut(parts, low), _find_cut(parts, high)
-    for layer in layers:
-        masks = []
-        for part in layer:
-            mask, lower, upper = _between(part(), lower, upper)
-            masks.append(mask)
-        whole = torch.cat(masks) if len(masks) > 1 else masks[0]
-        del masks, mask
-        yield whole
-        del whole  # before the next one is made
+    keys: list[list[Scores]] = [[partial(_keys_of, layer.name, part) for part in layer.parts] for layer in layers]
+    if sum(map(len, keys)) == 1:
+        keys = [[cache(keys[0][0])]]
+    group = list(chain.from_iterable(keys))
+    lower, upper = _find_cut(group, low), _find_cut(group, high)
+    for layer, parts in zip(layers, keys, strict=True):
+        mask = torch.empty(layer.shape, dtype=torch.bool, device=layer.device)
+        start = 0
+        for part in parts:
+            selected, lower, upper = _between(part(), lower, upper)
+            mask[start : start + len(selected)] = selected
+            start += len(selected)
+        yield mask
+        del mask  # before the next one is made
 
 
 def select_rows(name: str, scores: Tensor, low: Sequence[int], high: Sequence[int]) -> Tensor:

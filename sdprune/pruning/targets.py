@@ -36,6 +36,11 @@ class Target:
         return self.weight.detach().flatten(1)
 
     @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns of the matrix."""
+        return len(self.weight), self.weight[0].numel()
+
+    @property
     def kind(self) -> str:
         """`Linear` or `Conv2d`, also for subclasses of these."""
         return next(kind for kind, cls in LAYER_KINDS.items() if isinstance(self.module, cls))

@@ -62,7 +62,8 @@ class _RandomBatches(IterableDataset):
 
     def __iter__(self) -> Iterator[tuple[Tensor, list[str], Tensor]]:
         data = self.data
-        generator = torch.Generator().manual_seed(torch.initial_seed() % 2**63)
+        done = data.trainer.global_step if data.trainer else 0  # a resumed training draws on, it does not repeat
+        generator = torch.Generator().manual_seed((torch.initial_seed() + 7919 * done) % 2**63)
         for _ in range(data.steps):
             index = torch.randint(data.n, (data.batch_size,), generator=generator)
             wording = torch.randint(3, (data.batch_size,), generator=generator)

@@ -1,0 +1,53 @@
+"""Imports run one way: pruning <- pipelines, data, metrics <- modules, callbacks <- cli; nothing imports mini."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent / "sdprune"
+HEAVY = {"lightning", "diffusers", "transformers", "wandb", "datasets", "torchmetrics", "jsonargparse"}
+ALLOWED = {
+    "pruning": {"pruning", "errors"},
+    "pipelines": {"pipelines", "pruning", "errors"},
+    "data": {"data", "errors"},
+    "metrics": {"metrics", "errors", "pipelines"},  # of pipelines only `resolve`
+    "callbacks": {"callbacks", "data", "metrics", "pipelines", "pruning", "errors", "record"},
+    "modules": {"modules", "data", "metrics", "pipelines", "pruning", "errors", "record", "store", "pictures"},
+    "mini": {"mini", "data", "errors"},
+}
+
+
+def imports(path: Path) -> set[str]:
+    """Dotted names that a file imports, anywhere in it."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module)
+    return names
+
+
+@pytest.mark.parametrize("package", ALLOWED)
+def test_packages_import_only_what_lies_below_them(package: str) -> None:
+    files = list((ROOT / package).rglob("*.py"))
+    assert files
+    for path in files:
+        used = {name.split(".")[1] for name in imports(path) if name.startswith("sdprune.")}
+        assert used <= ALLOWED[package], f"{path.relative_to(ROOT)} imports {used - ALLOWED[package]}"
+
+
+def test_the_science_sees_tensors_only() -> None:
+    for path in (ROOT / "pruning").rglob("*.py"):
+        outside = {name.split(".")[0] for name in imports(path)}
+        assert not outside & HEAVY, f"{path.relative_to(ROOT)} imports {outside & HEAVY}"
+
+
+def test_only_the_command_line_imports_the_miniature() -> None:
+    users = {
+        path.relative_to(ROOT).as_posix()
+        for path in ROOT.rglob("*.py")
+        if "mini" not in path.relative_to(ROOT).parts and any(n.startswith("sdprune.mini") for n in imports(path))
+    }
+    assert users == {"commands.py"}

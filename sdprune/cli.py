@@ -44,10 +44,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         run(arguments)
         return 0
-    except KeyboardInterrupt:
-        return _tell("interrupted; run the same command again to go on", 130)
-    except Exception as error:
-        bad_input = _cause(error)
+    except (KeyboardInterrupt, Exception, SystemExit) as error:
+        if isinstance(error, SystemExit) and not error.code:  # --help, --print_config
+            return 0
+        if _cause(error, KeyboardInterrupt):  # the trainer makes a SystemExit of it
+            return _tell("interrupted; run the same command again to go on", 130)
+        bad_input = _cause(error, InputError)
         if bad_input is None:
             import traceback
 
@@ -56,9 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _tell(f"error: {bad_input}", 2)
 
 
-def _cause(error: BaseException | None) -> InputError | None:
-    """The InputError behind an exception: libraries wrap what a constructor raises."""
-    while error is not None and not isinstance(error, InputError):
+def _cause(error: BaseException | None, kind: type[BaseException]) -> BaseException | None:
+    """The exception of a kind behind another: libraries wrap what a constructor raises."""
+    while error is not None and not isinstance(error, kind):
         error = error.__cause__ or error.__context__
     return error
 

@@ -4,28 +4,39 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import sys
 import warnings
-from collections.abc import Sequence
-from difflib import get_close_matches
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 # Before transformers and diffusers are imported: their remarks on torchvision and accelerate are not the user's.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-warnings.filterwarnings("ignore", module=r"(lightning|torch|jsonargparse|diffusers|transformers|wandb)\b")
+for _message in (  # Lightning's talk with its own developers, and advice on training loops
+    "LightningCLI's args parameter is intended",
+    r"`isinstance\(treespec, LeafSpec\)` is deprecated",
+    "`LightningModule.configure_optimizers` returned `None`",
+    r"The number of training batches \(",
+    r"The '\w+' does not have many workers",
+    "`torch_dtype` is deprecated",
+):
+    warnings.filterwarnings("ignore", message=_message)
+warnings.filterwarnings("ignore", module=r"jsonargparse\b|lightning\.pytorch\.cli")
 
+import yaml  # noqa: E402
 from lightning import LightningDataModule, LightningModule, Trainer  # noqa: E402
+from lightning.fabric.utilities.exceptions import MisconfigurationException  # noqa: E402
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI  # noqa: E402
 
-import sdprune.data.coco  # noqa: E402
 import sdprune.mini.source  # noqa: E402
 import sdprune.mini.training  # noqa: E402
 import sdprune.modules  # noqa: E402, F401 (classes are found by name among those imported)
 from sdprune.callbacks import ImageProgress  # noqa: E402
+from sdprune.data import CocoDataModule  # noqa: E402
 from sdprune.errors import InputError  # noqa: E402
 from sdprune.modules import FrozenModule, GenerationModule  # noqa: E402
+from sdprune.options import Names, explain  # noqa: E402
 from sdprune.summary import show  # noqa: E402
 
 TRAINER_DEFAULTS: dict[str, Any] = {
@@ -38,26 +49,29 @@ TRAINER_DEFAULTS: dict[str, Any] = {
 }
 
 
+_CLASSES = """The options of a class: --model.help {classes}, --data.help CocoDataModule,
+--data.source.help CocoDirectory, ... The whole configuration, with values: --config FILE --print_config."""
+DESCRIPTIONS = {
+    "fit": "Prune a model and save it as a diffusers directory (PruningModule), or gather calibration statistics "
+    "(CalibrationModule). " + _CLASSES.format(classes="PruningModule"),
+    "predict": "Prune in memory, draw images from captions, score them, write the record; the same command again goes on "
+    "where it stopped. " + _CLASSES.format(classes="GenerationModule"),
+}
+
+
+class ParseError(InputError):
+    """The parser's own message, many lines long."""
+
+
 class Parser(LightningArgumentParser):
-    """Errors in one line, with the nearest option."""
+    """Raises its errors, so that they can be told in one line."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Raise InputError."""
+        """Raise InputError: what a constructor said of its arguments, or else what the parser says."""
         cause: BaseException | None = ex
-        while cause is not None and not isinstance(cause, InputError):
+        while cause is not None and (isinstance(cause, ParseError) or not isinstance(cause, InputError)):
             cause = cause.__cause__ or cause.__context__
-        raise cause or InputError(self._short(message))
-
-    def _short(self, message: str) -> str:
-        lines = [line.strip(" -") for line in message.splitlines() if line.strip()]
-        text = lines[0] if len(lines) == 1 else f"{lines[0]} {lines[-1]}"
-        option = re.search(r"(?:[Uu]nrecognized arguments?|not accepted|does not exist).*?-*([\w.]*\w)", text)
-        return f"{text[:400]}{self._nearest(option.group(1)) if option else ''}"
-
-    def _nearest(self, option: str) -> str:
-        known = [name.lstrip("-") for action in self._actions for name in action.option_strings]
-        close = get_close_matches(option, known, n=1)
-        return f" Did you mean --{close[0]}?" if close else " See --help, or --print_config for all options."
+        raise cause or ParseError(message)
 
 
 class SdpruneCLI(LightningCLI):
@@ -91,23 +105,50 @@ class SdpruneCLI(LightningCLI):
                 project=config.wandb_project, save_dir=output, offline=config.wandb == "offline",
             )  # fmt: skip
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse, with errors of one line."""
+        try:
+            super().parse_arguments(parser, args)
+        except ParseError as error:
+            verb = self._subcommand_parsers.get(args[0], parser)
+            own = [name.lstrip("-") for action in verb._actions for name in action.option_strings]
+            names = Names()
+            for option, base in (("model", LightningModule), ("data", LightningDataModule)):
+                names.add(option, base)
+            raise InputError(explain(str(error), names, own)) from error
+        seed = self.config[self.config.subcommand].seed_everything
+        if not isinstance(seed, bool) and not 0 <= seed < 2**32:
+            raise InputError(f"seed_everything is {seed}: choose from 0 to {2**32 - 1}.")
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Lightning says of its own options what is wrong with them."""
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except (MisconfigurationException, ValueError, TypeError) as error:
+            raise InputError(f"The trainer cannot be made: {error} See --trainer options in --help.") from error
+
     def before_fit(self) -> None:
         """Tell what can be told before anything costly starts."""
+        if isinstance(self.model, GenerationModule):
+            raise InputError("fit runs PruningModule or CalibrationModule, got GenerationModule: use sdprune predict.")
         if isinstance(self.model, FrozenModule):
             self._attach()
-            self.model.check(self.datamodule)
+            self.model.check(self.datamodule, str(self.trainer.precision))
 
     def before_predict(self) -> None:
         """Check, then make the dense record if the pruned run wants it and it is not there."""
         model = self.model
         if not isinstance(model, GenerationModule):
-            raise InputError(f"predict runs GenerationModule, got {type(model).__name__}.")
+            raise InputError(f"predict runs GenerationModule, got {type(model).__name__}: use sdprune fit.")
         self._attach()
         runs = [model.dense(), model] if model.wants_dense else [model]
         precision = str(self.trainer.precision)
         records = [run.prepare_record(self.datamodule, precision) for run in runs]
         for run in runs:
-            run.check(self.datamodule)
+            run.check(self.datamodule, precision)
+        for record in records:
+            if not record.finished:
+                record.start()
         if model.wants_dense:
             model.baseline = records[0]
             if not records[0].finished:
@@ -116,11 +157,15 @@ class SdpruneCLI(LightningCLI):
             self.trainer.limit_predict_batches = 0
 
     def after_predict(self) -> None:
-        """Print what came out."""
+        """Log and print what came out."""
         if self.trainer.is_global_zero:
+            self.model.log_record()
             show(self.model.record)
 
     def _attach(self) -> None:
+        if not isinstance(self.datamodule, CocoDataModule):
+            told = f"{type(self.model).__name__} needs --data CocoDataModule, got {type(self.datamodule).__name__}."
+            raise InputError(told)
         self.datamodule.prepare_data()
         self.datamodule.trainer = self.trainer
 
@@ -131,8 +176,30 @@ def _class(path: str, **init_args: Any) -> Any:
     return Namespace(class_path=path, init_args=Namespace(**init_args))
 
 
+def _check_files(arguments: Sequence[str]) -> None:
+    """Tell of configuration files that cannot be read by their names, which the parser does not."""
+    for path in _config_files(arguments):
+        try:
+            content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise InputError(f"Cannot read the configuration {path}: {error.strerror}. Give a YAML file.") from error
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            reason = " ".join(str(error).split())
+            raise InputError(f"The configuration {path} is no valid YAML: {reason}") from error
+        if not isinstance(content, dict):
+            raise InputError(f"The configuration {path} holds no options: expected YAML with model: and data:.")
+
+
+def _config_files(arguments: Sequence[str]) -> Iterator[Path]:
+    for name, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        option, given, value = name.partition("=")
+        if option in ("-c", "--config") and (given or following):
+            yield Path(value if given else following)
+
+
 def run(arguments: Sequence[str]) -> None:
     """Parse and run one verb."""
+    _check_files(arguments)
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     os.environ.setdefault("WANDB_SILENT", "true")
@@ -147,6 +214,10 @@ def run(arguments: Sequence[str]) -> None:
         seed_everything_default=0,
         trainer_class=Trainer,
         parser_class=Parser,
+        parser_kwargs={
+            verb: {"description": told, "usage": f"sdprune {verb} --config FILE [options]"}
+            for verb, told in DESCRIPTIONS.items()
+        },
         trainer_defaults={**TRAINER_DEFAULTS, "callbacks": [ImageProgress()]},
         args=list(arguments),
     )

@@ -1,11 +1,11 @@
 """A run's directory, fingerprint and results: the only thing that studies read.
 
-    <output>/<label>-<fingerprint>/
-        config.json      every fact that the fingerprint covers
-        images/*.png     one image a prompt, under the name of its COCO image
-        samples/*.png    the fixed prompts; grid.png shows them, the dense model's above
-        rows.npz         `ids`, and each metric's row of every image, in drawn order
-        results.json     written last: a run that has it is finished
+<output>/<label>-<fingerprint>/
+    config.json      every fact that the fingerprint covers
+    images/*.png     one image a prompt, under the name of its COCO image
+    samples/*.png    the fixed prompts; grid.png shows them, the dense model's above
+    rows.npz         `ids`, and each metric's row of every image, in drawn order
+    results.json     written last: a run that has it is finished
 """
 
 from __future__ import annotations
@@ -96,13 +96,8 @@ class Record:
         Raises:
             InputError: the directory cannot be written.
         """
-        try:
-            (self.directory / "images").mkdir(parents=True, exist_ok=True)
-            write_json(self.directory / "config.json", self.facts)
-        except OSError as error:
-            raise InputError(
-                f"Cannot write the run directory {self.directory}: {error.strerror}. Choose another --model.output."
-            ) from error
+        require_writable(self.directory / "images", "--model.output")
+        write_json(self.directory / "config.json", self.facts)
 
     def image_path(self, file_name: str) -> Path:
         """Where the image of a COCO file lies."""
@@ -112,17 +107,20 @@ class Record:
         """Look at what an earlier attempt left.
 
         Raises:
-            InputError: damaged results or images, by name.
+            InputError: damaged results, rows or images, by name.
         """
         if self.finished:
-            read_json(self.directory / "results.json")
+            _ = self.results
+            self.load_rows("")
+            for number in range(len(self.facts.get("samples", ()))):
+                read_png(self.directory / "samples" / f"{number}.png")
             return
         for path in sorted((self.directory / "images").rglob("*.png")):
             try:
                 with Image.open(path) as image:
                     image.verify()
             except (OSError, SyntaxError, UnidentifiedImageError) as error:
-                raise damaged_image(path) from error
+                raise _damaged_image(path) from error
 
     def save_rows(self, ids: list[Any], rows: Mapping[str, np.ndarray]) -> None:
         """Write each metric's rows, keyed `<metric>.<column>`, beside the ids."""
@@ -149,9 +147,26 @@ class Record:
         write_json(self.directory / "results.json", results)
 
 
-def damaged_image(path: Path) -> InputError:
-    """What to say of an image that cannot be read."""
-    return InputError(f"{path} is damaged: delete it and run again; it alone is generated anew.")
+def require_writable(directory: Path, option: str) -> None:
+    """Make a directory and write to it.
+
+    Raises:
+        InputError: it cannot be written; `option` chooses another.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        raise InputError(f"Cannot write {directory}: {error.strerror}. Choose another {option}.") from error
+
+
+def _damaged_image(path: Path) -> InputError:
+    if path.parent.name == "samples":
+        told = f"delete {path.parents[1] / 'results.json'} and run again; images that are there are kept."
+    else:
+        told = "delete it and run again; images that are whole are kept."
+    return InputError(f"{path} is missing or damaged: {told}")
 
 
 def save_png(path: Path, pixels: np.ndarray) -> None:
@@ -165,13 +180,13 @@ def read_png(path: Path) -> np.ndarray:
     """Read uint8 [h, w, 3].
 
     Raises:
-        InputError: it is damaged.
+        InputError: it is missing or damaged.
     """
     try:
         with Image.open(path) as image:
             return np.array(image.convert("RGB"))
     except (OSError, SyntaxError, UnidentifiedImageError) as error:
-        raise damaged_image(path) from error
+        raise _damaged_image(path) from error
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdprune.errors import InputError
-from sdprune.record import fingerprint, replacing, write_json
+from sdprune.record import fingerprint, replacing, require_writable, write_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,18 +42,29 @@ class StatisticsStore:
         path = self.path(facts)
         try:
             flat = load_file(path)
-        except (OSError, SafetensorError) as error:
+            statistics: dict[str, dict[str, Tensor]] = {}
+            for key, value in flat.items():
+                statistic, layer = key.split("/", 1)
+                statistics.setdefault(statistic, {})[layer] = value
+            return statistics
+        except (OSError, SafetensorError, ValueError) as error:
             raise InputError(f"{path} is damaged ({error}): delete it, and it is gathered again.") from error
-        statistics: dict[str, dict[str, Tensor]] = {}
-        for key, value in flat.items():
-            statistic, layer = key.split("/", 1)
-            statistics.setdefault(statistic, {})[layer] = value
-        return statistics
+
+    def check(self, facts: Iterable[Mapping[str, Any]]) -> None:
+        """Read what is there, and see that the rest can be written.
+
+        Raises:
+            InputError: a damaged file, or a directory that cannot be written.
+        """
+        for fact in facts:
+            if fact in self:
+                self.load(fact)
+            else:
+                require_writable(self.root, "--model.store")
 
     def save(self, facts: Mapping[str, Any], statistics: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Write the statistics and, beside them, the facts."""
         from safetensors.torch import save_file
-
 
         self.root.mkdir(parents=True, exist_ok=True)
         flat = {f"{name}/{layer}": value for name, layers in statistics.items() for layer, value in layers.items()}

@@ -18,8 +18,12 @@ def show(record: Record, console: Console | None = None) -> None:
     if results["pruning"]:
         console.print(_sparsities(results["sparsity"]))
     speed = results["speed"]
-    rate = f"{speed['generated']} drawn, {speed['images_per_second']:.1f} a second" if speed["generated"] else "none drawn"
-    console.print(f"{results['n']} images ({rate}), {speed['peak_memory_bytes'] / 2**30:.1f} GiB at most", highlight=False)
+    rate = (
+        f"{speed['generated']} drawn, {speed['images_per_second']:.1f} a second" if speed["generated"] else "none drawn"
+    )
+    console.print(
+        f"{results['n']} images ({rate}), {speed['peak_memory_bytes'] / 2**30:.1f} GiB at most", highlight=False
+    )
     if results["data"].get("truncated"):
         console.print(f"{results['data']['truncated']} captions were longer than the tokenizer takes", highlight=False)
     print(f"pictures   {record.directory / 'grid.png'}")

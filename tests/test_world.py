@@ -91,7 +91,8 @@ def test_the_source_draws_once_and_reads_back(tmp_path) -> None:
 def test_the_examiner_reads_real_pictures() -> None:
     single = [scene for scene in scenes("val", 500) if len(scene.things) == 1]
     right = [
-        (found.colour, found.shape, found.background) == (scene.things[0].colour, scene.things[0].shape, scene.background)
+        (found.colour, found.shape, found.background)
+        == (scene.things[0].colour, scene.things[0].shape, scene.background)
         for scene in single
         for found in [classify(scene.render())]
     ]

@@ -21,7 +21,7 @@ class ImageProgress(Callback):
         self.lines = lines
         self.bar: Progress | None = None
 
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_predict_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Show the name of the run and an empty bar."""
         if not trainer.is_global_zero:
             return

@@ -24,6 +24,7 @@ class PerImageMetric(Metric):
     """
 
     columns: ClassVar[tuple[str, ...]]
+    name: str
     full_state_update = False
     positions: list[Tensor]
 

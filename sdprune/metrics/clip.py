@@ -69,7 +69,7 @@ class ClipModel:
         self.device = torch.device(device)
         if self._network is None:
             self._network, self._tokenizer, self._preprocess = _load(self.source, self.revision or "main")
-        self._network.to(self.device)  # type: ignore[arg-type]
+        self._network.to(self.device)
 
     def preprocess(self, images: Tensor) -> Tensor:
         """Pixel values [b, 3, H, W] of uint8 images [b, 3, h, w], float32 on the model's device."""

@@ -1,0 +1,1 @@
+"""The embedded world, the miniature pipeline trained on it, and its recipe."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING
 
 import torch
 from lightning import LightningModule
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 _DTYPES = {"16-true": torch.float16, "bf16-true": torch.bfloat16, "64-true": torch.float64}
 
 
-class FrozenModule(LightningModule):
+class FrozenModule(LightningModule, ABC):
     """Holds a pipeline outside the module tree, so that neither DDP nor checkpoints nor casts reach it."""
 
     def __init__(self, pipeline: PipelineFamily):
@@ -58,5 +59,6 @@ class FrozenModule(LightningModule):
         if self.trainer.is_global_zero:
             print(line, flush=True)
 
-    def check(self, data: Any) -> None:
+    @abstractmethod
+    def check(self, data: CocoDataModule, dtype: str) -> None:
         """Raise InputError for everything that can be told before the model is loaded."""

@@ -149,18 +149,21 @@ class CalibrationModule(FrozenModule):
         self.components, self.sampling, self.seed = components, sampling, seed
         self.store = StatisticsStore(store)
 
-    def check(self, data: CocoDataModule) -> None:
+    def check(self, data: CocoDataModule, dtype: str) -> None:
         """Everything that can be told before the model is loaded."""
         self.pipeline.require(self.components)
-        data.check(calibration=True, images=False)
+        self.pipeline.check(self.sampling)
+        _ = data.calibration_examples  # enough captions
+        self.store.check(self._facts(data, dtype).values())
 
     def on_fit_start(self) -> None:
         """Load the model; what the store has already is not gathered again."""
         self.load()
-        facts = calibration_facts(
-            self.components, self.pipeline, self.data, self.sampling, self.seed, self.precision_name
-        )
+        facts = self._facts(self.data, self.precision_name)
         self.calibrator = Calibrator(self.pipeline, facts, self.sampling, self.seed, self.store)
+
+    def _facts(self, data: CocoDataModule, dtype: str) -> dict[str, dict[str, Any]]:
+        return calibration_facts(self.components, self.pipeline, data, self.sampling, self.seed, dtype)
 
     def training_step(self, batch: Batch) -> None:
         """One batch of prompts."""

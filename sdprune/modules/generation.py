@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import resource
 import time
+from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Dict, List
 
 import numpy as np
@@ -11,13 +13,15 @@ import torch
 
 from sdprune.data import Batch
 from sdprune.errors import InputError
-from sdprune.metrics import FrechetInceptionDistance, PerImageMetric, reference_path, reference_statistics
+from sdprune.metrics import (
+    FrechetInceptionDistance, PerImageMetric, Statistics, reference_path, reference_statistics,
+)  # fmt: skip
 from sdprune.modules.base import FrozenModule
 from sdprune.modules.pruning import PruningPlan, flat, summary
 from sdprune.pictures import grid
 from sdprune.pipelines import PipelineFamily, Sampling
 from sdprune.pruning import PruneReport, PruneSpec
-from sdprune.record import Record, image_seed, label, own_version, read_png, save_png, versions
+from sdprune.record import Record, image_seed, label, own_version, read_png, require_writable, save_png, versions
 
 if TYPE_CHECKING:
     from sdprune.data import CocoDataModule
@@ -96,13 +100,16 @@ class GenerationModule(FrozenModule):
         self.record = Record(self.output, label(self.plan.specs), facts)
         return self.record
 
-    def check(self, data: CocoDataModule) -> None:
-        """Everything that can be told before the model is loaded."""
-        self.pipeline.require(list(self.plan.asked))
+    def check(self, data: CocoDataModule, dtype: str) -> None:
+        """Everything that can be told before the model is loaded; needs `prepare_record`."""
+        self.plan.check(data, dtype)
         self.record.check()
-        cached = all(reference_path(m.extractor, self._cache, self._key(data)).exists() for m in self._referenced)
-        self.facts_of_data = data.check(calibration=bool(self.plan.calibrated), images=not cached)
-        self.record.start()
+        require_writable(Path(self._cache), "--model.output")
+        cached = [path for m in self._referenced if (path := self._reference_path(m, data)).exists()]
+        for path in cached:
+            Statistics.load(path)
+        missing = len(self._referenced) - len(cached)
+        self.facts_of_data = data.check(calibration=bool(self.plan.calibrated), images=missing > 0)
 
     @property
     def _cache(self) -> str:
@@ -112,9 +119,18 @@ class GenerationModule(FrozenModule):
     def _referenced(self) -> list[FrechetInceptionDistance]:
         return [m for m in self._metrics if isinstance(m, FrechetInceptionDistance) and m.needs_reference]
 
-    def _key(self, data: CocoDataModule) -> dict[str, Any]:
+    def _reference_path(self, metric: FrechetInceptionDistance, data: CocoDataModule) -> Path:
+        """The statistics of real images: the file that the data names, or the cache's."""
+        if data.reference not in ("drawn", "split"):
+            return Path(data.reference)
+        return reference_path(metric.extractor, self._cache, self._key(data))
+
+    @staticmethod
+    def _key(data: CocoDataModule) -> dict[str, Any]:
         facts = data.describe()
-        return {key: facts[key] for key in ("source", "reference", "n", "seed")}
+        return {
+            key: facts[key] for key in ("source", "reference", *(["n", "seed"] if data.reference == "drawn" else []))
+        }
 
     def on_predict_start(self) -> None:
         """Load, calibrate what is missing, prune, and load the metrics."""
@@ -124,12 +140,14 @@ class GenerationModule(FrozenModule):
             torch.cuda.reset_peak_memory_stats()
         strategy, data = self.trainer.strategy, self.data
         calibrator = self.plan.calibrator(data, self.precision_name)
-        calibrator.run(data.calibration_loader(self.global_rank, self.trainer.world_size), strategy)
+        if calibrator.missing:  # otherwise no captions need be there
+            calibrator.run(data.calibration_loader(self.global_rank, self.trainer.world_size), strategy)
         self.reports = self.plan.apply(data, self.precision_name)
         self.sparsity = self.plan.account(self.reports)
         for metric in self._metrics:
             metric.reset()
             metric.prepare(strategy.root_device)
+        self._set_references()  # before anything is drawn: it may find fault with them
         self.generated = 0
         self.seconds = {"preparation": time.perf_counter() - self.started, "generation": 0.0, "scoring": 0.0}
 
@@ -155,13 +173,13 @@ class GenerationModule(FrozenModule):
 
     def on_predict_epoch_end(self) -> None:
         """Compute the metrics over all processes; the first one writes the record."""
-        self._set_references()
         scores: dict[str, float] = {}
         for metric in self._metrics:
             scores |= metric.compute()
-        counts = self.all_gather(torch.tensor(self.generated)).sum()
+        strategy = self.trainer.strategy
+        generated = strategy.reduce(torch.tensor(self.generated, device=strategy.root_device), reduce_op="sum")
         if self.trainer.is_global_zero:
-            self._write(scores, int(counts))
+            self._write(scores, int(generated))
         self.trainer.strategy.barrier("record")
 
     def _set_references(self) -> None:
@@ -170,10 +188,13 @@ class GenerationModule(FrozenModule):
             if isinstance(metric, FrechetInceptionDistance):
                 for turn in (True, False):  # the first process fills the cache, the others read it
                     if strategy.is_global_zero == turn and metric.needs_reference:
-                        metric.set_reference(
-                            reference_statistics(data.reference_images, metric.extractor, self._cache, self._key(data))
-                        )
+                        metric.set_reference(self._reference(metric, data))
                     strategy.barrier("reference")
+
+    def _reference(self, metric: FrechetInceptionDistance, data: CocoDataModule) -> Statistics:
+        if data.reference not in ("drawn", "split"):
+            return Statistics.load(data.reference)
+        return reference_statistics(data.reference_images, metric.extractor, self._cache, self._key(data))
 
     def _write(self, scores: dict[str, float], generated: int) -> None:
         rows = {
@@ -207,7 +228,6 @@ class GenerationModule(FrozenModule):
             "versions": versions(),
         }
         self.record.finish(results)
-        self.log_record(results)
 
     def _draw_samples(self) -> None:
         if not self.samples:
@@ -231,15 +251,27 @@ class GenerationModule(FrozenModule):
             result |= metric.compare(rows)
         return result
 
-    def log_record(self, results: dict[str, Any]) -> None:
-        """All numbers and the grid, to every logger."""
-        numbers = flat({key: results[key] for key in ("metrics", "comparison", "sparsity", "speed")})
-        prefix = "" if self.plan.specs or not self.trainer.loggers else "dense/"
+    def log_record(self) -> None:
+        """The finished record's numbers and grid, to every logger; those of the dense run under `dense/`.
+
+        Read from the records, so that a run says the same whether it drew its images or found them finished.
+        """
+        numbers = _numbers(self.record.results)
+        facts = {"record": self.record.facts, "directory": self.record.directory.name}
+        if self.baseline is not None:
+            numbers |= {f"dense/{key}": value for key, value in _numbers(self.baseline.results).items()}
+            facts["dense_directory"] = self.baseline.directory.name
+        picture = self.record.directory / "grid.png"
         for logger in self.trainer.loggers:
-            logger.log_hyperparams({"record": self.record.facts})
-            logger.log_metrics({f"{prefix}{key}": value for key, value in numbers.items()}, step=0)
-            if hasattr(logger, "log_image") and (self.record.directory / "grid.png").exists():
-                logger.log_image(f"{prefix}samples", [str(self.record.directory / "grid.png")], step=0)
+            logger.log_hyperparams(facts)
+            logger.log_metrics(numbers, step=0)
+            if hasattr(logger, "log_image") and picture.exists():
+                logger.log_image("samples", [str(picture)], step=0)
+            logger.save()
+
+
+def _numbers(results: Mapping[str, Any]) -> dict[str, float]:
+    return flat({key: results[key] for key in ("metrics", "comparison", "sparsity", "speed")})
 
 
 def vars_of(metric: FrechetInceptionDistance) -> dict[str, Any]:

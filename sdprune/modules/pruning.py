@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any, Dict
 import torch
 
 from sdprune.data import Batch
-from sdprune.errors import InputError
 from sdprune.modules.base import FrozenModule
 from sdprune.modules.calibration import Calibrator, calibration_facts
 from sdprune.pipelines import PipelineFamily, Sampling
 from sdprune.pruning import PruneReport, PruneSpec, account, find_targets, prune
-from sdprune.record import fingerprint, label, own_version, read_json, write_json
+from sdprune.pruning.statistics import InputNorms
+from sdprune.record import fingerprint, label, own_version, read_json, require_writable, write_json
 from sdprune.store import StatisticsStore
 
 if TYPE_CHECKING:
@@ -55,10 +55,20 @@ class PruningPlan:
         """What the statistics depend on, by component."""
         return calibration_facts(self.calibrated, self.pipeline, data, self.sampling, self.seed, dtype)
 
-    def calibrator(self, data: CocoDataModule, dtype: str) -> Calibrator:
-        """Gathers what the store lacks; layer patterns are checked first, because gathering may take long."""
+    def check(self, data: CocoDataModule, dtype: str) -> None:
+        """Everything that can be told before the model is loaded: names, layer patterns, statistics."""
+        self.pipeline.require(list(self.asked))
+        self.pipeline.check(self.sampling)
         for name, spec in self.specs.items():
-            find_targets(self.pipeline.components[name], spec.layers, spec.include, spec.exclude)
+            targets = find_targets(self.pipeline.skeleton(name), spec.layers, spec.include, spec.exclude)
+            if name in self.calibrated:
+                InputNorms(targets)
+        if self.calibrated:
+            _ = data.calibration_examples  # enough captions
+        self.store.check(self.facts(data, dtype).values())
+
+    def calibrator(self, data: CocoDataModule, dtype: str) -> Calibrator:
+        """Gathers what the store lacks."""
         return Calibrator(self.pipeline, self.facts(data, dtype), self.sampling, self.seed, self.store)
 
     def apply(self, data: CocoDataModule, dtype: str) -> dict[str, PruneReport]:
@@ -121,21 +131,22 @@ class PruningModule(FrozenModule):
         self.plan = PruningPlan(pipeline, prune, sampling, seed, store)
         self.output = output
 
-    def check(self, data: CocoDataModule) -> None:
+    def check(self, data: CocoDataModule, dtype: str) -> None:
         """Everything that can be told before the model is loaded."""
-        self.pipeline.require(list(self.plan.asked))
-        if self.plan.calibrated:
-            data.check(calibration=True, images=False)
-        try:
-            Path(self.output).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"Cannot write {self.output}: {error.strerror}. Choose another --model.output.") from error
+        self.plan.check(data, dtype)
+        require_writable(Path(self.output), "--model.output")
+        self._finished(self.directory(data, dtype))
 
-    def directory(self) -> Path:
+    @staticmethod
+    def _finished(directory: Path) -> bool:
+        report = directory / "pruning_report.json"
+        return report.exists() and bool(read_json(report))
+
+    def directory(self, data: CocoDataModule, dtype: str) -> Path:
         """Where the pruned pipeline goes."""
         facts = {
             "version": own_version(), "pipeline": self.pipeline.describe(), "prune": self.plan.describe(),
-            "calibration": self.plan.facts(self.data, self.precision_name), "dtype": self.precision_name,
+            "calibration": self.plan.facts(data, dtype), "dtype": dtype,
         }  # fmt: skip
         return Path(self.output) / f"pruned-{label(self.plan.specs)}-{fingerprint(facts)}"
 
@@ -151,7 +162,7 @@ class PruningModule(FrozenModule):
     def on_train_epoch_end(self) -> None:
         """Prune and save."""
         self.calibrator.finish(self.trainer.strategy)
-        directory = self.directory()
+        directory = self.directory(self.data, self.precision_name)
         reports = self.plan.apply(self.data, self.precision_name)
         if self.trainer.is_global_zero:
             self.save(directory, reports)
@@ -159,8 +170,7 @@ class PruningModule(FrozenModule):
 
     def save(self, directory: Path, reports: Mapping[str, PruneReport]) -> None:
         """Write pipeline, card and report; a finished directory is left as it is."""
-        if (directory / "pruning_report.json").exists():
-            read_json(directory / "pruning_report.json")
+        if self._finished(directory):
             return self.tell(f"Already there: {directory}")
         sparsity = self.plan.account(reports)
         self.pipeline.save(directory)
@@ -193,7 +203,7 @@ def sparsity_table(sparsity: Mapping[str, Any]) -> str:
     for name, whole in wholes.items():
         detail = f"{whole['pruned']:,} pruned, {whole['zeros']:,} zero of {whole['parameters']:,}"
         rows.append((name, f"{whole['pruned_fraction']:.2%}", detail))
-    return "\n".join(f"  {name:<28}{share:>8}   {detail}" for name, share, detail in rows)
+    return "\n".join(f"  {name:<28}{share:>8}   {detail}".rstrip() for name, share, detail in rows)
 
 
 def model_card(model: Mapping[str, Any], sparsity: Mapping[str, Any], reports: Mapping[str, PruneReport]) -> str:

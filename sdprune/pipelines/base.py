@@ -67,6 +67,14 @@ class PipelineFamily(ABC):
     def prunable(self) -> list[str]:
         """Names of the components that can be pruned: all that turn text into latents."""
 
+    @abstractmethod
+    def skeleton(self, component: str) -> nn.Module:
+        """A component without weights, on the meta device: its layers can be looked at before anything is loaded."""
+
+    @abstractmethod
+    def check(self, sampling: Sampling) -> None:
+        """Raise InputError when images cannot be drawn so, e.g. for an unknown scheduler; loads nothing."""
+
     @property
     @abstractmethod
     def tokenizer(self) -> Any:
@@ -77,9 +85,7 @@ class PipelineFamily(ABC):
         """Run the text encoders alone, as in generation without guidance; for calibration."""
 
     @abstractmethod
-    def generate(
-        self, prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling, decode: bool = True
-    ) -> Tensor:
+    def generate(self, prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling, decode: bool = True) -> Tensor:
         """Draw one image a prompt, from noise that depends on nothing but its seed.
 
         Returns:

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from functools import cached_property
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
 
@@ -44,8 +45,7 @@ class StableDiffusion(PipelineFamily):
         """
         path = Path(resolve(self.model, "pipeline"))
         if path.is_dir():
-            if not (path / "model_index.json").is_file():
-                raise InputError(f"{path} is no diffusers directory: it has no model_index.json.")
+            _require_pipeline(path)
             return path
         if path.is_absolute() or self.model.startswith(".") or self.model.count("/") != 1:
             raise InputError(f"Model directory {self.model!r} does not exist: give a diffusers directory or a hub id.")
@@ -71,17 +71,20 @@ class StableDiffusion(PipelineFamily):
         """See PipelineFamily."""
         if self._pipe is None:
             self._pipe = self._read(dtype)
+            self._scheduler = self._pipe.scheduler
         self._pipe.to(device=device, dtype=dtype)
 
     def _read(self, dtype: torch.dtype) -> Any:
         from diffusers import StableDiffusionPipeline
-        from diffusers.utils import logging
+        from diffusers.utils import logging as diffusers_logging
+        from transformers.utils import logging as transformers_logging
 
-        logging.disable_progress_bar()
+        for logging in (diffusers_logging, transformers_logging):
+            logging.disable_progress_bar()
         try:
             pipe = StableDiffusionPipeline.from_pretrained(
                 self.directory, torch_dtype=dtype, variant=self.variant, use_safetensors=True, safety_checker=None,
-                requires_safety_checker=False,
+                feature_extractor=None, requires_safety_checker=False,
             )  # fmt: skip
         except (OSError, ValueError, KeyError, TypeError) as error:
             reason = str(error).strip().splitlines()[0][:200]
@@ -105,10 +108,33 @@ class StableDiffusion(PipelineFamily):
     @property
     def prunable(self) -> list[str]:
         """See PipelineFamily; read from model_index.json, so that a wrong name is told before anything is loaded."""
-        index = json.loads((self.directory / "model_index.json").read_text())
+        index = self._index
         known = [name for name, value in index.items() if isinstance(value, list) and value[0] is not None]
         kinds = {name: str(index[name][1]) for name in known if name not in _NOT_PRUNABLE}
         return [name for name, kind in kinds.items() if kind.endswith(("Model", "ModelWithProjection"))]
+
+    @property
+    def _index(self) -> dict[str, Any]:
+        return dict(json.loads((self.directory / "model_index.json").read_text()))
+
+    def skeleton(self, component: str) -> nn.Module:
+        """See PipelineFamily."""
+        import torch
+
+        library, name = self._index[component]
+        cls = getattr(import_module(library), name)
+        with torch.device("meta"):
+            if library == "diffusers":
+                return cls.from_config(cls.load_config(self.directory, subfolder=component))
+            return cls(cls.config_class.from_pretrained(self.directory, subfolder=component))
+
+    def check(self, sampling: Sampling) -> None:
+        """See PipelineFamily."""
+        import diffusers
+
+        own = getattr(diffusers, self._index["scheduler"][1])
+        config = own.load_config(self.directory, subfolder="scheduler")
+        _scheduler(sampling.scheduler or own.__name__, own.from_config(config))
 
     @property
     def tokenizer(self) -> Any:
@@ -122,9 +148,7 @@ class StableDiffusion(PipelineFamily):
         with torch.no_grad():
             self._pipe.encode_prompt(list(prompts), self._pipe.device, 1, do_classifier_free_guidance=False)
 
-    def generate(
-        self, prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling, decode: bool = True
-    ) -> Tensor:
+    def generate(self, prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling, decode: bool = True) -> Tensor:
         """See PipelineFamily."""
         import torch
 
@@ -144,18 +168,14 @@ class StableDiffusion(PipelineFamily):
         return (output.float() * 255).round().clamp(0, 255).to(torch.uint8).cpu() if decode else output
 
     def _scheduled(self, sampling: Sampling) -> Any:
-        """The pipeline with the scheduler asked for, built anew, so that no state outlives a batch."""
-        import diffusers
-
-        name = sampling.scheduler or type(self._pipe.scheduler).__name__
-        cls = getattr(diffusers, name, None)
-        if cls is None or not hasattr(cls, "from_config") or not name.endswith("Scheduler"):
-            raise unknown("scheduler", name, sorted(one.__name__ for one in self._pipe.scheduler.compatibles))
-        self._pipe.scheduler = cls.from_config(self._pipe.scheduler.config)
+        """The pipeline with the scheduler asked for, built anew from its own, so that no state outlives a batch."""
+        own = self._scheduler
+        self._pipe.scheduler = _scheduler(sampling.scheduler or type(own).__name__, own)
         return self._pipe
 
     def save(self, directory: Path) -> None:
         """See PipelineFamily."""
+        self._pipe.scheduler = self._scheduler  # not the one that images were drawn with
         self._pipe.save_pretrained(directory, safe_serialization=True)
 
     def describe(self) -> dict[str, Any]:
@@ -176,3 +196,37 @@ class StableDiffusion(PipelineFamily):
                 with path.open("rb") as file:
                     digest.update(hashlib.file_digest(file, "sha256").digest())
         return digest.hexdigest()
+
+
+def _require_pipeline(path: Path) -> None:
+    index = path / "model_index.json"
+    try:
+        parts = json.loads(index.read_text())
+    except FileNotFoundError as error:
+        raise InputError(f"{path} is no diffusers directory: it has no model_index.json.") from error
+    except (OSError, ValueError) as error:
+        raise InputError(f"{index} is damaged ({error}): restore it or give another model.") from error
+    for name, value in parts.items() if isinstance(parts, dict) else ():
+        if isinstance(value, list) and value[0] is not None and not (path / name).is_dir():
+            raise InputError(f"{path} is no whole diffusers directory: {name}/ of its model_index.json is missing.")
+    if not isinstance(parts, dict) or not {"unet", "text_encoder", "vae", "scheduler"} <= set(parts):
+        raise InputError(f"{path} is no Stable Diffusion pipeline: see its model_index.json.")
+    for name in ("unet", "text_encoder", "vae"):
+        if not list((path / name).glob("*.safetensors")):
+            raise InputError(
+                f"{path / name} has no safetensors: only these are read. Convert the model, or give another."
+            )
+
+
+def _scheduler(name: str, own: Any) -> Any:
+    """A new scheduler with the configuration of the pipeline's own."""
+    import diffusers
+
+    cls = getattr(diffusers, name, None)
+    if cls is None or not hasattr(cls, "from_config") or not name.endswith("Scheduler"):
+        raise unknown("scheduler", name, sorted(one.__name__ for one in own.compatibles))
+    try:
+        return cls.from_config(own.config)
+    except ImportError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"Scheduler {name} cannot be used: {reason}") from error

@@ -1,0 +1,328 @@
+"""The command line: what it answers at once, and one clear line for everything that is wrong."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from command_lines import CONFIGS, CPU, fit, predict, process, the_run
+
+YAML = (CONFIGS / "predict.yaml").read_text()
+
+
+def test_version_and_help_import_nothing_heavy():
+    code = """
+import sys
+from sdprune.cli import main
+for arguments in (["--version"], ["--help"], [], ["predct"]):
+    main(arguments)
+heavy = {"torch", "lightning", "jsonargparse", "diffusers", "transformers", "numpy"} & set(sys.modules)
+sys.exit(f"imported {heavy}" if heavy else 0)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert re.match(r"sdprune \d+\.\d+", done.stdout)
+    assert "predict  --config FILE" in done.stdout
+    assert done.stderr == "sdprune: error: Unknown verb 'predct'. Did you mean 'predict'? Choices: fit, predict.\n"
+
+
+@pytest.mark.parametrize("verb", ["fit", "predict"])
+def test_help_of_a_verb(sdprune, verb):
+    told = sdprune(verb, "--help")
+    assert (told.code, told.err) == (0, "")
+    assert told.out.startswith(f"usage: sdprune {verb} --config FILE [options]\n")
+    assert "--trainer.devices" in told.out
+    assert "--wandb {off,offline,online}" in told.out
+    assert "GenerationModule" in told.out
+
+
+def test_help_of_a_class(sdprune):
+    told = sdprune("predict", "--model.help", "GenerationModule")
+    assert told.code == 0
+    assert "--model.sampling.steps" in told.out
+    assert "denoising steps" in told.out
+
+
+def test_print_config(sdprune, tmp_path):
+    told = sdprune(*predict(tmp_path, "--model.prune.unet.criterion=Wanda", "--print_config"))
+    assert (told.code, told.err) == (0, "")
+    (tmp_path / "printed.yaml").write_text(told.out)
+    again = sdprune("predict", "--config", tmp_path / "printed.yaml", "--print_config")
+    assert (again.code, again.out) == (0, told.out)
+    assert "Wanda" in told.out
+    assert "n: 7" in told.out
+    assert not list(tmp_path.glob("dense-*"))
+
+
+BAD_OPTIONS = {
+    "negative sparsity": (["--model.prune.unet.sparsity=-0.1"], ["sparsity is -0.1", "between 0 and 1"]),
+    "sparsity above 1": (["--model.prune.unet.sparsity=1.5"], ["sparsity is 1.5", "between 0 and 1"]),
+    "sparsity nan": (["--model.prune.unet.sparsity=nan"], ["prune.unet.sparsity is nan", "number"]),
+    "sparsity no number": (["--model.prune.unet.sparsity=abc"], ["prune.unet.sparsity is abc", "number"]),
+    "component": (["--model.prune.unett.sparsity=0.3"], ["'unett'", "Did you mean 'unet'", "text_encoder, unet"]),
+    "component not pruned": (["--model.prune.vae.sparsity=0.3"], ["'vae'", "text_encoder, unet"]),
+    "criterion": (["--model.prune.unet.criterion=Magnitud"], ["criterion 'Magnitud'", "Magnitude, ", "Wanda"]),
+    "allocation": (["--model.prune.unet.allocation=Unform"], ["allocation 'Unform'", "Did you mean 'Uniform'"]),
+    "granularity": (["--model.prune.unet.granularity=rows"], ["'rows'", "layer, row, column_block"]),
+    "criterion's option": (["--model.prune.unet.criterion.foo=3"], ["'model.prune.unet.criterion.foo'", "--help"]),
+    "include": (["--model.prune.unet.include=[foo*]"], ["'foo*' matches none", "down_blocks"]),
+    "include of one component": (["--model.prune.text_encoder.include=[down*]"], ["'down*' matches none"]),
+    "include as text": (["--model.prune.unet.include=foo*"], ["unet.include is foo*", "a list"]),
+    "layer kind": (["--model.prune.unet.layers=[Liner]"], ["'Liner'", "Did you mean 'Linear'"]),
+    "wanda on convolutions": (
+        ["--model.prune.unet.layers=[Linear,Conv2d]", "--model.prune.unet.criterion=Wanda"],
+        ["Conv2d", "Magnitude"],
+    ),
+    "typo in a spec": (
+        ["--model.prune.unet.sparsty=0.3"],
+        ["unet.sparsty'", "Did you mean 'model.prune.unet.sparsity'"],
+    ),
+    "typo at the root": (["--modle.x=1"], ["'modle.x'", "Did you mean 'model.x'"]),
+    "typo in a group": (["--model.smapling.steps=2"], ["Did you mean 'model.sampling.steps'"]),
+    "typo in a group's option": (["--model.sampling.stps=2"], ["Did you mean 'model.sampling.steps'"]),
+    "typo in the trainer": (["--trianer.devices=2"], ["Did you mean 'trainer.devices'"]),
+    "typo in the data": (["--data.batchsize=2"], ["Did you mean 'data.batch_size'"]),
+    "no option": (["foo"], ["'foo'", "--help"]),
+    "steps": (["--model.sampling.steps=0"], ["steps is 0", "1 or more"]),
+    "steps no number": (["--model.sampling.steps=x"], ["sampling.steps is x", "whole number"]),
+    "size": (["--model.sampling.height=20"], ["height is 20", "multiple of 8"]),
+    "scheduler": (["--model.sampling.scheduler=DDIMSchedule"], ["Did you mean 'DDIMScheduler'", "DDPMScheduler"]),
+    "too few images": (["--data.n=41"], ["40 < n=41", "at most 40"]),
+    "too few to calibrate": (
+        ["--data.calibration_n=21", "--model.prune.unet.criterion=Wanda"],
+        ["20 < n=21", "at most 20"],
+    ),
+    "reference": (["--data.reference=drwan"], ["Did you mean 'drawn'"]),
+    "reference file": (["--data.reference={tmp}/none.npz"], ["{tmp}/none.npz", "No such file"]),
+    "no model directory": (["--model.pipeline.model={tmp}/none"], ["'{tmp}/none' does not exist", "hub id"]),
+    "no pipeline in it": (["--model.pipeline.model={tmp}"], ["{tmp} is no diffusers directory", "model_index.json"]),
+    "no safetensors in it": (["--model.pipeline.model={tmp}/pickled"], ["{tmp}/pickled/", "no safetensors"]),
+    "a part is missing": (["--model.pipeline.model={tmp}/partial"], ["{tmp}/partial", "unet/"]),
+    "damaged index": (["--model.pipeline.model={tmp}/damaged"], ["model_index.json is damaged"]),
+    "hub out of reach": (
+        ["--model.pipeline.model=nobody/nothing"],
+        ["'nobody/nothing'", "Check the id and the network"],
+    ),
+    "no COCO directory": (
+        ["--data.source=CocoDirectory", "--data.source.root={tmp}/none", "--data.source.split=val2017"],
+        ["{tmp}/none does not exist", "annotations/captions_<split>.json"],
+    ),
+    "COCO without annotations": (
+        ["--data.source=CocoDirectory", "--data.source.root={tmp}", "--data.source.split=val2017"],
+        ["{tmp} has no annotations/captions_val2017.json"],
+    ),
+    "unwritable output": (["--model.output={tmp}/file/runs"], ["Cannot write {tmp}/file/runs", "--model.output"]),
+    "unwritable store": (
+        ["--model.store={tmp}/file/store", "--model.prune.unet.criterion=Wanda"],
+        ["Cannot write {tmp}/file/store", "--model.store"],
+    ),
+    "more processes than batches": (
+        ["--trainer.devices=2", "--data.n=2"],
+        ["n=2", "batch size 2", "2 processes", "batch size of at most 1"],
+    ),
+    "accelerator": (["--trainer.accelerator=abacus"], ["abacus", "cpu"]),
+    "precision": (["--trainer.precision=17"], ["'17'", "16-true"]),
+    "seed": (["--seed_everything=-5"], ["seed_everything is -5"]),
+    "two metrics of one name": (["--model.metrics+=CLIPScore"], ["clip_score", "`name`"]),
+    "W&B": (["--wandb=maybe"], ["'maybe'", "offline"]),
+    "another module": (["--model=PruningModule"], ["GenerationModule", "PruningModule", "sdprune fit"]),
+    "another data module": (["--data=WorldTrainingData"], ["CocoDataModule", "WorldTrainingData"]),
+}
+
+
+@pytest.fixture
+def prepared(tmp_path, miniature):
+    """Broken models and an ordinary file."""
+    (tmp_path / "file").write_text("a file")
+    pipeline = miniature / "pipeline"
+    for name in ("pickled", "partial", "damaged"):
+        shutil.copytree(pipeline, tmp_path / name)
+    for weights in (tmp_path / "pickled").rglob("*.safetensors"):
+        weights.rename(weights.with_suffix(".bin"))
+    shutil.rmtree(tmp_path / "partial" / "unet")
+    (tmp_path / "damaged" / "model_index.json").write_text("{")
+    return tmp_path
+
+
+@pytest.mark.parametrize("case", BAD_OPTIONS)
+def test_bad_options(sdprune, prepared, case, monkeypatch):
+    options, words = BAD_OPTIONS[case]
+    monkeypatch.chdir(prepared)
+    told = sdprune(*predict(prepared / "runs", *(option.format(tmp=prepared) for option in options)))
+    _is_one_line(told, [word.format(tmp=prepared) for word in words])
+    assert not list((prepared / "runs").glob("*/images/*"))
+    assert not list((prepared / "runs").glob("*/results.json"))
+
+
+BAD_FILES = {
+    "model class": (
+        ("class_path: GenerationModule", "class_path: GeneratonModule"),
+        ["Did you mean 'GenerationModule'"],
+    ),
+    "metric class": (("class_path: CLIPScore", "class_path: ClipScor"), ["'ClipScor'", "CLIPScore, Frechet"]),
+    "extractor class": (("ClipImageFeatures", "ClipImgFeatures"), ["extractor", "Did you mean 'ClipImageFeatures'"]),
+    "source class": (("class_path: EmbeddedWorld}", "class_path: EmbededWorld}"), ["Did you mean 'EmbeddedWorld'"]),
+    "family class": (
+        ("class_path: StableDiffusion", "class_path: StabelDiffusion"),
+        ["Did you mean 'StableDiffusion'"],
+    ),
+    "option of a spec": (("unet: {sparsity", "unet: {sparsty"), ["'sparsty'", "Did you mean 'sparsity'"]),
+    "option of a group": (("sampling: {steps", "sampling: {stps"), ["'stps'", "Did you mean 'steps'"]),
+    "option of the data": (("    batch_size:", "    batch_sise:"), ["Did you mean 'batch_size'"]),
+    "key at the root": (("model:\n  class", "modle:\n  class"), ["modle", "Did you mean 'model"]),
+    "YAML": (("prune:\n", "prune: [\n"), ["{file} is no valid YAML"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD_FILES)
+def test_bad_files(sdprune, tmp_path, case):
+    (old, new), words = BAD_FILES[case]
+    file = tmp_path / "bad.yaml"
+    assert old in YAML
+    file.write_text(YAML.replace(old, new, 1))
+    told = sdprune("predict", "--config", file)
+    _is_one_line(told, [word.format(file=file) for word in words])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["predict"], ["predict.model", "--config"]),
+        (["fit"], ["fit.model", "--config"]),
+        (["predict", "--config"], ["--config", "expected one argument"]),
+        (["predict", "--config", "{tmp}/none.yaml"], ["{tmp}/none.yaml", "No such file"]),
+        (["predict", "--config={tmp}"], ["{tmp}", "directory"]),
+        (["predict", "-c", "{tmp}/text.yaml"], ["{tmp}/text.yaml holds no options"]),
+        (["predict", "--config", "{tmp}/bytes.yaml"], ["{tmp}/bytes.yaml is no valid YAML"]),
+        (["predict", "--model", "GeneratonModule"], ["Did you mean 'GenerationModule'"]),
+        (["fit", "--config", str(CONFIGS / "predict.yaml"), CPU], ["GenerationModule", "sdprune predict"]),
+        (["--verson"], ["'--verson'", "fit, predict"]),
+    ],
+)
+def test_bad_calls(sdprune, tmp_path, arguments, words):
+    (tmp_path / "text.yaml").write_text("just text")
+    (tmp_path / "bytes.yaml").write_bytes(b"\xff\xfe\x00")
+    told = sdprune(*(argument.format(tmp=tmp_path) for argument in arguments))
+    _is_one_line(told, [word.format(tmp=tmp_path) for word in words])
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--model.prune.unet.include=[foo*]"], ["'foo*' matches none"]),
+        (["--model.output={tmp}/file/runs"], ["Cannot write", "--model.output"]),
+        (["--model.prune.unet.criterion=Wanda", "--data.calibration_n=21"], ["20 < n=21"]),
+        (["--model.prune.unet.criterion=Wanda", "--model.sampling.scheduler=Foo"], ["scheduler 'Foo'"]),
+    ],
+)
+def test_bad_options_of_fit(sdprune, prepared, options, words):
+    told = sdprune(*fit("prune", prepared / "runs", *(option.format(tmp=prepared) for option in options)))
+    _is_one_line(told, words)
+    assert not (prepared / "runs" / "statistics").exists()
+
+
+def test_components_to_calibrate(sdprune, tmp_path):
+    _is_one_line(sdprune(*fit("calibrate", tmp_path, "--model.components=[unett]")), ["Did you mean 'unet'"])
+    _is_one_line(sdprune(*fit("calibrate", tmp_path, "--model.components=[]")), ["components is empty"])
+
+
+def test_other_ranks_are_silent(sdprune, tmp_path, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert sdprune(*predict(tmp_path, "--model.prune.unet.sparsity=2")) == (2, "", "")
+
+
+def test_unexpected_failures_show_where(sdprune, tmp_path, monkeypatch):
+    from sdprune.modules import GenerationModule
+
+    monkeypatch.setattr(GenerationModule, "on_predict_start", lambda self: 1 / 0)
+    told = sdprune(*predict(tmp_path))
+    assert told.code == 1
+    assert "ZeroDivisionError" in told.err.splitlines()[-1]
+    assert "Traceback" in told.err
+
+
+def test_interrupted(miniature, tmp_path):
+    script = Path(sys.executable).parent / "sdprune"
+    command = [script, *predict(tmp_path, "--model.sampling.steps=900")]
+    started = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    images = 0
+    for _ in range(600):
+        time.sleep(0.1)
+        images = len(list(tmp_path.glob("dense-*/images/*.png")))
+        if images or started.poll() is not None:
+            break
+    os.kill(started.pid, signal.SIGINT)
+    out, err = started.communicate(timeout=60)
+    assert started.returncode == 130, err
+    assert err.strip() == "sdprune: interrupted; run the same command again to go on"
+    assert images
+    assert len(list(tmp_path.glob("dense-*/images/*.png"))) >= images
+
+
+def test_damage_is_told_by_name(sdprune, tmp_path):
+    """Whatever a file of an earlier run holds, nothing is drawn or overwritten before it is told."""
+    arguments = predict(tmp_path, "--model.prune.unet.criterion=Wanda")
+    assert sdprune(*arguments).code == 0
+    dense, pruned = the_run(tmp_path, "dense"), the_run(tmp_path, "text_encoder")
+    (statistics,) = (tmp_path / "statistics").glob("*.safetensors")
+    (reference,) = (tmp_path / "reference").glob("*.npz")
+    picture = sorted((pruned / "images").iterdir())[2]
+    others = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and "logs" not in path.parts}
+
+    def damaged(file: Path, words: list[str], unfinished: bool = False) -> None:
+        whole = file.read_bytes()
+        file.write_bytes(whole[: len(whole) // 2])
+        results = pruned / "results.json"
+        if unfinished:
+            kept = results.read_bytes()
+            results.unlink()
+        _is_one_line(sdprune(*arguments), [str(file), *words])
+        file.write_bytes(whole)
+        if unfinished:
+            results.write_bytes(kept)
+        assert all(path.read_bytes() == content for path, content in others.items())
+
+    damaged(pruned / "results.json", ["is damaged", "delete it"])
+    damaged(dense / "results.json", ["is damaged", "delete it"])
+    damaged(dense / "rows.npz", ["damaged", "delete results.json"])
+    damaged(dense / "samples" / "1.png", ["damaged", "results.json"])
+    damaged(picture, ["damaged", "delete it"], unfinished=True)
+    damaged(statistics, ["is damaged", "delete it"])
+    damaged(reference, ["npz"])
+    (pruned / "results.json").unlink()
+    picture.unlink()
+    assert sdprune(*arguments).code == 0
+    assert picture.read_bytes() == others[picture]
+    assert json.loads((pruned / "results.json").read_text())["speed"]["generated"] == 2
+
+
+def test_damaged_report_of_a_saved_pipeline(sdprune, tmp_path):
+    assert sdprune(*fit("prune", tmp_path)).code == 0
+    (report,) = tmp_path.glob("pruned-*/pruning_report.json")
+    report.write_text("{")
+    _is_one_line(sdprune(*fit("prune", tmp_path)), [str(report), "is damaged", "delete it"])
+
+
+def test_output_is_plain_where_it_is_no_terminal(miniature, tmp_path):
+    done = process(predict(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f]", done.stdout)
+    assert "dense: 7 of 7 images" in done.stdout
+    assert max(len(line) for line in done.stdout.splitlines()) < 200
+
+
+def _is_one_line(told, words):
+    assert told.code == 2, told.err[-2000:]
+    assert told.err.count("\n") == 1, told.err
+    assert told.err.startswith("sdprune: error: ")
+    assert len(told.err) < 700
+    for word in words:
+        assert word in told.err
+    assert told.out == ""

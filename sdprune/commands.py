@@ -54,8 +54,8 @@ _CLASSES = """The options of a class: --model.help {classes}, --data.help CocoDa
 DESCRIPTIONS = {
     "fit": "Prune a model and save it as a diffusers directory (PruningModule), or gather calibration statistics "
     "(CalibrationModule). " + _CLASSES.format(classes="PruningModule"),
-    "predict": "Prune in memory, draw images from captions, score them, write the record; the same command again goes on "
-    "where it stopped. " + _CLASSES.format(classes="GenerationModule"),
+    "predict": "Prune in memory, draw images from captions, score them, write the record; the same command again goes "
+    "on where it stopped. " + _CLASSES.format(classes="GenerationModule"),
 }
 
 

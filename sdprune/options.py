@@ -33,11 +33,11 @@ class Names:
             for name, cls in concrete.items():
                 if name not in self.options:
                     self.options[name] = list(signature(cls).parameters)
-                    for parameter, inner in get_type_hints(cls.__init__).items():
+                    for parameter, inner in get_type_hints(cls.__init__).items():  # type: ignore[misc]
                         self.add(parameter, inner)
 
     def unknown_option(self, option: str, parser: list[str]) -> str:
-        """`Unknown option 'model.prune.unet.sparsty'. Did you mean ...`; `parser` has the options outside of classes."""
+        """`Unknown option 'model.prune.unet.sparsty'. Did you mean ...`; `parser` has those outside of classes."""
         groups = list(self.options.values())
         every = {name for group in groups for name in group} | {part for name in parser for part in name.split(".")}
         for part in reversed(option.split(".")):

@@ -258,7 +258,7 @@ def test_interrupted(miniature, tmp_path):
         if images or started.poll() is not None:
             break
     os.kill(started.pid, signal.SIGINT)
-    out, err = started.communicate(timeout=60)
+    _, err = started.communicate(timeout=60)
     assert started.returncode == 130, err
     assert err.strip() == "sdprune: interrupted; run the same command again to go on"
     assert images

@@ -273,8 +273,8 @@ class Denoiser(nn.Module):
 class UNetStage(Stage):
     """U-Net on the VAE's latents, v-prediction (Salimans & Ho 2022), 10 % empty captions for guidance.
 
-    The text encoder is trained on: after the contrastive stage colours make up half of its variance, shapes a tenth, and
-    a U-Net on top of it frozen learns shapes many times more slowly than colours.
+    The text encoder is trained further: after the contrastive stage colours make up half of its variance, shapes a
+    tenth, and a U-Net on top of it frozen still ignored the shape when it had long followed the colour.
     """
 
     name = "unet"

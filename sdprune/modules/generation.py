@@ -14,7 +14,11 @@ import torch
 from sdprune.data import Batch
 from sdprune.errors import InputError
 from sdprune.metrics import (
-    FrechetInceptionDistance, PerImageMetric, Statistics, reference_path, reference_statistics,
+    FrechetInceptionDistance,
+    PerImageMetric,
+    Statistics,
+    reference_path,
+    reference_statistics,
 )  # fmt: skip
 from sdprune.modules.base import FrozenModule
 from sdprune.modules.pruning import PruningPlan, flat, summary
@@ -54,7 +58,7 @@ class GenerationModule(FrozenModule):
         metrics: List[PerImageMetric],
         sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
         seed: int = 0,
-        samples: List[str] = SAMPLES,  # noqa: B006 (read only)
+        samples: List[str] = SAMPLES,
         compare_dense: bool = True,
         output: str = "runs",
         store: str = "runs/statistics",
@@ -136,6 +140,7 @@ class GenerationModule(FrozenModule):
         """Load, calibrate what is missing, prune, and load the metrics."""
         self.started = time.perf_counter()
         self.load()
+        self.facts_of_data["truncated"] = self.data.count_truncated(self.pipeline.tokenizer)
         if self.trainer.strategy.root_device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         strategy, data = self.trainer.strategy, self.data
@@ -160,9 +165,12 @@ class GenerationModule(FrozenModule):
         else:
             seeds = [image_seed(self.seed, image_id) for image_id in batch.ids]
             images = self.pipeline.generate(batch.prompts, seeds, self.sampling)[: batch.valid]
-            for path, image in zip(paths, images, strict=True):
-                save_png(path, image.permute(1, 2, 0).numpy())
-            self.generated += batch.valid
+            for place, path in enumerate(paths):
+                if path.exists():  # what is scored is what lies there
+                    images[place] = torch.from_numpy(read_png(path)).permute(2, 0, 1)
+                else:
+                    save_png(path, images[place].permute(1, 2, 0).numpy())
+                    self.generated += 1
         middle = time.perf_counter()
         images = images.to(self.trainer.strategy.root_device)
         for metric in self._metrics:
@@ -215,7 +223,11 @@ class GenerationModule(FrozenModule):
             "sparsity": self.sparsity,
             "pruning": summary(self.reports),
             "data": self.facts_of_data,
-            "reference": {m.name: vars_of(m) for m in self._metrics if isinstance(m, FrechetInceptionDistance)},
+            "reference": {
+                metric.name: {"images": self.data.reference, **vars_of(metric)}
+                for metric in self._metrics
+                if isinstance(metric, FrechetInceptionDistance)
+            },
             "speed": {
                 "seconds": seconds,
                 **{f"{name}_seconds": value for name, value in self.seconds.items()},

@@ -1,6 +1,6 @@
 """Time and memory of exact masks on the Linear shapes of Stable Diffusion 2, beside a sort of each layer.
 
-    SDPRUNE_BENCHMARK=1 pytest tests/benchmarks/test_masks.py --benchmark-enable -s
+    SDPRUNE_BENCHMARK=1 pytest -n 0 --benchmark-enable -s tests/benchmarks
 
 runs at full size, a few minutes on two cores. Otherwise every width is divided by 32, and the masks are compared with
 the sort's instead.

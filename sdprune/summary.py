@@ -7,6 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from sdprune.pruning import wholes
 from sdprune.record import Record
 
 
@@ -65,9 +66,7 @@ def _sparsities(sparsity: dict[str, Any]) -> Table:
     table = Table(title=f"sparsity reached (nominal {sparsity['nominal']:.2%})")
     for column in ("of", "pruned", "zero", "weights"):
         table.add_column(column, justify="left" if column == "of" else "right")
-    wholes = {"targeted weights": sparsity["targets"], **sparsity["components"]}
-    wholes |= {"all prunable components": sparsity["prunable"], "whole pipeline": sparsity["pipeline"]}
-    for name, whole in wholes.items():
+    for name, whole in wholes(sparsity).items():
         shares = (f"{whole['pruned_fraction']:.2%}", f"{whole['zero_fraction']:.2%}", f"{whole['parameters']:,}")
         table.add_row(name, *shares)
     return table

@@ -63,6 +63,22 @@ def test_half_precision_on_disk_is_loaded_exactly_in_single(family, directory):
         assert not any(parameter.requires_grad for parameter in family.components[name].parameters())
 
 
+@pytest.mark.parametrize("part", PARTS)
+def test_weights_that_a_file_lacks_are_not_made_up(copy, part):
+    file = weights(copy / part)
+    state = load_file(file)
+    lost = [name for name in state if name.endswith("weight")][5]
+    save_file({name: value for name, value in state.items() if name != lost}, file, metadata={"format": "pt"})
+    with pytest.raises(InputError, match=rf"{part} lacks 1 of its weights, such as '{lost}'"):
+        load(copy)
+
+
+def test_a_saved_pipeline_does_not_tell_where_it_came_from(copy, tmp_path):
+    load(copy).save(tmp_path / "saved")
+    for config in (tmp_path / "saved").rglob("*.json"):
+        assert str(tmp_path) not in config.read_text()
+
+
 def test_the_layout_of_old_hub_repositories_is_read(copy, family):
     """A `text_model.` level in the text encoder's names, its positions as a tensor, a class that is gone."""
     file = weights(copy / "text_encoder")

@@ -116,7 +116,7 @@ class CocoDataModule(LightningDataModule):
         Raises:
             InputError: The reference is a file of statistics.
         """
-        if self._statistics is not None:
+        if self.reference_file is not None:
             raise InputError(f"reference={self.reference} is a file of statistics and has no images.")
         return self.examples if self.reference == "drawn" else self._table
 
@@ -130,8 +130,8 @@ class CocoDataModule(LightningDataModule):
     def describe(self) -> dict[str, Any]:
         """Return what generated images and their reference depend on, as JSON."""
         reference = self.reference
-        if self._statistics is not None:
-            reference = hashlib.sha256(_read_statistics(self._statistics)).hexdigest()
+        if self.reference_file is not None:
+            reference = hashlib.sha256(_read_statistics(self.reference_file)).hexdigest()
         facts = {"n": self.n, "seed": self.seed, "batch_size": self.batch_size, "reference": reference}
         return {"source": self._prepared(self.source).describe(), **facts}
 
@@ -164,8 +164,8 @@ class CocoDataModule(LightningDataModule):
         facts = {"images": len(self._table), "prompts": len(self.examples)}
         if calibration:
             facts["calibration_prompts"] = len(self.calibration_examples)
-        if self._statistics is not None:
-            _check_statistics(self._statistics)
+        if self.reference_file is not None:
+            _check_statistics(self.reference_file)
         elif images:
             self.source.check(self.reference_rows)
             facts["reference_images"] = len(self.reference_rows)
@@ -181,7 +181,8 @@ class CocoDataModule(LightningDataModule):
         return self._prepared(self.source).load()
 
     @property
-    def _statistics(self) -> Optional[Path]:
+    def reference_file(self) -> Optional[Path]:
+        """The file of statistics that `reference` names, if it does."""
         return None if self.reference in ("drawn", "split") else Path(self.reference)
 
     def _prepared(self, source: CaptionSource) -> CaptionSource:

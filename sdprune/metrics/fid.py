@@ -1,8 +1,6 @@
 """Frechet distance between the features of generated and of real images."""
 
-import hashlib
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +23,6 @@ class FrechetInceptionDistance(PerImageMetric):
 
     Args:
         extractor: the network and preprocessing, e.g. `InceptionFeatures` (the literature's) or `ClipImageFeatures`.
-        reference: npz with `mu` and `sigma` of the real images; None means that the run computes it from its data.
         name: key of the score in the results.
         resamples: bootstrap resamples of `compare`; None means 1,000 up to 512 features and 50 above, where one
             resample of 10,000 images with 2,048 features takes several seconds; 0 gives the difference alone.
@@ -38,34 +35,26 @@ class FrechetInceptionDistance(PerImageMetric):
     def __init__(
         self,
         extractor: FeatureExtractor,
-        reference: str | None = None,
         name: str = "fid",
         resamples: int | None = None,
     ) -> None:
         super().__init__()
-        if reference is not None and not Path(reference).is_file():
-            raise InputError(
-                f"No FID statistics at {reference!r}: give an npz file with the keys mu and sigma, or null."
-            )
         if resamples is not None and (resamples < 0 or resamples == 1):
             raise InputError(f"resamples must be 0 or at least 2, got {resamples}.")
         self.extractor = extractor
-        self.reference_file = reference
         self.name = name
         self.resamples = resamples
         self.reference: Statistics | None = None
 
     @property
     def needs_reference(self) -> bool:
-        """True unless a file or `set_reference` gave one."""
-        return self.reference is None and self.reference_file is None
+        """True until `set_reference`."""
+        return self.reference is None
 
     def prepare(self, device: torch.device | str) -> None:
-        """Load the extractor on `device` and the reference file, if one was named."""
+        """Load the extractor on `device`."""
         self.to(device)
         self.extractor.load(device)
-        if self.reference is None and self.reference_file is not None:
-            self.set_reference(Statistics.load(self.reference_file))
 
     def set_reference(self, statistics: Statistics) -> None:
         """Compare with these statistics of real images.
@@ -113,14 +102,10 @@ class FrechetInceptionDistance(PerImageMetric):
         return interval.as_dict(f"{self.name}_diff") | {f"{self.name}_diff_resamples": float(resamples)}
 
     def describe(self) -> dict[str, Any]:
-        """Extractor and, when one was named, a hash of the reference file."""
-        facts: dict[str, Any] = {"class": "FrechetInceptionDistance", "name": self.name}
-        facts["extractor"] = self.extractor.describe()
-        if self.reference_file is not None:
-            facts["reference"] = hashlib.sha256(Path(self.reference_file).read_bytes()).hexdigest()
-        return facts
+        """Name and extractor; the reference is a fact of the data."""
+        return {"class": "FrechetInceptionDistance", "name": self.name, "extractor": self.extractor.describe()}
 
     def _reference(self) -> Statistics:
         if self.reference is None:
-            raise RuntimeError(f"{self.name} has no reference: call set_reference, or prepare when a file was named.")
+            raise RuntimeError(f"{self.name} has no reference: call set_reference.")
         return self.reference

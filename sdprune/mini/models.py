@@ -106,10 +106,13 @@ def save_pipeline(
     """Write the parts as a StableDiffusionPipeline in fp16."""
     from diffusers import StableDiffusionPipeline
 
-    StableDiffusionPipeline(
+    from sdprune.pipelines.stable_diffusion import save_portable
+
+    pipe = StableDiffusionPipeline(
         vae=vae.half(), text_encoder=text.half(), tokenizer=tokenizer, unet=unet.half(), scheduler=build_scheduler(),
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-    ).save_pretrained(directory)  # fmt: skip
+    )  # fmt: skip
+    save_portable(pipe, directory)
 
 
 def save_evaluator(directory: Path, clip: CLIPModel, tokenizer: CLIPTokenizer) -> None:

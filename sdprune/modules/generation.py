@@ -5,7 +5,6 @@ from __future__ import annotations
 import resource
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Dict, List
 
 import numpy as np
@@ -13,19 +12,14 @@ import torch
 
 from sdprune.data import Batch
 from sdprune.errors import InputError
-from sdprune.metrics import (
-    FrechetInceptionDistance,
-    PerImageMetric,
-    Statistics,
-    reference_path,
-    reference_statistics,
-)  # fmt: skip
+from sdprune.metrics import PerImageMetric
 from sdprune.modules.base import FrozenModule
 from sdprune.modules.pruning import PruningPlan, flat, summary
+from sdprune.modules.references import References
 from sdprune.pictures import grid
 from sdprune.pipelines import PipelineFamily, Sampling
 from sdprune.pruning import PruneReport, PruneSpec
-from sdprune.record import Record, image_seed, label, own_version, read_png, require_writable, save_png, versions
+from sdprune.record import Record, image_seed, label, own_version, read_png, save_png, versions
 
 if TYPE_CHECKING:
     from sdprune.data import CocoDataModule
@@ -70,6 +64,7 @@ class GenerationModule(FrozenModule):
         self._metrics = list(metrics)  # a plain list: as submodules they would be cast by precision plugins
         self.sampling, self.seed, self.samples = sampling, seed, list(samples)
         self.compare_dense, self.output = compare_dense, output
+        self.references = References(metrics, output)
         self.plan = PruningPlan(pipeline, prune, sampling, seed, store)
         self.reports: dict[str, PruneReport] = {}
         self.baseline: Record | None = None
@@ -108,33 +103,8 @@ class GenerationModule(FrozenModule):
         """Everything that can be told before the model is loaded; needs `prepare_record`."""
         self.plan.check(data, dtype)
         self.record.check()
-        require_writable(Path(self._cache), "--model.output")
-        cached = [path for m in self._referenced if (path := self._reference_path(m, data)).exists()]
-        for path in cached:
-            Statistics.load(path)
-        missing = len(self._referenced) - len(cached)
-        self.facts_of_data = data.check(calibration=bool(self.plan.calibrated), images=missing > 0)
-
-    @property
-    def _cache(self) -> str:
-        return f"{self.output}/reference"
-
-    @property
-    def _referenced(self) -> list[FrechetInceptionDistance]:
-        return [m for m in self._metrics if isinstance(m, FrechetInceptionDistance) and m.needs_reference]
-
-    def _reference_path(self, metric: FrechetInceptionDistance, data: CocoDataModule) -> Path:
-        """The statistics of real images: the file that the data names, or the cache's."""
-        if data.reference not in ("drawn", "split"):
-            return Path(data.reference)
-        return reference_path(metric.extractor, self._cache, self._key(data))
-
-    @staticmethod
-    def _key(data: CocoDataModule) -> dict[str, Any]:
-        facts = data.describe()
-        return {
-            key: facts[key] for key in ("source", "reference", *(["n", "seed"] if data.reference == "drawn" else []))
-        }
+        images = self.references.check(data)
+        self.facts_of_data = data.check(calibration=bool(self.plan.calibrated), images=images)
 
     def on_predict_start(self) -> None:
         """Load, calibrate what is missing, prune, and load the metrics."""
@@ -152,7 +122,7 @@ class GenerationModule(FrozenModule):
         for metric in self._metrics:
             metric.reset()
             metric.prepare(strategy.root_device)
-        self._set_references()  # before anything is drawn: it may find fault with them
+        self.references.set(data, strategy)  # before anything is drawn: it may find fault with them
         self.generated = 0
         self.seconds = {"preparation": time.perf_counter() - self.started, "generation": 0.0, "scoring": 0.0}
 
@@ -190,20 +160,6 @@ class GenerationModule(FrozenModule):
             self._write(scores, int(generated))
         self.trainer.strategy.barrier("record")
 
-    def _set_references(self) -> None:
-        strategy, data = self.trainer.strategy, self.data
-        for metric in self._metrics:
-            if isinstance(metric, FrechetInceptionDistance):
-                for turn in (True, False):  # the first process fills the cache, the others read it
-                    if strategy.is_global_zero == turn and metric.needs_reference:
-                        metric.set_reference(self._reference(metric, data))
-                    strategy.barrier("reference")
-
-    def _reference(self, metric: FrechetInceptionDistance, data: CocoDataModule) -> Statistics:
-        if data.reference not in ("drawn", "split"):
-            return Statistics.load(data.reference)
-        return reference_statistics(data.reference_images, metric.extractor, self._cache, self._key(data))
-
     def _write(self, scores: dict[str, float], generated: int) -> None:
         rows = {
             f"{metric.name}.{column}": value.numpy()
@@ -223,11 +179,7 @@ class GenerationModule(FrozenModule):
             "sparsity": self.sparsity,
             "pruning": summary(self.reports),
             "data": self.facts_of_data,
-            "reference": {
-                metric.name: {"images": self.data.reference, **vars_of(metric)}
-                for metric in self._metrics
-                if isinstance(metric, FrechetInceptionDistance)
-            },
+            "reference": self.references.describe(self.data),
             "speed": {
                 "seconds": seconds,
                 **{f"{name}_seconds": value for name, value in self.seconds.items()},
@@ -284,12 +236,6 @@ class GenerationModule(FrozenModule):
 
 def _numbers(results: Mapping[str, Any]) -> dict[str, float]:
     return flat({key: results[key] for key in ("metrics", "comparison", "sparsity", "speed")})
-
-
-def vars_of(metric: FrechetInceptionDistance) -> dict[str, Any]:
-    """What a FID was measured against."""
-    reference = metric.reference
-    return {} if reference is None else {"n": reference.n, "extractor": reference.extractor, "source": reference.source}
 
 
 def peak_memory(device: torch.device) -> int:

@@ -14,7 +14,7 @@ from sdprune.data import Batch
 from sdprune.modules.base import FrozenModule
 from sdprune.modules.calibration import Calibrator, calibration_facts
 from sdprune.pipelines import PipelineFamily, Sampling
-from sdprune.pruning import PruneReport, PruneSpec, account, find_targets, prune
+from sdprune.pruning import PruneReport, PruneSpec, account, find_targets, prune, wholes
 from sdprune.pruning.statistics import InputNorms
 from sdprune.record import fingerprint, label, own_version, read_json, require_writable, write_json
 from sdprune.store import StatisticsStore
@@ -198,9 +198,7 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
 def sparsity_table(sparsity: Mapping[str, Any]) -> str:
     """Plain lines: what was asked, what was pruned and what is zero, over ever larger wholes."""
     rows = [("nominal (the study's count)", f"{sparsity['nominal']:.2%}", "")]
-    wholes = {"targeted weights": sparsity["targets"], **sparsity["components"]}
-    wholes |= {"all prunable components": sparsity["prunable"], "whole pipeline": sparsity["pipeline"]}
-    for name, whole in wholes.items():
+    for name, whole in wholes(sparsity).items():
         detail = f"{whole['pruned']:,} pruned, {whole['zeros']:,} zero of {whole['parameters']:,}"
         rows.append((name, f"{whole['pruned_fraction']:.2%}", detail))
     return "\n".join(f"  {name:<28}{share:>8}   {detail}".rstrip() for name, share, detail in rows)

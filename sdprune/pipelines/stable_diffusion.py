@@ -82,10 +82,10 @@ class StableDiffusion(PipelineFamily):
         for logging in (diffusers_logging, transformers_logging):
             logging.disable_progress_bar()
         try:
+            parts = {name: self._part(name, dtype) for name in ("vae", *self.prunable)}
             pipe = StableDiffusionPipeline.from_pretrained(
-                self.directory, torch_dtype=dtype, variant=self.variant, use_safetensors=True, safety_checker=None,
-                feature_extractor=None, requires_safety_checker=False,
-            )  # fmt: skip
+                self.directory, **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+            )
         except (OSError, ValueError, KeyError, TypeError) as error:
             reason = str(error).strip().splitlines()[0][:200]
             raise InputError(f"{self.directory} cannot be read as a Stable Diffusion pipeline: {reason}") from error
@@ -93,6 +93,20 @@ class StableDiffusion(PipelineFamily):
         for module in self._modules(pipe).values():
             module.eval().requires_grad_(False)
         return pipe
+
+    def _part(self, name: str, dtype: torch.dtype) -> nn.Module:
+        """One component with its weights; one that its file lacks would be random without a word."""
+        library, cls = self._index[name]
+        module, told = getattr(import_module(library), cls).from_pretrained(
+            self.directory, subfolder=name, torch_dtype=dtype, variant=self.variant, use_safetensors=True,
+            output_loading_info=True,
+        )  # fmt: skip
+        if missing := sorted(told["missing_keys"]):
+            raise InputError(
+                f"{self.directory / name} lacks {len(missing)} of its weights, such as {missing[0]!r}: it is damaged "
+                "or belongs to another configuration. Fetch it anew."
+            )
+        return module
 
     @staticmethod
     def _modules(pipe: Any) -> dict[str, nn.Module]:
@@ -176,7 +190,7 @@ class StableDiffusion(PipelineFamily):
     def save(self, directory: Path) -> None:
         """See PipelineFamily."""
         self._pipe.scheduler = self._scheduler  # not the one that images were drawn with
-        self._pipe.save_pretrained(directory, safe_serialization=True)
+        save_portable(self._pipe, directory)
 
     def describe(self) -> dict[str, Any]:
         """See PipelineFamily."""
@@ -196,6 +210,15 @@ class StableDiffusion(PipelineFamily):
                 with path.open("rb") as file:
                     digest.update(hashlib.file_digest(file, "sha256").digest())
         return digest.hexdigest()
+
+
+def save_portable(pipe: Any, directory: Path) -> None:
+    """Write a pipeline as a diffusers directory that does not tell where its parts once lay."""
+    pipe.save_pretrained(directory, safe_serialization=True)
+    for path in (directory / "model_index.json", *directory.glob("*/*config.json")):
+        config = json.loads(path.read_text())
+        if config.pop("_name_or_path", None) is not None:
+            path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def _require_pipeline(path: Path) -> None:

@@ -1,6 +1,6 @@
 """The science, in pure torch: which weights, how they are scored, which of them go, and what that amounts to."""
 
-from sdprune.pruning.accounting import account
+from sdprune.pruning.accounting import account, wholes
 from sdprune.pruning.allocation import Allocation
 from sdprune.pruning.allocation.uniform import Uniform
 from sdprune.pruning.criteria import Criterion
@@ -30,6 +30,7 @@ __all__ = [
     "module_block",
     "prune",
     "subclasses",
+    "wholes",
 ]
 
 # Criteria and allocations added as files are importable from here too.

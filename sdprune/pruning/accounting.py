@@ -44,6 +44,16 @@ def account(
     }
 
 
+def wholes(accounts: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """What `account` counted over, smallest first, by the names that people read."""
+    return {
+        "targeted weights": accounts["targets"],
+        **accounts["components"],
+        "all prunable components": accounts["prunable"],
+        "whole pipeline": accounts["pipeline"],
+    }
+
+
 def _parameters(module: nn.Module) -> dict[int, tuple[int, int]]:
     """(size, zeros) of each parameter, by identity."""
     return {id(p): (p.numel(), p.numel() - int(p.count_nonzero())) for p in module.parameters()}

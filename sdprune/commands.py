@@ -166,6 +166,7 @@ class SdpruneCLI(LightningCLI):
         if not isinstance(self.datamodule, CocoDataModule):
             told = f"{type(self.model).__name__} needs --data CocoDataModule, got {type(self.datamodule).__name__}."
             raise InputError(told)
+        self.datamodule.calibrates = self.model.calibrates
         self.datamodule.prepare_data()
         self.datamodule.trainer = self.trainer
 

@@ -69,6 +69,15 @@ def test_saved_pipeline(sdprune, miniature, tmp_path):
     assert image.shape == (1, 64, 64, 3)
 
 
+def test_without_calibration_no_captions_need_be_there(sdprune, tmp_path):
+    nowhere = ["--data.source=TextFile", f"--data.source.path={tmp_path}/none.txt"]
+    config = [option for option in fit("prune", tmp_path) if not option.startswith("--data.source")]
+    assert sdprune(*config, *nowhere).code == 0
+    told = sdprune(*config, *nowhere, *WANDA, "--model.prune.unet.sparsity=0.4")
+    assert told.code == 2
+    assert "none.txt" in told.err
+
+
 def test_saved_in_half_precision(sdprune, miniature, tmp_path):
     assert sdprune(*fit("prune", tmp_path, "--trainer.precision=16-true")).code == 0
     counts_are_exact(saved(tmp_path), miniature / "pipeline", torch.float16)
@@ -101,28 +110,28 @@ def test_calibration_is_gathered_once(sdprune, tmp_path, monkeypatch):
 
     told = sdprune(*fit("calibrate", tmp_path))
     assert (told.code, told.err) == (0, "")
-    assert "text_encoder: gathered" in told.out
-    files = sorted((tmp_path / "statistics").glob("*.safetensors"))
-    assert [file.name.partition("-")[0] for file in files] == ["text_encoder", "unet"]
+    assert "text_encoder input_norm: gathered" in told.out
+    files = sorted((tmp_path / "statistics").rglob("*.safetensors"))
+    assert [file.parent.name.rpartition("-")[0] for file in files] == ["text_encoder-input_norm", "unet-input_norm"]
     stamps = [file.stat().st_mtime_ns for file in files]
     norms = load_file(files[1])
-    assert all(name.startswith("input_norm/") for name in norms)
     assert all(bool((value >= 0).all()) and value.dtype == torch.float32 for value in norms.values())
+    assert {value.shape[:2] for value in norms.values()} == {(2, 1)}  # two steps
     for passes in ("encode", "generate"):
         monkeypatch.setattr(StableDiffusion, passes, lambda *args, **kwargs: pytest.fail("a forward pass"))
-    assert "unet: already in the store" in sdprune(*fit("calibrate", tmp_path)).out
+    assert "unet input_norm: already in the store" in sdprune(*fit("calibrate", tmp_path)).out
     assert sdprune(*fit("prune", tmp_path, *WANDA)).code == 0
     assert [file.stat().st_mtime_ns for file in files] == stamps
-    assert sorted((tmp_path / "statistics").glob("*.safetensors")) == files
+    assert sorted((tmp_path / "statistics").rglob("*.safetensors")) == files
     assert saved(tmp_path).name.startswith("pruned-text_encoder-wanda-0.475-unet-wanda-0.35")
 
 
 def test_predict_finds_the_calibration_of_fit(sdprune, tmp_path, monkeypatch):
-    from sdprune.modules import calibration
+    from sdprune.modules.calibrator import Calibrator
 
     same = ["--data.source.split=train", "--data.calibration=null"]
     assert sdprune(*fit("calibrate", tmp_path)).code == 0
-    monkeypatch.setattr(calibration, "gather", lambda *args: pytest.fail("gathered again"))
+    monkeypatch.setattr(Calibrator, "_visit", lambda *args: pytest.fail("gathered again"))
     options = ["--data.source.images=20", *same, *WANDA, "--model.compare_dense=false"]
     told = sdprune(*predict(tmp_path, *options))
     assert (told.code, told.err) == (0, "")

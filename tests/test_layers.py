@@ -14,7 +14,7 @@ ALLOWED = {
     "metrics": {"metrics", "errors", "pipelines"},  # of pipelines only `resolve`
     "callbacks": {"callbacks", "data", "metrics", "pipelines", "pruning", "errors", "record"},
     "modules": {"modules", "data", "metrics", "pipelines", "pruning", "errors", "record", "store", "pictures"},
-    "mini": {"mini", "data", "errors"},
+    "mini": {"mini", "data", "errors", "pipelines"},
 }
 
 

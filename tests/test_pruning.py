@@ -2,7 +2,6 @@
 
 import json
 import math
-from typing import get_args
 
 import pytest
 import torch
@@ -11,8 +10,21 @@ from torch import nn
 
 import sdprune.pruning
 from sdprune.errors import InputError
-from sdprune.pruning import Allocation, Criterion, Magnitude, PruneSpec, Wanda, find_targets, masks, prune, subclasses
-from sdprune.pruning.spec import Granularity
+from sdprune.pruning import (
+    Allocation,
+    Criterion,
+    Magnitude,
+    PruneSpec,
+    Ranking,
+    Reconstruction,
+    Wanda,
+    find_targets,
+    masks,
+    prune,
+    subclasses,
+    weigh,
+)  # fmt: skip
+from sdprune.pruning.spec import GRANULARITIES
 
 
 def packaged(base):
@@ -29,27 +41,29 @@ def net():
 
 
 class Statistics(dict):
-    """Plausible values of any statistic: input norms are [columns], anything else must be added here with it."""
+    """Plausible values of any statistic, of 3 denoising steps; a new one must be added here with it."""
 
     def __init__(self, net):
-        self["input_norm"] = {t.name: torch.rand(t.matrix.shape[1]) for t in find_targets(net)}
+        inputs = {t.name: torch.rand(3, 20, t.matrix.shape[1]) for t in find_targets(net)}
+        self["input_norm"] = {name: x.square().sum(1, keepdim=True) for name, x in inputs.items()}
+        self["hessian"] = {name: (x[0].T @ x[0])[None] for name, x in inputs.items()}
 
 
 def test_everything_in_the_package_is_found():
-    assert {"Magnitude", "Wanda"} <= {cls.__name__ for cls in CRITERIA}
-    assert "Uniform" in {cls.__name__ for cls in ALLOCATIONS}
+    assert {"Magnitude", "Wanda", "SparseGPT"} <= {cls.__name__ for cls in CRITERIA}
+    assert {"Uniform", "OWL", "GlobalRanking", "PerLayer"} <= {cls.__name__ for cls in ALLOCATIONS}
     for cls in CRITERIA + ALLOCATIONS:
         assert getattr(sdprune.pruning, cls.__name__) is cls
 
 
-@pytest.mark.parametrize("cls", CRITERIA)
+@pytest.mark.parametrize("cls", [cls for cls in CRITERIA if issubclass(cls, Ranking)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_every_criterion_scores_without_touching_the_weight(net, cls, dtype):
+def test_every_ranking_scores_without_touching_the_weight(net, cls, dtype):
     net.to(dtype)
     statistics = Statistics(net)
     for target in find_targets(net):
         before = target.matrix.clone()
-        own = {name: statistics[name][target.name] for name in cls.statistics}
+        own = {name: statistics[name][target.name][0, 0] for name in cls.statistics}
         scores = cls().score(target.matrix, own)
         assert scores.shape == before.shape
         assert scores.is_floating_point()
@@ -60,26 +74,53 @@ def test_every_criterion_scores_without_touching_the_weight(net, cls, dtype):
             assert torch.equal(scores[1:3], cls().score(target.matrix[1:3], own))
 
 
+@pytest.mark.parametrize("cls", [cls for cls in CRITERIA if issubclass(cls, Reconstruction)])
+def test_every_reconstruction_prunes_what_is_picked_and_touches_nothing(net, cls):
+    for target in find_targets(net):
+        before, seen = target.matrix.clone(), []
+        own = {name: Statistics(net)[name][target.name][0] for name in cls.statistics}
+        kept = {name: value.clone() for name, value in own.items()}
+
+        def pick(scores, start, stop, seen=seen):
+            seen.append((start, stop))
+            return scores <= scores.median()
+
+        widths = [3] * (target.shape[1] // 3) + [target.shape[1] % 3] * (target.shape[1] % 3 > 0)
+        mask, weight, _ = cls().reconstruct(target.matrix, own, pick, widths)
+        assert [stop - start for start, stop in seen] == widths
+        assert torch.equal(weight == 0, mask)
+        assert torch.equal(target.matrix, before)
+        assert all(torch.equal(own[name], value) for name, value in kept.items())
+
+
 @pytest.mark.parametrize("cls", ALLOCATIONS)
 @pytest.mark.parametrize("sparsity", [0.0, 0.01, 0.35, 0.5, 0.99, 1.0])
 def test_every_allocation_keeps_the_overall_sparsity(net, cls, sparsity):
     targets = find_targets(net)
-    got = cls().sparsities(targets, sparsity, Statistics(net))
+    norms = weigh(Statistics(net)["input_norm"], "uniform")
+    got = cls().sparsities(targets, sparsity, {"input_norm": norms})
     assert list(got) == [target.name for target in targets]
     assert all(0 <= share <= 1 for share in got.values())
     sizes = {target.name: target.weight.numel() for target in targets}
-    assert sum(got[name] * size for name, size in sizes.items()) / sum(sizes.values()) == pytest.approx(sparsity)
+    total = sum(sizes.values())  # a ranking gives whole numbers of weights
+    assert sum(got[name] * size for name, size in sizes.items()) == pytest.approx(sparsity * total, abs=0.5)
 
 
 @pytest.mark.parametrize("criterion", CRITERIA)
 @pytest.mark.parametrize("allocation", ALLOCATIONS)
 @pytest.mark.parametrize("granularity", ["layer", "row", "column_block", "module_block"])
 def test_every_combination_prunes_what_was_asked(net, criterion, allocation, granularity):
+    if granularity not in criterion.granularities:
+        with pytest.raises(InputError, match=f"{criterion.__name__} is not defined for granularity {granularity}"):
+            PruneSpec(0.3, criterion=criterion(), granularity=granularity)
+        return
     spec = PruneSpec(0.3, criterion=criterion(), allocation=allocation(), granularity=granularity, block_width=3)
     report = prune(net, spec, Statistics(net))
     groups = len({layer.block if granularity == "module_block" else layer.name for layer in report.layers})
     assert abs(report.pruned - 0.3 * report.weights) <= groups / 2
     assert report.zeros == report.pruned
+    if allocation.__name__ != "Uniform":
+        assert report.pruned == math.floor(0.3 * report.weights + 0.5)
     assert json.loads(json.dumps(report.spec)) == spec.describe()
 
 
@@ -98,7 +139,7 @@ def test_wanda_is_its_formula(net, dtype):
 
 def test_wanda_refuses_statistics_of_another_shape(net):
     statistics = Statistics(net)
-    statistics["input_norm"]["out"] = torch.ones(5)
+    statistics["input_norm"]["out"] = torch.ones(1, 1, 5)
     with pytest.raises(InputError, match=r"\[5\].*\[4, 8\]"):
         prune(net, PruneSpec(0.5, criterion=Wanda()), statistics)
 
@@ -114,7 +155,7 @@ def test_missing_statistics_name_the_layer_before_anything_is_pruned(net, missin
 
 def test_nan_statistics_name_the_layer(net):
     statistics = Statistics(net)
-    statistics["input_norm"]["out"][2] = math.nan
+    statistics["input_norm"]["out"][0, 0, 2] = math.nan
     with pytest.raises(InputError, match=r"'out' has NaN scores"):
         prune(net, PruneSpec(0.5, criterion=Wanda(), granularity="component"), statistics)
 
@@ -245,7 +286,7 @@ def test_dotted_options_on_top_of_a_file_round_trip(tmp_path):
 
 def test_every_granularity_is_deterministic_across_the_order_of_calls(net):
     targets = find_targets(net)
-    for granularity in get_args(Granularity):
-        spec = PruneSpec(0.4, granularity=granularity)
+    for granularity in [*GRANULARITIES[:-1], "2:4"]:
+        spec = PruneSpec(0.5, granularity=granularity)
         first = {target.name: mask for target, mask in masks(targets, spec)}
         assert all(torch.equal(mask, first[target.name]) for target, mask in masks(targets, spec))

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from sdprune.errors import InputError
-from sdprune.pruning import Criterion, Magnitude, PruneSpec, find_targets, masks, prune
+from sdprune.pruning import Magnitude, PruneSpec, Ranking, find_targets, masks, prune
 
 SPARSITIES = [0.0, 0.001, 0.25, 0.35, 0.475, 0.5, 0.999, 1.0]
 GRANULARITIES = ["layer", "row", "column_block", "module_block", "component"]
@@ -220,7 +220,7 @@ def test_ties_go_to_the_earlier_layer_then_the_lower_index():
     assert second.flatten().tolist() == [True] * 3 + [False] * 5
 
 
-class Fixed(Criterion):
+class Fixed(Ranking):
     """Scores given in advance."""
 
     def __init__(self, values: object = None) -> None:

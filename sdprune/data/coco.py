@@ -70,11 +70,13 @@ class CocoDataModule(LightningDataModule):
         self.calibration_batch_size = calibration_batch_size
         self.calibration_draw = calibration_draw
         self.workers = workers
+        self.calibrates = True
+        """Whether the run needs calibration captions; without, their source is left alone."""
 
     def prepare_data(self) -> None:
         """Let the sources make what they read; the trainer calls this on one process a node."""
         self.source.prepare()
-        if self.calibration is not self.source:
+        if self.calibrates and self.calibration is not self.source:
             self.calibration.prepare()
 
     @cached_property
@@ -105,9 +107,15 @@ class CocoDataModule(LightningDataModule):
         return self.calibration_loader(*self._place())
 
     def calibration_loader(self, rank: int = 0, world_size: int = 1) -> "DataLoader[Batch]":
-        """Return the calibration batches of process `rank` of `world_size`; fillers (`valid` 0) even them out."""
-        sampler = BatchSampler(self.calibration_n, self.calibration_batch_size, rank, world_size, fill=True)
-        return self._loader(Batches(self.calibration_examples, self.calibration_batch_size), sampler)
+        """Return the calibration batches of process `rank` of `world_size`; fillers (`valid` 0) even them out.
+
+        A run that does not calibrate gets a filler.
+        """
+        from datasets import Dataset
+
+        rows = self.calibration_examples if self.calibrates else Dataset.from_dict({})
+        sampler = BatchSampler(len(rows), self.calibration_batch_size, rank, world_size, fill=True)
+        return self._loader(Batches(rows, self.calibration_batch_size), sampler)
 
     @property
     def reference_rows(self) -> "Dataset":

@@ -51,6 +51,10 @@ class FrozenModule(LightningModule, ABC):
         """Put the pipeline on this process's device in the trainer's dtype; mixed precision keeps fp32 weights."""
         self.pipeline.load(_DTYPES.get(self.precision_name, torch.float32), self.trainer.strategy.root_device)
 
+    def train_for_as_many_passes_as_it_takes(self) -> None:
+        """An epoch is a pass over the calibration batches, and `trainer.should_stop` ends the last one."""
+        self.trainer.fit_loop.max_epochs = -1
+
     def configure_optimizers(self) -> None:
         """Nothing is trained."""
 
@@ -58,6 +62,11 @@ class FrozenModule(LightningModule, ABC):
         """Print on the first process only."""
         if self.trainer.is_global_zero:
             print(line, flush=True)
+
+    @property
+    @abstractmethod
+    def calibrates(self) -> bool:
+        """Whether calibration prompts are needed, so that they must be there."""
 
     @abstractmethod
     def check(self, data: CocoDataModule, dtype: str) -> None:

@@ -14,6 +14,7 @@ from sdprune.data import Batch
 from sdprune.errors import InputError
 from sdprune.metrics import PerImageMetric
 from sdprune.modules.base import FrozenModule
+from sdprune.modules.needs import Calibration
 from sdprune.modules.pruning import PruningPlan, flat, summary
 from sdprune.modules.references import References
 from sdprune.pictures import grid
@@ -37,6 +38,7 @@ class GenerationModule(FrozenModule):
         prune: how, by component: `--model.prune.unet.sparsity=0.35`; sparsity 0 everywhere is the dense model.
         metrics: scores to compute.
         sampling: how images are drawn.
+        calibration: what counts when a criterion needs calibration, and how much memory it may take.
         seed: every image's noise comes from this and its id.
         samples: prompts of the sample grid.
         compare_dense: when something is pruned, draw the dense model's images too, unless that record is there
@@ -51,6 +53,7 @@ class GenerationModule(FrozenModule):
         prune: Dict[str, PruneSpec],
         metrics: List[PerImageMetric],
         sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
+        calibration: Calibration = Calibration(),  # noqa: B008
         seed: int = 0,
         samples: List[str] = SAMPLES,
         compare_dense: bool = True,
@@ -65,7 +68,7 @@ class GenerationModule(FrozenModule):
         self.sampling, self.seed, self.samples = sampling, seed, list(samples)
         self.compare_dense, self.output = compare_dense, output
         self.references = References(metrics, output)
-        self.plan = PruningPlan(pipeline, prune, sampling, seed, store)
+        self.plan = PruningPlan(pipeline, prune, sampling, calibration, seed, store)
         self.reports: dict[str, PruneReport] = {}
         self.baseline: Record | None = None
         self.facts_of_data: dict[str, int] = {}
@@ -73,14 +76,18 @@ class GenerationModule(FrozenModule):
     def dense(self) -> GenerationModule:
         """The same run without pruning, sharing pipeline and metrics."""
         return GenerationModule(
-            self.pipeline, {}, self._metrics, self.sampling, self.seed, self.samples, False, self.output,
-            str(self.plan.store.root),
+            self.pipeline, {}, self._metrics, self.sampling, seed=self.seed, samples=self.samples, compare_dense=False,
+            output=self.output, store=str(self.plan.store.root),
         )  # fmt: skip
 
     @property
     def wants_dense(self) -> bool:
         """Whether this run is compared with a dense one."""
         return self.compare_dense and bool(self.plan.specs)
+
+    @property
+    def calibrates(self) -> bool:  # noqa: D102
+        return self.plan.calibrates
 
     def prepare_record(self, data: CocoDataModule, precision: str) -> Record:
         """The run's directory, from everything that decides its results."""
@@ -104,7 +111,7 @@ class GenerationModule(FrozenModule):
         self.plan.check(data, dtype)
         self.record.check()
         images = self.references.check(data)
-        self.facts_of_data = data.check(calibration=bool(self.plan.calibrated), images=images)
+        self.facts_of_data = data.check(calibration=self.calibrates, images=images)
 
     def on_predict_start(self) -> None:
         """Load, calibrate what is missing, prune, and load the metrics."""
@@ -115,8 +122,8 @@ class GenerationModule(FrozenModule):
             torch.cuda.reset_peak_memory_stats()
         strategy, data = self.trainer.strategy, self.data
         calibrator = self.plan.calibrator(data, self.precision_name)
-        if calibrator.missing:  # otherwise no captions need be there
-            calibrator.run(data.calibration_loader(self.global_rank, self.trainer.world_size), strategy)
+        if not calibrator.done:  # otherwise no captions need be there
+            calibrator.run(lambda: data.calibration_loader(self.global_rank, self.trainer.world_size), strategy)
         self.reports = self.plan.apply(data, self.precision_name)
         self.sparsity = self.plan.account(self.reports)
         for metric in self._metrics:

@@ -12,10 +12,10 @@ import torch
 
 from sdprune.data import Batch
 from sdprune.modules.base import FrozenModule
-from sdprune.modules.calibration import Calibrator, calibration_facts
+from sdprune.modules.calibrator import Calibrator
+from sdprune.modules.needs import Calibration, Need, Needs
 from sdprune.pipelines import PipelineFamily, Sampling
-from sdprune.pruning import PruneReport, PruneSpec, account, find_targets, prune, wholes
-from sdprune.pruning.statistics import InputNorms
+from sdprune.pruning import PruneReport, PruneSpec, account, apply, targets_of, wholes
 from sdprune.record import fingerprint, label, own_version, read_json, require_writable, write_json
 from sdprune.store import StatisticsStore
 
@@ -30,60 +30,71 @@ class PruningPlan:
         pipeline: the model.
         prune: by component; components at sparsity 0 stay dense.
         sampling: how images are drawn in calibration.
+        calibration: what counts there.
         seed: of the calibration's noise.
         store: where statistics are kept.
     """
 
     def __init__(
-        self, pipeline: PipelineFamily, prune: Mapping[str, PruneSpec], sampling: Sampling, seed: int, store: str
-    ):
-        self.pipeline, self.sampling, self.seed = pipeline, sampling, seed
+        self, pipeline: PipelineFamily, prune: Mapping[str, PruneSpec], sampling: Sampling, calibration: Calibration,
+        seed: int, store: str,
+    ):  # fmt: skip
+        self.pipeline, self.sampling, self.calibration, self.seed = pipeline, sampling, calibration, seed
         self.asked = dict(prune)
         self.specs = {name: spec for name, spec in prune.items() if not spec.dense}
         self.store = StatisticsStore(store)
 
     @property
-    def calibrated(self) -> list[str]:
-        """Components whose criterion or allocation needs statistics."""
-        return [n for n, spec in self.specs.items() if spec.criterion.statistics | spec.allocation.statistics]
+    def calibrates(self) -> bool:
+        """Whether any criterion or allocation needs statistics."""
+        return any(spec.statistics for spec in self.specs.values())
 
     def describe(self) -> dict[str, Any]:
         """What the pruned weights depend on, statistics apart."""
         return {name: spec.describe() for name, spec in sorted(self.specs.items())}
 
-    def facts(self, data: CocoDataModule, dtype: str) -> dict[str, dict[str, Any]]:
-        """What the statistics depend on, by component."""
-        return calibration_facts(self.calibrated, self.pipeline, data, self.sampling, self.seed, dtype)
+    def facts(self, data: CocoDataModule, dtype: str) -> list[dict[str, Any]]:
+        """What the statistics depend on."""
+        return [need.facts for need in self._all_needs(data, dtype)]
 
     def check(self, data: CocoDataModule, dtype: str) -> None:
         """Everything that can be told before the model is loaded: names, layer patterns, statistics."""
         self.pipeline.require(list(self.asked))
         self.pipeline.check(self.sampling)
         for name, spec in self.specs.items():
-            targets = find_targets(self.pipeline.skeleton(name), spec.layers, spec.include, spec.exclude)
-            if name in self.calibrated:
-                InputNorms(targets)
-        if self.calibrated:
+            targets_of(self.pipeline.skeleton(name), spec)
+        if self.calibrates:
             _ = data.calibration_examples  # enough captions
-        self.store.check(self.facts(data, dtype).values())
+        self.store.check(self.facts(data, dtype))
 
     def calibrator(self, data: CocoDataModule, dtype: str) -> Calibrator:
         """Gathers what the store lacks."""
-        return Calibrator(self.pipeline, self.facts(data, dtype), self.sampling, self.seed, self.store)
+        needs = self._all_needs(data, dtype)
+        return Calibrator(self.pipeline, needs, self.sampling, self.seed, self.calibration, self.store)
 
     def apply(self, data: CocoDataModule, dtype: str) -> dict[str, PruneReport]:
         """Prune every component in place, with statistics from the store."""
-        facts = self.facts(data, dtype)
         reports = {}
-        for name, spec in self.specs.items():
-            statistics = self.store.load(facts[name]) if name in facts else None
-            reports[name] = prune(self.pipeline.components[name], spec, statistics)
+        for name, (dense, own) in self._needs(data, dtype).items():
+            before = {need.statistic: self.store.load(need.facts) for need in dense}
+            statistics = {need.statistic: self.store.load(need.facts) for need in own}
+            reports[name] = apply(self.pipeline.components[name], self.specs[name], statistics, before)
         _require_equal_masks(reports)
         return reports
 
     def account(self, reports: Mapping[str, PruneReport]) -> dict[str, Any]:
         """Asked and achieved sparsities of the pipeline as it is now."""
         return account(self.pipeline.components, reports, self.pipeline.prunable)
+
+    def _needs(self, data: CocoDataModule, dtype: str) -> dict[str, tuple[list[Need], list[Need]]]:
+        """By component, what its allocation reads and what its criterion does."""
+        needs = Needs(self.pipeline, data, self.sampling, self.seed, self.calibration, dtype)
+        return {
+            name: (needs.of_allocation(name, spec), needs.of_pruning(name, spec)) for name, spec in self.specs.items()
+        }
+
+    def _all_needs(self, data: CocoDataModule, dtype: str) -> list[Need]:
+        return [need for pair in self._needs(data, dtype).values() for needs in pair for need in needs]
 
 
 def _require_equal_masks(reports: Mapping[str, PruneReport]) -> None:
@@ -113,6 +124,7 @@ class PruningModule(FrozenModule):
         pipeline: the model.
         prune: how, by component: `--model.prune.unet.sparsity=0.35`.
         sampling: how images are drawn when a criterion needs calibration of the U-Net.
+        calibration: what counts there, and how much memory it may take.
         seed: of the calibration's noise.
         output: directory of all results.
         store: directory of calibration statistics.
@@ -123,13 +135,18 @@ class PruningModule(FrozenModule):
         pipeline: PipelineFamily,
         prune: Dict[str, PruneSpec],
         sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
+        calibration: Calibration = Calibration(),  # noqa: B008
         seed: int = 0,
         output: str = "runs",
         store: str = "runs/statistics",
     ):
         super().__init__(pipeline)
-        self.plan = PruningPlan(pipeline, prune, sampling, seed, store)
+        self.plan = PruningPlan(pipeline, prune, sampling, calibration, seed, store)
         self.output = output
+
+    @property
+    def calibrates(self) -> bool:  # noqa: D102
+        return self.plan.calibrates
 
     def check(self, data: CocoDataModule, dtype: str) -> None:
         """Everything that can be told before the model is loaded."""
@@ -154,14 +171,18 @@ class PruningModule(FrozenModule):
         """Load the model and see what has to be gathered."""
         self.load()
         self.calibrator = self.plan.calibrator(self.data, self.precision_name)
+        self.train_for_as_many_passes_as_it_takes()
 
     def training_step(self, batch: Batch) -> None:
         """One batch of calibration, if any is missing."""
         self.calibrator.step(batch)
 
     def on_train_epoch_end(self) -> None:
-        """Prune and save."""
-        self.calibrator.finish(self.trainer.strategy)
+        """A pass is over; after the last one prune and save."""
+        self.calibrator.end_pass(self.trainer.strategy)
+        if not self.calibrator.done:
+            return
+        self.trainer.should_stop = True
         directory = self.directory(self.data, self.precision_name)
         reports = self.plan.apply(self.data, self.precision_name)
         if self.trainer.is_global_zero:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
@@ -85,8 +85,22 @@ class PipelineFamily(ABC):
         """Run the text encoders alone, as in generation without guidance; for calibration."""
 
     @abstractmethod
-    def generate(self, prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling, decode: bool = True) -> Tensor:
+    def tokens(self, prompts: Sequence[str]) -> Tensor:
+        """Which positions of the text encoders' inputs are no padding: bool [b, length]."""
+
+    @abstractmethod
+    def generate(
+        self, prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling, decode: bool = True,
+        before_step: Optional[Callable[[int], None]] = None,
+    ) -> Tensor:  # fmt: skip
         """Draw one image a prompt, from noise that depends on nothing but its seed.
+
+        Args:
+            prompts: one an image.
+            seeds: one an image.
+            sampling: how.
+            decode: whether latents become pictures.
+            before_step: called with the number of each denoising step, from 0, before it runs.
 
         Returns:
             uint8 [b, 3, height, width] on the CPU; without `decode` the latents, [b, channels, h, w].

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from importlib import import_module
 from pathlib import Path
@@ -162,9 +162,25 @@ class StableDiffusion(PipelineFamily):
         with torch.no_grad():
             self._pipe.encode_prompt(list(prompts), self._pipe.device, 1, do_classifier_free_guidance=False)
 
-    def generate(self, prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling, decode: bool = True) -> Tensor:
+    def tokens(self, prompts: Sequence[str]) -> Tensor:
+        """See PipelineFamily."""
+        kept = {"padding": "max_length", "truncation": True, "max_length": self.tokenizer.model_max_length}
+        return self.tokenizer(list(prompts), return_tensors="pt", **kept)["attention_mask"].bool()
+
+    def generate(
+        self, prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling, decode: bool = True,
+        before_step: Optional[Callable[[int], None]] = None,
+    ) -> Tensor:  # fmt: skip
         """See PipelineFamily."""
         import torch
+
+        def after(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            if before_step is not None:
+                before_step(step + 1)
+            return tensors
+
+        if before_step is not None:
+            before_step(0)
 
         pipe = self._scheduled(sampling)
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
@@ -177,7 +193,7 @@ class StableDiffusion(PipelineFamily):
         output = pipe(
             list(prompts), height=height, width=width, num_inference_steps=sampling.steps,
             guidance_scale=sampling.guidance, latents=noise.to(pipe.device, dtype), generator=generators,
-            output_type="pt" if decode else "latent",
+            output_type="pt" if decode else "latent", callback_on_step_end=after,
         ).images  # fmt: skip
         return (output.float() * 255).round().clamp(0, 255).to(torch.uint8).cpu() if decode else output
 

@@ -3,33 +3,48 @@
 from sdprune.pruning.accounting import account, wholes
 from sdprune.pruning.allocation import Allocation
 from sdprune.pruning.allocation.uniform import Uniform
+from sdprune.pruning.api import prune
 from sdprune.pruning.criteria import Criterion
+from sdprune.pruning.criteria.base import Ranking, Reconstruction
 from sdprune.pruning.criteria.magnitude import Magnitude
 from sdprune.pruning.criteria.wanda import Wanda
-from sdprune.pruning.engine import LayerReport, PruneReport, masks, prune
+from sdprune.pruning.engine import LayerReport, PruneReport, apply, masks, targets_of
+from sdprune.pruning.gathering import Gathering, gather, statistic
 from sdprune.pruning.spec import PruneSpec, subclasses
-from sdprune.pruning.statistics import InputNorms, gather, merge
+from sdprune.pruning.statistics import STATISTICS, Hessian, InputNorm, Listener, Sums, Timesteps, Totals, weigh
 from sdprune.pruning.targets import Target, find_targets, module_block
 
 __all__ = [
+    "STATISTICS",
     "Allocation",
     "Criterion",
-    "InputNorms",
+    "Gathering",
+    "Hessian",
+    "InputNorm",
     "LayerReport",
+    "Listener",
     "Magnitude",
     "PruneReport",
     "PruneSpec",
+    "Ranking",
+    "Reconstruction",
+    "Sums",
     "Target",
+    "Timesteps",
+    "Totals",
     "Uniform",
     "Wanda",
     "account",
+    "apply",
     "find_targets",
     "gather",
     "masks",
-    "merge",
     "module_block",
     "prune",
+    "statistic",
     "subclasses",
+    "targets_of",
+    "weigh",
     "wholes",
 ]
 

@@ -28,6 +28,7 @@ _KEY_DTYPES = {
 }
 _DIGIT = 16  # bits a histogram resolves: 65,536 counters stay in cache
 CHUNK = 1 << 20  # weights counted at a time: bounds the temporaries
+_PAIRWISE = 16  # scores of a group that are compared pair by pair
 _ROWS_CHUNK = 1 << 17  # weights of rows ranked at a time, which takes four times the memory
 
 
@@ -54,13 +55,15 @@ def count(n: int, fraction: float) -> int:
     return math.floor(n * fraction + 0.5)
 
 
-def apportion(numerators: Sequence[int], denominator: int) -> list[int]:
+def apportion(numerators: Sequence[int], denominator: int, total: int | None = None) -> list[int]:
     """Round the quotas numerator / denominator to whole numbers by largest remainder, earlier first.
 
-    They add up to the rounded sum of the quotas, and none exceeds its quota rounded up.
+    They add up to the rounded sum of the quotas, or to a given total less than 1 away from that sum, and none exceeds
+    its quota rounded up.
     """
     whole = [numerator // denominator for numerator in numerators]
-    total = (2 * sum(numerators) + denominator) // (2 * denominator)
+    if total is None:
+        total = (2 * sum(numerators) + denominator) // (2 * denominator)
     by_remainder = sorted(range(len(whole)), key=lambda i: -(numerators[i] % denominator))
     for i in by_remainder[: total - sum(whole)]:
         whole[i] += 1
@@ -121,6 +124,37 @@ def select_column_blocks(name: str, scores: Tensor, width: int, low: Sequence[in
         mask[:, area] = selected.view(stop - start, rows, -1).transpose(0, 1).reshape(rows, -1)
         start = stop
     return mask
+
+
+def select_pattern(name: str, scores: Tensor, n: int) -> Tensor:
+    """Select the n lowest of every group of the scores [..., m]."""
+    keys = _keys(name, scores)
+    m = keys.shape[-1]
+    if m > _PAIRWISE:
+        return _lowest_per_row(keys.reshape(-1, m), [n] * (keys.numel() // m)).view(keys.shape)
+    flat = keys.reshape(-1, m)
+    mask = torch.empty(flat.shape, dtype=torch.bool, device=keys.device)
+    for start in range(0, len(flat), CHUNK // m):
+        part = flat[start : start + CHUNK // m].T.contiguous()
+        for j in range(m):  # how many come before column j
+            before = (part[:j] <= part[j]).sum(0) + (part[j + 1 :] < part[j]).sum(0)
+            mask[start : start + part.shape[1], j] = before < n
+    return mask.view(keys.shape)
+
+
+def select_up_to(name: str, scores: Tensor, rank: int) -> Tensor:
+    """Select every score up to the one of that rank, ties included: the counting of published codes.
+
+    A negative rank counts from the end, as an index does there.
+
+    Raises:
+        InputError: for a rank beyond the last, where those codes fail.
+    """
+    keys = _keys(name, scores).reshape(-1)
+    if rank >= len(keys):
+        raise InputError(f"mode original: layer {name!r} has no score of rank {rank}. Use mode exact.")
+    cut = _find_cut([lambda: keys], rank % len(keys) + 1)
+    return (keys < cut.key + (cut.ties > 0)).view(scores.shape)
 
 
 def column_blocks(columns: int, width: int) -> list[int]:

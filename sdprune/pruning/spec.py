@@ -1,6 +1,7 @@
 """How one component is to be pruned."""
 
 import inspect
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, List, Literal, Optional, Tuple, get_args
@@ -9,9 +10,13 @@ from sdprune.errors import InputError, unknown
 from sdprune.pruning.allocation import Allocation
 from sdprune.pruning.allocation.uniform import Uniform
 from sdprune.pruning.criteria import Criterion
-from sdprune.pruning.targets import LAYER_KINDS
+from sdprune.pruning.criteria.base import Ranking
+from sdprune.pruning.statistics import Timesteps
+from sdprune.pruning.targets import LAYER_KINDS, Blocks
 
-Granularity = Literal["layer", "row", "column_block", "module_block", "component"]
+GRANULARITIES = ("layer", "row", "column_block", "module_block", "component", "N:M")
+Order = Literal["one_pass", "sequential"]
+Mode = Literal["exact", "original"]
 
 
 @dataclass
@@ -23,11 +28,19 @@ class PruneSpec:
         band: prune instead the weights whose rank within their group lies between these two shares, e.g. [0.1, 0.2].
         criterion: what ranks the weights: a Criterion or the name of one.
         allocation: how the sparsity is shared out among layers: an Allocation or the name of one.
-        granularity: which weights are ranked against each other.
+        granularity: which weights are ranked against each other: layer, row, column_block, module_block, component, or
+            N:M such as 2:4, N pruned of every M neighbouring inputs. By default as published: layer for Magnitude, row
+            for Wanda, column_block for SparseGPT.
         block_width: columns of a column_block.
         layers: kinds of layer: Linear, Conv2d.
         include: shell patterns on layer names; what matches one of them is a target.
         exclude: shell patterns on layer names; what matches one of them is not.
+        order: one_pass takes every layer's statistics from the dense model, and they serve any other pruning too;
+            sequential prunes block after block, each with the statistics that the pruned blocks before it give.
+        timesteps: how much the denoising steps count in a U-Net's statistics: uniform, linear, log_decrease,
+            log_increase.
+        blocks: what counts as a block of a U-Net: module (a down, mid or up block) or, finer, transformer.
+        mode: exact prunes what was asked, to the weight; original counts as the published code of the method does.
 
     Raises:
         InputError: for a value out of range, an unknown name, or choices that cancel each other.
@@ -38,26 +51,32 @@ class PruneSpec:
     # Defaults are names, resolved below: a configuration file can hold a name, not an instance.
     criterion: Criterion = "Magnitude"  # type: ignore[assignment]
     allocation: Allocation = "Uniform"  # type: ignore[assignment]
-    granularity: Granularity = "layer"
+    granularity: Optional[str] = None
     block_width: int = 128
     layers: List[str] = field(default_factory=lambda: ["Linear"])
     include: List[str] = field(default_factory=lambda: ["*"])
     exclude: List[str] = field(default_factory=list)
+    order: Order = "one_pass"
+    timesteps: Timesteps = "uniform"
+    blocks: Blocks = "module"
+    mode: Mode = "exact"
 
     def __post_init__(self) -> None:
         self.criterion = _instance("criterion", self.criterion, Criterion)
         self.allocation = _instance("allocation", self.allocation, Allocation)
+        self.granularity = self.granularity or self.criterion.granularities[0]
         _check_share("sparsity", self.sparsity)
-        if self.granularity not in get_args(Granularity):
-            raise unknown("granularity", self.granularity, get_args(Granularity))
+        for option, choices in (("order", Order), ("timesteps", Timesteps), ("blocks", Blocks), ("mode", Mode)):
+            if getattr(self, option) not in get_args(choices):
+                raise unknown(option, getattr(self, option), get_args(choices))
         if self.block_width < 1:
             raise InputError(f"block_width is {self.block_width}: give the number of columns, 1 or more.")
         self._check_lists()
         if self.band is not None:
             self._check_band(self.band)
-        if not isinstance(self.allocation, Uniform) and (self.granularity == "component" or self.band is not None):
-            reason = "a band" if self.band is not None else "granularity component"
-            raise InputError(f"Allocation {type(self.allocation).__name__} has no effect under {reason}: use Uniform.")
+        self._check_granularity(self.granularity)
+        if self.mode == "original":
+            self._check_original()
 
     @property
     def nominal(self) -> float:
@@ -67,7 +86,22 @@ class PruneSpec:
     @property
     def dense(self) -> bool:
         """Whether nothing is to be pruned."""
-        return self.sparsity == 0 and self.band is None
+        return self.sparsity == 0 and self.band is None and not self.allocation.prunes
+
+    @property
+    def pattern(self) -> Optional[Tuple[int, int]]:
+        """(N, M) of an N:M granularity, N pruned of M."""
+        return _pattern(str(self.granularity))
+
+    @property
+    def sequential(self) -> bool:
+        """Whether statistics depend on what was pruned before; without statistics the order changes nothing."""
+        return self.order == "sequential" and bool(self.criterion.statistics)
+
+    @property
+    def statistics(self) -> frozenset[str]:
+        """Names of the statistics that criterion and allocation read."""
+        return frozenset() if self.dense else self.criterion.statistics | self.allocation.statistics
 
     def describe(self) -> dict[str, Any]:
         """Everything that decides which weights are pruned, as plain JSON values in a canonical form."""
@@ -81,6 +115,10 @@ class PruneSpec:
             "layers": sorted(set(self.layers)),
             "include": sorted(set(self.include)),
             "exclude": sorted(set(self.exclude)),
+            "order": "sequential" if self.sequential else "one_pass",
+            "timesteps": self.timesteps if self.statistics else None,
+            "blocks": self.blocks,
+            "mode": self.mode,
         }
 
     def _check_lists(self) -> None:
@@ -103,6 +141,45 @@ class PruneSpec:
             raise InputError(f"band is {list(band)}: its first share must be below its second, as in [0.1, 0.2].")
         if self.sparsity != 0:
             raise InputError(f"band {list(band)} and sparsity {self.sparsity} exclude each other: set sparsity to 0.")
+        if not isinstance(self.criterion, Ranking):
+            raise InputError(f"{_name(self.criterion)} ranks no weights, so that there is no band of them: use Wanda.")
+
+    def _check_granularity(self, granularity: str) -> None:
+        kind = "N:M" if self.pattern else granularity
+        if kind == "N:M" and not self.pattern:
+            raise InputError("granularity N:M wants numbers, as in 2:4: 2 pruned of every 4 neighbouring inputs.")
+        if kind not in GRANULARITIES:
+            raise unknown("granularity", granularity, GRANULARITIES)
+        if kind not in self.criterion.granularities:
+            choices = ", ".join(self.criterion.granularities)
+            raise InputError(f"{_name(self.criterion)} is not defined for granularity {granularity}: choose {choices}.")
+        if self.pattern:
+            self._check_pattern(*self.pattern)
+        if self.sequential and kind == "component":
+            raise InputError(
+                "Order sequential cannot rank a whole component at once: use one_pass, or another granularity."
+            )
+        if isinstance(self.allocation, Uniform):
+            return
+        if kind in ("component", "N:M") or self.band is not None:
+            reason = "a band" if self.band is not None else f"granularity {granularity}"
+            raise InputError(f"Allocation {_name(self.allocation)} has no effect under {reason}: use Uniform.")
+
+    def _check_pattern(self, n: int, m: int) -> None:
+        if not 0 < n <= m:
+            raise InputError(f"granularity {n}:{m} prunes {n} of every {m}: give 1 to {m} of {m}.")
+        if self.band is not None:
+            raise InputError(f"A band has no effect under granularity {n}:{m}: use another granularity.")
+        if self.sparsity not in (0, n / m):
+            raise InputError(f"granularity {n}:{m} prunes {n / m:g}, not {self.sparsity}: set sparsity to {n / m:g}.")
+
+    def _check_original(self) -> None:
+        kind = "N:M" if self.pattern else self.granularity
+        if self.band is not None or kind not in {self.criterion.granularities[0], "N:M"}:
+            raise InputError(
+                f"mode original: {_name(self.criterion)} was published by {self.criterion.granularities[0]} or N:M and "
+                "without bands. Use mode exact."
+            )
 
 
 def subclasses(base: type) -> dict[str, type]:
@@ -123,12 +200,21 @@ def _instance(kind: str, value: Any, base: type) -> Any:
     return choices[value]()
 
 
+def _pattern(granularity: str) -> Optional[Tuple[int, int]]:
+    found = re.fullmatch(r"(\d+):(\d+)", granularity)
+    return (int(found[1]), int(found[2])) if found else None
+
+
 def _check_share(option: str, value: float) -> None:
     if not 0 <= value <= 1:  # also catches NaN
         raise InputError(f"{option} is {value}: give a share between 0 and 1, as in 0.35.")
 
 
+def _name(part: object) -> str:
+    return type(part).__name__
+
+
 def _describe(part: object) -> dict[str, Any]:
     parameters = inspect.signature(type(part).__init__).parameters.values()
     options = [p.name for p in parameters if p.name != "self" and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-    return {"class": type(part).__name__, "options": {option: getattr(part, option) for option in options}}
+    return {"class": _name(part), "options": {option: getattr(part, option) for option in options}}

@@ -1,104 +1,274 @@
-"""What criteria need to know of a layer's inputs.
+"""What criteria need to know of a layer's inputs, summed up batch by batch.
 
-Gathered batch by batch and merged in batch order, they come out to the same bits on any number of processes.
+The sums of each batch are kept apart and added in batch order, so that they come out to the same bits on any number of
+processes and after any interruption.
 """
 
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Optional
+from typing import Any, Literal, Optional, get_args
 
 import torch
 from torch import Tensor, nn
 
-from sdprune.errors import InputError
+from sdprune.errors import InputError, unknown
 from sdprune.pruning.targets import Target
 
+Timesteps = Literal["uniform", "linear", "log_decrease", "log_increase"]
+_CHUNK = 1 << 18  # input numbers squared at a time: their fp64 copies stay in cache
+_UNFOLDED = 1 << 24  # unfolded input numbers at a time: bounds what a convolution's Hessian takes beside itself
 
-class InputNorms:
-    """The statistic `input_norm`: for each input column j of a Linear, the sum of x_j^2 over all positions.
 
-    Positions are the batch and everything else but the last dimension. Set `batch_size` and `valid` before a batch that
-    ends in filler items.
+def timestep_weights(name: Timesteps, steps: int) -> list[float]:
+    """How much each denoising step counts, first (noisiest) to last.
+
+    `log_decrease` is 0.8 + 0.4 * ln(T - i) / ln(T) at step i of T (OBS-Diff, 2025); `log_increase` is that read
+    backwards, `linear` falls from 1.2 to 0.8 evenly, `uniform` is 1 throughout.
+
+    Raises:
+        InputError: for an unknown name.
+    """
+    if name not in get_args(Timesteps):
+        raise unknown("timestep weighting", name, get_args(Timesteps))
+    if name == "uniform" or steps == 1:
+        return [1.0] * steps
+    if name == "linear":
+        return [1.2 - 0.4 * i / (steps - 1) for i in range(steps)]
+    falling = [0.8 + 0.4 * math.log(steps - i) / math.log(steps) for i in range(steps)]
+    return falling if name == "log_decrease" else falling[::-1]
+
+
+class Statistic(ABC):
+    """A sum over a layer's inputs."""
+
+    name: str
+
+    @abstractmethod
+    def empty(self, target: Target) -> Tensor:
+        """Zeros of the sum's shape, on the layer's device."""
+
+    @abstractmethod
+    def term(self, target: Target, inputs: Tensor) -> Tensor:
+        """What inputs, in the layer's own shape, contribute."""
+
+    @abstractmethod
+    def add(self, total: Tensor, term: Tensor, step: int) -> None:
+        """Add a contribution of one denoising step, in place."""
+
+    @abstractmethod
+    def finish(self, total: Tensor, samples: int) -> Tensor:
+        """The statistic, float32, from the sum over `samples` prompts."""
+
+
+class InputNorm(Statistic):
+    """`input_norm`: the sum of x_j^2 over all positions, by denoising step: float64 [steps, groups, columns].
+
+    Divided by the number of samples it is what Wanda's running statistic ends with.
     """
 
     name = "input_norm"
 
-    def __init__(self, targets: Sequence[Target]) -> None:
-        for target in targets:
-            if not isinstance(target.module, nn.Linear):
-                raise InputError(
-                    f"Layer {target.name!r} is a {target.kind}: input norms of Conv2d come in a later version; "
-                    "prune Linear layers only, or use the criterion Magnitude."
-                )
-        self.targets = list(targets)
-        self.batch_size: Optional[int] = None
-        """Items of a batch. Under classifier-free guidance a U-Net sees them twice over: [all items, all items]."""
-        self.valid: Optional[int] = None
-        """How many of the batch's items count, the first ones; None means all."""
-        self._sums: dict[str, Tensor] = {}
+    def __init__(self, steps: int = 1) -> None:
+        self.steps = steps
 
-    def take(self) -> dict[str, Tensor]:
-        """The sums since the last take, by layer name, float64 [columns] on the layer's device; starts again from 0."""
-        sums, self._sums = self._sums, {}
+    def empty(self, target: Target) -> Tensor:  # noqa: D102
+        columns = target.shape[1]
+        return torch.zeros(self.steps, target.groups, columns, dtype=torch.float64, device=target.weight.device)
+
+    def term(self, target: Target, inputs: Tensor) -> Tensor:  # noqa: D102
+        # In fp64 a square of fp32 is exact, and millions of positions add up without loss.
+        flat = inputs.reshape(-1, inputs.shape[-1]) if isinstance(target.module, nn.Linear) else inputs.flatten(1)
+        sums = torch.zeros(flat.shape[1], dtype=torch.float64, device=flat.device)
+        for part in flat.split(max(1, _CHUNK // max(1, flat.shape[1]))):
+            sums += part.double().square_().sum(0)
+        if isinstance(target.module, nn.Linear):
+            return sums[None]
+        # Unfolding only copies, so that it may follow the sum over items.
+        return target.columns(sums.view(1, *inputs.shape[1:])).sum(1)
+
+    def add(self, total: Tensor, term: Tensor, step: int) -> None:  # noqa: D102
+        total[step] += term
+
+    def finish(self, total: Tensor, samples: int) -> Tensor:  # noqa: D102
+        return (total / samples).float()
+
+
+class Hessian(Statistic):
+    """`hessian`: 2 * sum_i a_i X_i^T X_i / sum_i a_i over denoising steps i, float32 [groups, columns, columns].
+
+    X_i are the inputs [positions, columns] of step i and a_i the step's weight; divided by the number of samples.
+    (Frantar & Alistarh 2023, SparseGPT; the weights are those of OBS-Diff, 2025.)
+
+    Args:
+        weights: of the denoising steps.
+    """
+
+    name = "hessian"
+
+    def __init__(self, weights: Sequence[float] = (1.0,)) -> None:
+        self.weights = list(weights)
+
+    @staticmethod
+    def numel(target: Target) -> int:
+        """Numbers in the Hessian of a layer."""
+        return target.groups * target.shape[1] ** 2
+
+    def empty(self, target: Target) -> Tensor:  # noqa: D102
+        columns = target.shape[1]
+        return torch.zeros(target.groups, columns, columns, device=target.weight.device)
+
+    def term(self, target: Target, inputs: Tensor) -> Tensor:  # noqa: D102
+        total = self.empty(target)
+        linear = isinstance(target.module, nn.Linear)
+        rows = inputs.reshape(-1, inputs.shape[-1]) if linear else inputs
+        per_row = max(1, target.columns(rows[:1]).numel()) if len(rows) else 1
+        for part in rows.split(max(1, _UNFOLDED // per_row)):
+            x = target.columns(part.float())
+            total.baddbmm_(x.transpose(1, 2), x)
+        return total
+
+    def add(self, total: Tensor, term: Tensor, step: int) -> None:  # noqa: D102
+        total.add_(term, alpha=self.weights[step])
+
+    def finish(self, total: Tensor, samples: int) -> Tensor:  # noqa: D102
+        return total * (2 / (samples * sum(self.weights)))
+
+
+STATISTICS: dict[str, type[Statistic]] = {cls.name: cls for cls in (InputNorm, Hessian)}
+
+
+@dataclass
+class Sums:
+    """The sums over some batches: by layer, with how often each layer ran."""
+
+    totals: dict[str, Tensor] = field(default_factory=dict)
+    calls: dict[str, int] = field(default_factory=dict)
+
+
+class Listener:
+    """Sums one statistic over the inputs of some layers while their component runs.
+
+    Args:
+        targets: the layers.
+        statistic: what to sum.
+
+    Before a batch set what is to count; by default everything counts 1:
+        batch_size, valid: items of the batch and how many of them are no filler. Under classifier-free guidance a U-Net
+            sees them twice over: [all items without a prompt, all items with theirs].
+        unconditional: weight of the first of these halves.
+        tokens: bool [batch_size, length]: positions that count, in layers that see [batch_size, length, columns].
+        step: the denoising step that runs, from 0.
+    """
+
+    def __init__(self, targets: Sequence[Target], statistic: Statistic) -> None:
+        self.targets = {target.name: target for target in targets}
+        self.statistic = statistic
+        self.batch_size: Optional[int] = None
+        self.valid: Optional[int] = None
+        self.unconditional = 1.0
+        self.tokens: Optional[Tensor] = None
+        self.step = 0
+        self._sums = Sums()
+        self._last: tuple[Any, ...] = ()
+
+    def take(self) -> Sums:
+        """The sums since the last take, on the layers' devices; starts again from 0."""
+        sums, self._sums, self._last = self._sums, Sums(), ()
         return sums
 
-    def attach(self) -> list[torch.utils.hooks.RemovableHandle]:
-        """Start to listen: one hook a layer, to be removed by the caller."""
-        return [
-            target.module.register_forward_pre_hook(partial(self._add, target.name), with_kwargs=True)
-            for target in self.targets
+    @contextmanager
+    def listening(self) -> Iterator[Listener]:
+        """Hooks on every layer, removed at the end."""
+        handles = [
+            target.module.register_forward_pre_hook(partial(self._hear, target), with_kwargs=True)
+            for target in self.targets.values()
         ]
+        try:
+            yield self
+        finally:
+            for handle in handles:
+                handle.remove()
 
     @torch.no_grad()
-    def _add(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        inputs = self._counted(name, args[0] if args else kwargs["input"])
-        # In fp64 a square of fp32 is exact, and millions of positions add up without loss.
-        sums = inputs.reshape(-1, inputs.shape[-1]).float().double().square_().sum(0)
-        self._sums[name] = self._sums[name] + sums if name in self._sums else sums
+    def _hear(self, target: Target, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        inputs = args[0] if args else kwargs["input"]
+        with torch.autocast(inputs.device.type, enabled=False):
+            term = self._term(target, inputs)
+        if target.name not in self._sums.totals:
+            self._sums.totals[target.name] = self.statistic.empty(target)
+        self.statistic.add(self._sums.totals[target.name], term, self.step)
+        self._sums.calls[target.name] = self._sums.calls.get(target.name, 0) + 1
+
+    def _term(self, target: Target, inputs: Tensor) -> Tensor:
+        """The contribution; query, key and value get the very same tensor one after another, and share it."""
+        key = (id(inputs), None if inputs.is_inference() else inputs._version)
+        linear = isinstance(target.module, nn.Linear)
+        if linear and key[1] is not None and self._last and self._last[0] == key:
+            return self._last[2]
+        term = self.statistic.term(target, self._counted(target.name, inputs))
+        # Holding the inputs keeps their id from being given to others.
+        self._last = (key, inputs, term) if linear else ()
+        return term
 
     def _counted(self, name: str, inputs: Tensor) -> Tensor:
-        if self.valid is None:
+        """What of the inputs counts, multiplied with the root of its weight."""
+        if self.valid is None and self.tokens is None and self.unconditional == 1:
             return inputs
         if not self.batch_size or len(inputs) % self.batch_size:
             raise InputError(
                 f"Layer {name!r} sees {len(inputs)} items, no multiple of batch_size {self.batch_size}: "
                 "set batch_size beside valid, or choose batches that need no filler."
             )
-        return inputs.unflatten(0, (-1, self.batch_size))[:, : self.valid]
+        copies = inputs.unflatten(0, (-1, self.batch_size))
+        if self.unconditional != 1 and len(copies) == 2:
+            copies = torch.cat([copies[:1].float() * math.sqrt(self.unconditional), copies[1:].float()])
+        copies = copies[:, : self.valid]
+        if self.tokens is not None and copies.shape[2:-1] == self.tokens.shape[1:]:
+            return copies[:, self.tokens[: self.valid].to(copies.device)]
+        return copies.flatten(0, 1)
 
 
-@contextmanager
-def gather(targets: Sequence[Target]) -> Iterator[InputNorms]:
-    """Listen to the inputs of the targets while their component runs inside this context.
-
-    Raises:
-        InputError: for a target that is no Linear.
-    """
-    norms = InputNorms(targets)
-    handles = norms.attach()
-    try:
-        yield norms
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def merge(partials: Mapping[int, Mapping[str, Tensor]], samples: int) -> dict[str, Tensor]:
-    """The squared input norms per sample that Wanda's running statistic ends with.
+class Totals:
+    """Sums of whole batches, added in their order.
 
     Args:
-        partials: the sums of each batch, by batch index, then by layer name, float64 [columns]; from any process, in
-            any order: they are added up in the order of the batch index.
-        samples: how many samples (not tokens) the batches hold together.
-
-    Returns:
-        By layer name, float32 [columns].
+        statistic: what they are sums of.
     """
-    if samples < 1:
-        raise InputError(f"Statistics of {samples} samples: calibrate with at least one.")
-    sums: dict[str, Tensor] = {}
-    for index in sorted(partials):
-        for name, partial_sum in partials[index].items():
-            sums[name] = sums[name] + partial_sum if name in sums else partial_sum.clone()
-    return {name: (total / samples).float() for name, total in sums.items()}
+
+    def __init__(self, statistic: Statistic) -> None:
+        self.statistic = statistic
+        self.samples = 0
+        self.sums: dict[str, Tensor] = {}
+
+    def add(self, name: str, total: Tensor) -> None:
+        """Add one layer's sum over the next batch."""
+        if name in self.sums:
+            self.sums[name] += total
+        else:
+            self.sums[name] = total.clone()
+
+    def finish(self) -> dict[str, Tensor]:
+        """The statistic by layer.
+
+        Raises:
+            InputError: no samples.
+        """
+        if self.samples < 1:
+            raise InputError(f"Statistics of {self.samples} samples: calibrate with at least one.")
+        return {name: self.statistic.finish(total, self.samples) for name, total in self.sums.items()}
+
+
+def weigh(norms: Mapping[str, Tensor], timesteps: Timesteps) -> dict[str, Tensor]:
+    """Input norms [steps, groups, columns] by layer, summed over their steps with weights: [groups, columns]."""
+    return {name: _weighted(value, timesteps) for name, value in norms.items()}
+
+
+def _weighted(norm: Tensor, timesteps: Timesteps) -> Tensor:
+    weights = torch.tensor(timestep_weights(timesteps, len(norm)), dtype=torch.float64, device=norm.device)
+    return ((weights[:, None, None] * norm.double()).sum(0) / weights.sum()).float()

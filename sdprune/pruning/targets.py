@@ -5,16 +5,21 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
-from typing import cast
+from typing import Literal, cast
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from sdprune.errors import InputError, unknown
 
+Blocks = Literal["module", "transformer"]
 LAYER_KINDS: dict[str, type[nn.Module]] = {"Linear": nn.Linear, "Conv2d": nn.Conv2d}
 
 # The outermost numbered part, or the one block that has no number. Older text encoders wrap theirs in `text_model`.
 _BLOCK = re.compile(r"(?:text_model\.)?(.*?(?:\bmid_block|\.\d+))(?=\.|$)")
+# One step further down in a U-Net: a transformer block, or whatever else is numbered beside it.
+_FINE_BLOCK = re.compile(r".*?\.transformer_blocks\.\d+(?=\.)|.*?\bmid_block\.\w+\.\d+(?=\.)|.*?\.\d+\.\w+\.\d+(?=\.)")
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,44 @@ class Target:
         return len(self.weight), self.weight[0].numel()
 
     @property
+    def groups(self) -> int:
+        """Groups of a grouped convolution: each has its own inputs. 1 otherwise."""
+        return self.module.groups if isinstance(self.module, nn.Conv2d) else 1
+
+    def columns(self, inputs: Tensor) -> Tensor:
+        """What the matrix is multiplied with: the layer's inputs as [groups, positions, columns].
+
+        Args:
+            inputs: of a Linear [..., columns]; of a convolution [items, channels, height, width], whose columns are
+                unfolded with its kernel, stride, padding and dilation.
+        """
+        if not isinstance(self.module, nn.Conv2d):
+            return inputs.reshape(1, -1, inputs.shape[-1])
+        conv = self.module
+        mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
+        padded = functional.pad(inputs, conv._reversed_padding_repeated_twice, mode=mode)
+        # [items, groups * columns, positions]
+        unfolded = functional.unfold(padded, cast(tuple[int, int], conv.kernel_size), conv.dilation, 0, conv.stride)
+        return unfolded.unflatten(1, (conv.groups, -1)).permute(1, 0, 3, 2).flatten(1, 2)
+
+    @property
+    def channels(self) -> int:
+        """Input channels of one group: columns at one position of the kernel."""
+        return self.weight.shape[1]
+
+    @property
+    def channels_last(self) -> Tensor:
+        """The columns in another order: kernel position by kernel position, channels neighbouring. N:M runs so."""
+        columns = torch.arange(self.shape[1], device=self.weight.device)
+        return columns.view(self.channels, -1).T.flatten()
+
+    def by_row(self, statistic: Tensor, rows: slice = slice(None)) -> Tensor:
+        """A statistic [groups, columns] as [columns], or of a grouped convolution as [rows, columns]."""
+        if self.groups == 1:
+            return statistic[0]
+        return statistic.repeat_interleave(self.shape[0] // self.groups, 0)[rows]
+
+    @property
     def kind(self) -> str:
         """`Linear` or `Conv2d`, also for subclasses of these."""
         return next(kind for kind, cls in LAYER_KINDS.items() if isinstance(self.module, cls))
@@ -51,6 +94,7 @@ def find_targets(
     layers: Sequence[str] = ("Linear",),
     include: Sequence[str] = ("*",),
     exclude: Sequence[str] = (),
+    blocks: Blocks = "module",
 ) -> list[Target]:
     """The component's layers of the given kinds, in module order, each weight once.
 
@@ -59,6 +103,7 @@ def find_targets(
         layers: kinds of layer, of `Linear` and `Conv2d`.
         include: shell patterns on dotted module names; a layer that matches one of them is a target ...
         exclude: ... unless it matches one of these.
+        blocks: what counts as a block, see `module_block`.
 
     Raises:
         InputError: for an unknown kind, a pattern that matches no layer, or when no target is left.
@@ -72,7 +117,7 @@ def find_targets(
         for pattern in patterns:
             _check_pattern(option, pattern, list(candidates))
     targets = [
-        Target(name, module, module_block(name))
+        Target(name, module, module_block(name, blocks))
         for name, module in candidates.items()
         if _matches(name, include) and not _matches(name, exclude)
     ]
@@ -84,8 +129,14 @@ def find_targets(
     return targets
 
 
-def module_block(name: str) -> str:
-    """The block a layer belongs to: `encoder.layers.3`, `down_blocks.0`, `mid_block`; outside of all blocks, `stem`."""
+def module_block(name: str, blocks: Blocks = "module") -> str:
+    """The block a layer belongs to: `encoder.layers.3`, `down_blocks.0`, `mid_block`; outside of all blocks, `stem`.
+
+    With blocks `transformer` a U-Net's blocks are cut further, into transformer blocks, resnets and samplers:
+    `down_blocks.0.attentions.1.transformer_blocks.0`, `mid_block.resnets.0`.
+    """
+    if blocks == "transformer" and (fine := _FINE_BLOCK.match(name)):
+        return fine[0]
     found = _BLOCK.match(name)
     return found[1] if found else "stem"
 

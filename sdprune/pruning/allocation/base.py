@@ -6,7 +6,10 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from sdprune.errors import InputError
 from sdprune.pruning.targets import Target
+
+Norms = Mapping[str, Mapping[str, Tensor]]
 
 
 class Allocation(ABC):
@@ -17,19 +20,33 @@ class Allocation(ABC):
     """
 
     statistics: ClassVar[frozenset[str]] = frozenset()
-    """Names of the statistics of the layers' inputs that `sparsities` reads."""
+    """Names of the statistics of the dense model's layer inputs that `sparsities` reads."""
+
+    @property
+    def prunes(self) -> bool:
+        """Whether layers can lose weights although the overall sparsity is 0."""
+        return False
 
     @abstractmethod
-    def sparsities(
-        self, targets: Sequence[Target], sparsity: float, statistics: Mapping[str, Mapping[str, Tensor]]
-    ) -> dict[str, float]:
+    def sparsities(self, targets: Sequence[Target], sparsity: float, statistics: Norms) -> dict[str, float]:
         """Choose each layer's sparsity.
 
         Args:
             targets: the layers, dense.
             sparsity: the overall one, in [0, 1].
-            statistics: by statistic name, then by layer name: at least those the class names.
+            statistics: by statistic name, then by layer name: at least those the class names. `input_norm` is
+                [groups, columns].
 
         Returns:
             By layer name, each in [0, 1], with the mean weighted by the layers' sizes equal to `sparsity`.
         """
+
+    def original(
+        self, targets: Sequence[Target], sparsity: float, statistics: Norms, criterion: str
+    ) -> dict[str, float]:
+        """The same as the published code chooses them, for a criterion of that class name.
+
+        Raises:
+            InputError: none was published.
+        """
+        raise InputError(f"mode original: allocation {type(self).__name__} was not published. Use mode exact.")

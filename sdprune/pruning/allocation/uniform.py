@@ -1,17 +1,18 @@
 """The same sparsity everywhere."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
-from torch import Tensor
-
-from sdprune.pruning.allocation.base import Allocation
+from sdprune.pruning.allocation.base import Allocation, Norms
 from sdprune.pruning.targets import Target
 
 
 class Uniform(Allocation):
     """Every layer gets the overall sparsity."""
 
-    def sparsities(  # noqa: D102
-        self, targets: Sequence[Target], sparsity: float, statistics: Mapping[str, Mapping[str, Tensor]]
-    ) -> dict[str, float]:
+    def sparsities(self, targets: Sequence[Target], sparsity: float, statistics: Norms) -> dict[str, float]:  # noqa: D102
         return {target.name: sparsity for target in targets}
+
+    def original(  # noqa: D102
+        self, targets: Sequence[Target], sparsity: float, statistics: Norms, criterion: str
+    ) -> dict[str, float]:
+        return self.sparsities(targets, sparsity, statistics)

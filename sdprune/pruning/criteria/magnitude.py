@@ -4,10 +4,10 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from sdprune.pruning.criteria.base import Criterion
+from sdprune.pruning.criteria.base import Ranking
 
 
-class Magnitude(Criterion):
+class Magnitude(Ranking):
     """|W|, in the weight's own dtype (Han et al. 2015, Learning both Weights and Connections)."""
 
     rowwise = True

@@ -1,0 +1,105 @@
+"""Less sparsity where there are more outliers."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from sdprune.errors import InputError
+from sdprune.pruning.allocation.base import Allocation, Norms
+from sdprune.pruning.criteria.wanda import Wanda
+from sdprune.pruning.targets import Target
+
+
+class OWL(Allocation):
+    """Outlier-weighed layerwise sparsity (Yin et al. 2024), one sparsity a block, for any criterion.
+
+    D_l is the share, in percent, of a block's scores |W_ij| * sqrt(s_j) that exceed M times their mean. Brought to
+    [0, 2 * lambda] they give s_l = S - (d_l - mean d). The mean is weighted by parameters, so that the overall sparsity
+    is what was asked for; what a limit of 0 or 1 cuts off is made up for by the other blocks. (The original takes the
+    plain mean: on Stable Diffusion 2's U-Net the overall sparsity then drifts by up to 7 points.)
+
+    Args:
+        m: how many times the mean an outlier is.
+        lambda_: half the span of the sparsities.
+    """
+
+    statistics = frozenset({"input_norm"})
+
+    def __init__(self, m: float = 7.0, lambda_: float = 0.08) -> None:
+        if not m > 0 or not 0 <= lambda_ <= 1:
+            raise InputError(
+                f"OWL: m is {m} and lambda_ {lambda_}: give an m above 0, as in 7, and a lambda_ in [0, 1]."
+            )
+        self.m, self.lambda_ = m, lambda_
+
+    def sparsities(self, targets: Sequence[Target], sparsity: float, statistics: Norms) -> dict[str, float]:  # noqa: D102
+        blocks = _by_block(targets)
+        deviations = self._deviations(blocks, statistics)
+        if deviations is None:
+            return {target.name: sparsity for target in targets}
+        sizes = {block: sum(target.weight.numel() for target in members) for block, members in blocks.items()}
+        chosen = _fill(deviations, sizes, sparsity)
+        return {target.name: chosen[target.block] for target in targets}
+
+    def original(
+        self, targets: Sequence[Target], sparsity: float, statistics: Norms, criterion: str
+    ) -> dict[str, float]:
+        """Plain mean over blocks; on the Wanda path what is not above 0 becomes 0.01.
+
+        Raises:
+            InputError: where the published code divides by zero, or leaves [0, 1].
+        """
+        blocks = _by_block(targets)
+        deviations = self._deviations(blocks, statistics)
+        if deviations is None:
+            raise InputError("mode original: all blocks have equal outliers, where OWL divides by 0. Use mode exact.")
+        mean = sum(deviations.values()) / len(deviations)
+        chosen = {block: sparsity - (d - mean) for block, d in deviations.items()}
+        if criterion == "Wanda":
+            chosen = {block: share if share > 0 else 0.01 for block, share in chosen.items()}
+        for block, share in chosen.items():
+            if not 0 <= share <= 1:
+                raise InputError(f"mode original: OWL gives block {block} the sparsity {share:.4f}. Use mode exact.")
+        return {target.name: chosen[target.block] for target in targets}
+
+    def _deviations(self, blocks: dict[str, list[Target]], statistics: Norms) -> dict[str, float] | None:
+        """d_l by block; None if all blocks are alike."""
+        outliers = {block: self._outliers(members, statistics) for block, members in blocks.items()}
+        low, high = min(outliers.values()), max(outliers.values())
+        if low == high:
+            return None
+        return {block: (d - low) / (high - low) * 2 * self.lambda_ for block, d in outliers.items()}
+
+    def _outliers(self, members: list[Target], statistics: Norms) -> float:
+        """D_l."""
+        size = sum(target.weight.numel() for target in members)
+        mean = sum(float(_scores(target, statistics).double().sum()) for target in members) / size
+        return 100 * sum(int((_scores(target, statistics) > self.m * mean).sum()) for target in members) / size
+
+
+def _scores(target: Target, statistics: Norms) -> Tensor:
+    return Wanda().score(target.matrix, {"input_norm": target.by_row(statistics["input_norm"][target.name])})
+
+
+def _by_block(targets: Sequence[Target]) -> dict[str, list[Target]]:
+    blocks: dict[str, list[Target]] = {}
+    for target in targets:
+        blocks.setdefault(target.block, []).append(target)
+    return blocks
+
+
+def _fill(deviations: dict[str, float], sizes: dict[str, int], sparsity: float) -> dict[str, float]:
+    """min(1, max(0, c - d_l)) with the c whose mean, weighted by sizes, is the sparsity."""
+    total = sum(sizes.values())
+
+    def shares(c: float) -> dict[str, float]:
+        return {block: min(1.0, max(0.0, c - d)) for block, d in deviations.items()}
+
+    def mean(c: float) -> float:
+        return sum(shares(c)[block] * size for block, size in sizes.items()) / total
+
+    low, high = min(deviations.values()), max(deviations.values()) + 1
+    for _ in range(100):  # the mean grows with c
+        middle = (low + high) / 2
+        low, high = (middle, high) if mean(middle) < sparsity else (low, middle)
+    return shares(high)

@@ -8,12 +8,13 @@ from collections.abc import Sequence
 
 from sdprune.errors import InputError, unknown
 
-HELP = """usage: sdprune [--help] [--version] {fit,predict} ...
+HELP = """usage: sdprune [--help] [--version] {fit,predict,sweep} ...
 
 Find out how much of a text-to-image model can be pruned away before the pictures suffer.
 
   fit      --config FILE   prune a model and save it as a diffusers directory, or gather calibration statistics
   predict  --config FILE   prune in memory, draw images from captions, score them, write the record
+  sweep    FILE ...        run every cell of W&B sweep files here, without a server
 
 Any value of a configuration can be given as an option after it:
   sdprune predict --config configs/mini/predict.yaml --model.prune.unet.sparsity=0.35
@@ -22,7 +23,7 @@ Any value of a configuration can be given as an option after it:
 
 Exit codes: 0 done, 1 failed, 2 bad input, 130 interrupted.
 """
-VERBS = ("fit", "predict")
+VERBS = ("fit", "predict", "sweep")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,6 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if first not in VERBS:
             raise unknown("verb", first, VERBS)
+        if first == "sweep":
+            return _sweep(arguments[1:])
         from sdprune.commands import run
 
         run(arguments)
@@ -56,6 +59,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
             return _tell(f"failed: {type(error).__name__}: {error}", 1)
         return _tell(f"error: {bad_input}", 2)
+
+
+def _sweep(arguments: Sequence[str]) -> int:
+    from sdprune.study import sweep
+
+    def run_cell(words: Sequence[str]) -> object:
+        from sdprune.commands import run
+
+        return run(words, summary=False)
+
+    return sweep.run(arguments, run_cell)
 
 
 def _cause(error: BaseException | None, kind: type[BaseException]) -> BaseException | None:

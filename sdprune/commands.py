@@ -77,6 +77,9 @@ class Parser(LightningArgumentParser):
 class SdpruneCLI(LightningCLI):
     """Adds the W&B flag, early checks, the dense run beside the pruned one, and the summary."""
 
+    summary = True
+    """Whether a finished run is printed in full."""
+
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """The verbs."""
@@ -160,7 +163,8 @@ class SdpruneCLI(LightningCLI):
         """Log and print what came out."""
         if self.trainer.is_global_zero:
             self.model.log_record()
-            show(self.model.record)
+            if self.summary:
+                show(self.model.record)
 
     def _attach(self) -> None:
         if not isinstance(self.datamodule, CocoDataModule):
@@ -198,14 +202,23 @@ def _config_files(arguments: Sequence[str]) -> Iterator[Path]:
             yield Path(value if given else following)
 
 
-def run(arguments: Sequence[str]) -> None:
-    """Parse and run one verb."""
+def run(arguments: Sequence[str], summary: bool = True) -> dict[str, Any]:
+    """Parse and run one verb.
+
+    Args:
+        arguments: the verb and its options.
+        summary: whether a finished run is printed in full.
+
+    Returns:
+        The results of `predict`; nothing of other verbs.
+    """
     _check_files(arguments)
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     os.environ.setdefault("WANDB_SILENT", "true")
     sys.argv[0] = sys.argv[0] or "sdprune"
-    SdpruneCLI(
+    SdpruneCLI.summary = summary
+    cli = SdpruneCLI(
         LightningModule,
         LightningDataModule,
         subclass_mode_model=True,
@@ -222,3 +235,4 @@ def run(arguments: Sequence[str]) -> None:
         trainer_defaults={**TRAINER_DEFAULTS, "callbacks": [ImageProgress()]},
         args=list(arguments),
     )
+    return cli.model.record.results if isinstance(cli.model, GenerationModule) else {}

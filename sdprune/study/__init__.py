@@ -1,0 +1,1 @@
+"""From single runs to studies: many cells by one command."""

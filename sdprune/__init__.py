@@ -1,1 +1,20 @@
-"""Find out how much of a text-to-image model can be pruned away before the pictures suffer."""
+"""Find out how much of a text-to-image model can be pruned away before the pictures suffer.
+
+import sdprune
+sdprune.prune(module, sparsity=0.5, criterion="Wanda", inputs=batches)
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sdprune.pruning import PruneReport, PruneSpec, gather, prune
+
+__all__ = ["PruneReport", "PruneSpec", "gather", "prune"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:  # torch takes seconds to import: `sdprune --version` does without
+        raise AttributeError(f"module 'sdprune' has no attribute {name!r}")
+    from sdprune import pruning
+
+    return getattr(pruning, name)

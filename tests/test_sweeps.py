@@ -1,6 +1,7 @@
 """Every sweep through the W&B agent's own code: the commands that it makes parse, and one real agent runs a trial."""
 
 import contextlib
+import inspect
 import json
 import os
 import subprocess
@@ -16,6 +17,8 @@ import yaml
 from coco_files import write_coco
 from wandb import wandb_agent
 from wandb.sdk.launch.sweeps.utils import load_sweep_config
+
+import sdprune.pruning
 
 ROOT = Path(__file__).parent.parent
 SWEEPS = sorted((ROOT / "wandb_sweeps").glob("*.yaml"))
@@ -56,7 +59,15 @@ def set_value(config: dict[str, Any], name: str, value: Any) -> None:
         config = config[part]
         config = config.get("init_args", config)
     assert last in config
-    config[last] = {"class_path": f"sdprune.pruning.{value}"} if last == "criterion" else value
+    config[last] = printed(value) if last in ("criterion", "allocation") else value
+
+
+def printed(name: str) -> dict[str, Any]:
+    """A class with its defaults, as a printed configuration has it."""
+    parameters = list(inspect.signature(getattr(sdprune.pruning, name).__init__).parameters.values())[1:]
+    named = [one for one in parameters if one.kind is one.POSITIONAL_OR_KEYWORD]
+    options = {"init_args": {one.name: one.default for one in named}} if named else {}
+    return {"class_path": f"sdprune.pruning.{name}", **options}
 
 
 def test_there_are_sweeps():

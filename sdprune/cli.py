@@ -67,7 +67,10 @@ def _sweep(arguments: Sequence[str]) -> int:
     def run_cell(words: Sequence[str]) -> object:
         from sdprune.commands import run
 
-        return run(words, summary=False)
+        try:
+            return run(words, summary=False)
+        except Exception as error:
+            raise _cause(error, InputError) or error from error
 
     return sweep.run(arguments, run_cell)
 

@@ -64,7 +64,7 @@ def published(model, ids):
         pass
 
     def catch(module, args, kwargs):
-        caught.append((args[0] if args else kwargs.pop("hidden_states"), kwargs))
+        caught.append((args[0], args[1:], kwargs))
         raise Caught
 
     handle = blocks[0].register_forward_pre_hook(catch, with_kwargs=True)
@@ -74,7 +74,7 @@ def published(model, ids):
     handle.remove()
 
     def run(block):
-        outputs = [block(hidden, **kwargs) for hidden, kwargs in caught]
+        outputs = [block(hidden, *args, **kwargs) for hidden, args, kwargs in caught]
         return [output[0] if isinstance(output, tuple) else output for output in outputs]
 
     for block in blocks:
@@ -99,7 +99,7 @@ def published(model, ids):
             metric = module.weight.abs() * torch.sqrt(scaler[name].reshape(1, -1))
             order = torch.sort(metric, dim=-1, stable=True).indices[:, : int(metric.shape[1] * SPARSITY)]
             module.weight.scatter_(1, order, 0)
-        caught = [(hidden, kwargs) for hidden, (_, kwargs) in zip(run(block), caught, strict=True)]
+        caught = [(hidden, *rest) for hidden, (_, *rest) in zip(run(block), caught, strict=True)]
 
 
 def ours(model, ids, record=None):

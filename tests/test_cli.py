@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 from command_lines import CONFIGS, CPU, fit, predict, process, the_run
 
 YAML = (CONFIGS / "predict.yaml").read_text()
@@ -327,3 +328,13 @@ def _is_one_line(told, words):
     for word in words:
         assert word in told.err
     assert told.out == ""
+
+
+@pytest.mark.parametrize(
+    "path", sorted((CONFIGS.parent).glob("*/*.yaml")), ids=lambda path: f"{path.parent.name}-{path.stem}"
+)
+def test_every_shipped_configuration_parses_under_the_verb_that_its_header_names(sdprune, path):
+    verb = re.search(r"^# sdprune (\w+) --config", path.read_text(), re.MULTILINE)[1]
+    told = sdprune(verb, "--config", path, "--print_config")
+    assert told.code == 0, told.err
+    assert yaml.safe_load(told.out)["model"]["class_path"]

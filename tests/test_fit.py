@@ -112,9 +112,11 @@ def test_calibration_is_gathered_once(sdprune, tmp_path, monkeypatch):
     assert (told.code, told.err) == (0, "")
     assert "text_encoder input_norm: gathered" in told.out
     files = sorted((tmp_path / "statistics").rglob("*.safetensors"))
-    assert [file.parent.name.rpartition("-")[0] for file in files] == ["text_encoder-input_norm", "unet-input_norm"]
+    assert [file.parent.name.rpartition("-")[0] for file in files] == [
+        "text_encoder-hessian", "text_encoder-input_norm", "unet-hessian", "unet-input_norm",
+    ]  # fmt: skip
     stamps = [file.stat().st_mtime_ns for file in files]
-    norms = load_file(files[1])
+    norms = load_file(files[3])
     assert all(bool((value >= 0).all()) and value.dtype == torch.float32 for value in norms.values())
     assert {value.shape[:2] for value in norms.values()} == {(2, 1)}  # two steps
     for passes in ("encode", "generate"):

@@ -338,7 +338,8 @@ def test_owl_at_the_limits_makes_up_for_what_it_cuts_off(sparsity):
 def test_owl_with_equal_outliers_is_uniform():
     net, batches = blocks_and_inputs()
     report = prune(net, sparsity=0.3, allocation=OWL(m=1e9), inputs=batches)
-    assert all(layer.pruned == math.floor(layer.weights * 0.3 + 0.5) for layer in report.layers)
+    assert all(abs(layer.pruned - layer.weights * 0.3) < 1 for layer in report.layers)
+    assert report.pruned == math.floor(report.weights * 0.3 + 0.5)
 
 
 @pytest.mark.parametrize("by", ["Magnitude", "Wanda"])

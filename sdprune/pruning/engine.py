@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sdprune.errors import InputError
+from sdprune.pruning.allocation.uniform import Uniform
 from sdprune.pruning.criteria.base import Ranking, Reconstruction
 from sdprune.pruning.selection import (
     CHUNK,
@@ -187,9 +188,9 @@ class Plan:
         sizes = [sum(target.weight.numel() for target in group) for group in groups]
         if spec.band is not None:
             return [(count(size, spec.band[0]), count(size, spec.band[1])) for size in sizes]
-        if all(sparsity == spec.sparsity for sparsity in sparsities.values()):
+        if isinstance(spec.allocation, Uniform):
             return [(0, count(size, spec.sparsity)) for size in sizes]
-        # Unequal sparsities: one count for the component, shared among the groups, so that rounding does not add up.
+        # Otherwise one count for the component, shared among the groups, so that rounding does not add up.
         unit = 1 << 52
         asked = [sum(t.weight.numel() * round(sparsities[t.name] * unit) for t in group) for group in groups]
         kept = abs(sum(asked) / unit - sum(sizes) * spec.sparsity) < 0.01  # else the allocation meant another sum

@@ -235,4 +235,5 @@ def run(arguments: Sequence[str], summary: bool = True) -> dict[str, Any]:
         trainer_defaults={**TRAINER_DEFAULTS, "callbacks": [ImageProgress()]},
         args=list(arguments),
     )
-    return cli.model.record.results if isinstance(cli.model, GenerationModule) else {}
+    done = isinstance(cli.model, GenerationModule) and cli.model.record.finished
+    return cli.model.record.results if done else {}

@@ -40,8 +40,11 @@ class Names:
         """`Unknown option 'model.prune.unet.sparsty'. Did you mean ...`; `parser` has those outside of classes."""
         groups = list(self.options.values())
         every = {name for group in groups for name in group} | {part for name in parser for part in name.split(".")}
-        for part in reversed(option.split(".")):
-            if part not in every and (close := get_close_matches(part, sorted(every), n=1, cutoff=0.7)):
+        first, *_ = parts = option.split(".")
+        roots = sorted({name.split(".")[0] for name in parser})
+        for part in [first, *reversed(parts)]:
+            known = roots if part == first and close_to(part, roots) else every
+            if part not in known and (close := close_to(part, sorted(known))):
                 break
         else:
             return f"Unknown option {option!r}. {_NEXT}"
@@ -52,6 +55,11 @@ class Names:
     def unknown_class(self, option: str, name: str) -> str:
         """`Unknown criterion 'Magnitud'. Did you mean 'Magnitude'? Choices: ...`."""
         return str(unknown(option.rpartition(".")[2], name, self.classes.get(option.rpartition(".")[2], [])))
+
+
+def close_to(name: str, names: list[str]) -> list[str]:
+    """The one name that may have been meant, if any."""
+    return get_close_matches(name, names, n=1, cutoff=0.7)
 
 
 def explain(message: str, names: Names, parser: list[str]) -> str:

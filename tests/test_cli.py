@@ -30,7 +30,9 @@ sys.exit(f"imported {heavy}" if heavy else 0)
     assert done.returncode == 0, done.stderr
     assert re.match(r"sdprune \d+\.\d+", done.stdout)
     assert "predict  --config FILE" in done.stdout
-    assert done.stderr == "sdprune: error: Unknown verb 'predct'. Did you mean 'predict'? Choices: fit, predict.\n"
+    assert (
+        done.stderr == "sdprune: error: Unknown verb 'predct'. Did you mean 'predict'? Choices: fit, predict, sweep.\n"
+    )
 
 
 @pytest.mark.parametrize("verb", ["fit", "predict"])
@@ -76,10 +78,11 @@ BAD_OPTIONS = {
     "include of one component": (["--model.prune.text_encoder.include=[down*]"], ["'down*' matches none"]),
     "include as text": (["--model.prune.unet.include=foo*"], ["unet.include is foo*", "a list"]),
     "layer kind": (["--model.prune.unet.layers=[Liner]"], ["'Liner'", "Did you mean 'Linear'"]),
-    "wanda on convolutions": (
-        ["--model.prune.unet.layers=[Linear,Conv2d]", "--model.prune.unet.criterion=Wanda"],
-        ["Conv2d", "Magnitude"],
+    "SparseGPT by row": (
+        ["--model.prune.unet.criterion=SparseGPT", "--model.prune.unet.granularity=row"],
+        ["SparseGPT is not defined for granularity row", "column_block"],
     ),
+    "calibration": (["--model.calibration.hessian_gib=-1"], ["hessian_gib is -1.0", "GiB"]),
     "typo in a spec": (
         ["--model.prune.unet.sparsty=0.3"],
         ["unet.sparsty'", "Did you mean 'model.prune.unet.sparsity'"],
@@ -231,6 +234,9 @@ def test_bad_options_of_fit(sdprune, prepared, options, words):
 def test_components_to_calibrate(sdprune, tmp_path):
     _is_one_line(sdprune(*fit("calibrate", tmp_path, "--model.components=[unett]")), ["Did you mean 'unet'"])
     _is_one_line(sdprune(*fit("calibrate", tmp_path, "--model.components=[]")), ["components is empty"])
+    _is_one_line(sdprune(*fit("calibrate", tmp_path, "--model.statistics=[]")), ["statistics is empty", "hessian"])
+    told = sdprune(*fit("calibrate", tmp_path, "--model.statistics=[hesian]"))
+    _is_one_line(told, ["Did you mean 'hessian'"])
 
 
 def test_other_ranks_are_silent(sdprune, tmp_path, monkeypatch):
@@ -272,7 +278,7 @@ def test_damage_is_told_by_name(sdprune, tmp_path):
     arguments = predict(tmp_path, "--model.prune.unet.criterion=Wanda")
     assert sdprune(*arguments).code == 0
     dense, pruned = the_run(tmp_path, "dense"), the_run(tmp_path, "text_encoder")
-    (statistics,) = (tmp_path / "statistics").glob("*.safetensors")
+    (statistics,) = (tmp_path / "statistics").glob("*/*.safetensors")
     (reference,) = (tmp_path / "reference").glob("*.npz")
     picture = sorted((pruned / "images").iterdir())[2]
     others = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and "logs" not in path.parts}

@@ -46,8 +46,10 @@ class CalibrationModule(FrozenModule):
         store: str = "runs/statistics",
     ):
         super().__init__(pipeline)
-        if not components or not statistics:
-            raise InputError("components or statistics is empty: name what to gather, as in [text_encoder, unet].")
+        if not components:
+            raise InputError("components is empty: name what to calibrate, as in [text_encoder, unet].")
+        if not statistics:
+            raise InputError(f"statistics is empty: choose from {', '.join(STATISTICS)}.")
         for name in statistics:
             if name not in STATISTICS:
                 raise unknown("statistic", name, STATISTICS)

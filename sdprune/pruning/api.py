@@ -6,8 +6,9 @@ from typing import Any, Optional
 from torch import nn
 
 from sdprune.errors import InputError
-from sdprune.pruning.engine import PruneReport, Statistics, apply
+from sdprune.pruning.engine import PruneReport, apply
 from sdprune.pruning.gathering import gather
+from sdprune.pruning.plan import Statistics
 from sdprune.pruning.spec import PruneSpec
 
 

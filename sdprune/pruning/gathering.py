@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack
 from functools import partial
 from typing import Any, Optional
 
@@ -11,11 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from sdprune.errors import InputError
-from sdprune.pruning.engine import Plan, Statistics, prune_targets, targets_of
+from sdprune.pruning.engine import prune_targets, targets_of
+from sdprune.pruning.plan import Plan, Statistics
+from sdprune.pruning.replay import Replay
 from sdprune.pruning.spec import PruneSpec
 from sdprune.pruning.statistics import STATISTICS, Hessian, InputNorm, Listener, Statistic, Sums, Timesteps, Totals
 from sdprune.pruning.statistics import timestep_weights as weights_of
-from sdprune.pruning.targets import Target
+from sdprune.pruning.targets import Target, by_block
 
 HESSIAN_BYTES = 8 << 30
 
@@ -60,7 +62,7 @@ class Gathering:
         self.plan = Plan(targets, spec, {}, dense_statistics or {}) if spec else None
         self.replay = Replay(component, targets) if spec and replay else None
         self._originals: dict[str, Tensor] = {}
-        stages = list(_stages(targets).values()) if spec else [self.targets]
+        stages = list(by_block(targets).values()) if spec else [self.targets]
         self.passes: list[list[tuple[Statistic, list[Target]]]] = []
         self._stage_ends: dict[int, list[Target]] = {}
         for stage in stages:
@@ -120,84 +122,6 @@ class Gathering:
             self.replay.outputs = {}
 
 
-class Replay:
-    """Runs a chain of blocks from where it stopped: those that are done give what they gave before.
-
-    Args:
-        component: holds the blocks, which its forward calls one after another.
-        targets: its layers; their blocks make the chain.
-    """
-
-    def __init__(self, component: nn.Module, targets: Sequence[Target]) -> None:
-        prefix = "text_model." if any(t.name.startswith("text_model.") for t in targets) else ""
-        self.blocks: list[nn.Module] = []
-        self.index: dict[str, int] = {}  # how many blocks come before; the stem's layers lie before or after all
-        for name in _stages(targets):
-            self.index[name] = len(self.blocks)
-            if name != "stem":
-                self.blocks.append(component.get_submodule(prefix + name))
-        self.outputs: dict[int, tuple[int, Any]] = {}  # by batch: number of a block, what it gave
-
-    def run(self, key: int, listeners: Sequence[Listener], run: Callable[[], Any]) -> None:
-        """Run a batch up to the last layer that is listened to."""
-        listened = [target for listener in listeners for target in listener.targets.values()]
-        current = max(self.index[target.block] for target in listened)
-        done, output = self.outputs.get(key, (-1, None))
-        with ExitStack() as stack:
-            for block in self.blocks[: done + 1]:
-                stack.enter_context(_answering(block, output))
-            if current - 1 > done:
-                stack.enter_context(self._recording(key, current - 1))
-            stack.enter_context(_stopping_after(listened))
-            with suppress(_Stop):
-                run()
-
-    @contextmanager
-    def _recording(self, key: int, number: int) -> Iterator[None]:
-        def keep(module: nn.Module, args: Any, output: Any) -> None:
-            self.outputs[key] = (number, output)
-
-        handle = self.blocks[number].register_forward_hook(keep)
-        try:
-            yield
-        finally:
-            handle.remove()
-
-
-class _Stop(Exception):  # noqa: N818  no error
-    pass
-
-
-@contextmanager
-def _answering(block: nn.Module, output: Any) -> Iterator[None]:
-    block.forward = lambda *args, **kwargs: output
-    try:
-        yield
-    finally:
-        del block.forward
-
-
-@contextmanager
-def _stopping_after(targets: Sequence[Target]) -> Iterator[None]:
-    """End the run when every layer has heard its input; nothing after that is of use."""
-    waiting = {target.name for target in targets}
-
-    def heard(name: str) -> None:
-        waiting.discard(name)
-        if not waiting:
-            raise _Stop
-
-    handles = [
-        target.module.register_forward_pre_hook(lambda module, args, name=target.name: heard(name))
-        for target in targets
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 def gather(
     component: nn.Module,
     inputs: Iterable[Any],
@@ -252,13 +176,6 @@ def _items(batch: Any) -> int:
     first = next(iter(batch.values())) if isinstance(batch, Mapping) else batch
     first = first[0] if isinstance(first, (tuple, list)) else first
     return len(first) if isinstance(first, Tensor) and first.dim() else 1
-
-
-def _stages(targets: Sequence[Target]) -> dict[str, list[Target]]:
-    stages: dict[str, list[Target]] = {}
-    for target in targets:
-        stages.setdefault(target.block, []).append(target)
-    return stages
 
 
 def _passes(

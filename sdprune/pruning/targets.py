@@ -129,6 +129,14 @@ def find_targets(
     return targets
 
 
+def by_block(targets: Sequence[Target]) -> dict[str, list[Target]]:
+    """The targets of each block, in the order of their first."""
+    blocks: dict[str, list[Target]] = {}
+    for target in targets:
+        blocks.setdefault(target.block, []).append(target)
+    return blocks
+
+
 def module_block(name: str, blocks: Blocks = "module") -> str:
     """The block a layer belongs to: `encoder.layers.3`, `down_blocks.0`, `mid_block`; outside of all blocks, `stem`.
 

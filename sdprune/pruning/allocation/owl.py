@@ -7,7 +7,7 @@ from torch import Tensor
 from sdprune.errors import InputError
 from sdprune.pruning.allocation.base import Allocation, Norms
 from sdprune.pruning.criteria.wanda import Wanda
-from sdprune.pruning.targets import Target
+from sdprune.pruning.targets import Target, by_block
 
 
 class OWL(Allocation):
@@ -33,7 +33,7 @@ class OWL(Allocation):
         self.m, self.lambda_ = m, lambda_
 
     def sparsities(self, targets: Sequence[Target], sparsity: float, statistics: Norms) -> dict[str, float]:  # noqa: D102
-        blocks = _by_block(targets)
+        blocks = by_block(targets)
         deviations = self._deviations(blocks, statistics)
         if deviations is None:
             return {target.name: sparsity for target in targets}
@@ -49,7 +49,7 @@ class OWL(Allocation):
         Raises:
             InputError: where the published code divides by zero, or leaves [0, 1].
         """
-        blocks = _by_block(targets)
+        blocks = by_block(targets)
         deviations = self._deviations(blocks, statistics)
         if deviations is None:
             raise InputError("mode original: all blocks have equal outliers, where OWL divides by 0. Use mode exact.")
@@ -79,13 +79,6 @@ class OWL(Allocation):
 
 def _scores(target: Target, statistics: Norms) -> Tensor:
     return Wanda().score(target.matrix, {"input_norm": target.by_row(statistics["input_norm"][target.name])})
-
-
-def _by_block(targets: Sequence[Target]) -> dict[str, list[Target]]:
-    blocks: dict[str, list[Target]] = {}
-    for target in targets:
-        blocks.setdefault(target.block, []).append(target)
-    return blocks
 
 
 def _fill(deviations: dict[str, float], sizes: dict[str, int], sparsity: float) -> dict[str, float]:

@@ -1,0 +1,90 @@
+"""Running a chain of blocks one or two at a time, on what those before them gave."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from typing import Any
+
+from torch import nn
+
+from sdprune.pruning.statistics import Listener
+from sdprune.pruning.targets import Target, by_block
+
+
+class Replay:
+    """Runs a chain of blocks from where it stopped: those that are done give what they gave before.
+
+    Args:
+        component: holds the blocks, which its forward calls one after another.
+        targets: its layers; their blocks make the chain.
+    """
+
+    def __init__(self, component: nn.Module, targets: Sequence[Target]) -> None:
+        prefix = "text_model." if any(t.name.startswith("text_model.") for t in targets) else ""
+        self.blocks: list[nn.Module] = []
+        self.index: dict[str, int] = {}  # how many blocks come before; the stem's layers lie before or after all
+        for name in by_block(targets):
+            self.index[name] = len(self.blocks)
+            if name != "stem":
+                self.blocks.append(component.get_submodule(prefix + name))
+        self.outputs: dict[int, tuple[int, Any]] = {}  # by batch: number of a block, what it gave
+
+    def run(self, key: int, listeners: Sequence[Listener], run: Callable[[], Any]) -> None:
+        """Run a batch up to the last layer that is listened to."""
+        listened = [target for listener in listeners for target in listener.targets.values()]
+        current = max(self.index[target.block] for target in listened)
+        done, output = self.outputs.get(key, (-1, None))
+        with ExitStack() as stack:
+            for block in self.blocks[: done + 1]:
+                stack.enter_context(_answering(block, output))
+            if current - 1 > done:
+                stack.enter_context(self._recording(key, current - 1))
+            stack.enter_context(_stopping_after(listened))
+            with suppress(_Stop):
+                run()
+
+    @contextmanager
+    def _recording(self, key: int, number: int) -> Iterator[None]:
+        def keep(module: nn.Module, args: Any, output: Any) -> None:
+            self.outputs[key] = (number, output)
+
+        handle = self.blocks[number].register_forward_hook(keep)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+
+class _Stop(Exception):  # noqa: N818  no error
+    pass
+
+
+@contextmanager
+def _answering(block: nn.Module, output: Any) -> Iterator[None]:
+    block.forward = lambda *args, **kwargs: output
+    try:
+        yield
+    finally:
+        del block.forward
+
+
+@contextmanager
+def _stopping_after(targets: Sequence[Target]) -> Iterator[None]:
+    """End the run when every layer has heard its input; nothing after that is of use."""
+    waiting = {target.name for target in targets}
+
+    def heard(name: str) -> None:
+        waiting.discard(name)
+        if not waiting:
+            raise _Stop
+
+    handles = [
+        target.module.register_forward_pre_hook(lambda module, args, name=target.name: heard(name))
+        for target in targets
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

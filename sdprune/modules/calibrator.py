@@ -51,7 +51,7 @@ class Job:
         fresh = batch.valid > 0 and batch.index >= self.batches
         sums = visit(self.number) if fresh else {}
         calls = {(name, layer): n for name, one in sums.items() for layer, n in one.calls.items()}
-        everyone = _everyone((batch.index, batch.valid if fresh else 0, calls))
+        everyone = of_everyone((batch.index, batch.valid if fresh else 0, calls))
         for name, target, empty in self.gathering.empty(self.number):
             key = (name, target.name)
             if not any(key in called for _, _, called in everyone):
@@ -141,8 +141,6 @@ class Calibrator:
     ):  # fmt: skip
         self.pipeline, self.sampling, self.seed = pipeline, sampling, seed
         self.calibration, self.store = calibration, store
-        self.visits = 0
-        """Batches of prompts that went through a component in this process."""
         self._queues: dict[str, list[list[Need]]] = {}
         for need in {str(need.facts): need for need in needs if need.facts not in store}.values():
             groups = self._queues.setdefault(need.component, [])
@@ -208,7 +206,6 @@ class Calibrator:
             listener.batch_size, listener.valid, listener.tokens = len(batch.prompts), batch.valid, tokens
             listener.unconditional = 1.0 if text else self.calibration.unconditional
 
-        self.visits += 1
         # Outside of inference mode tensors tell when they were changed, so that layers with one input can share sums.
         with torch.inference_mode(False), torch.no_grad():
             return gathering.visit(number, batch.index, self._encode(batch) if text else self._draw(batch), set_up)
@@ -237,8 +234,8 @@ def _distributed() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
-def _everyone(value: Any) -> list[Any]:
-    """A small value of every process, in order of rank, which is the order of their batches."""
+def of_everyone(value: Any) -> list[Any]:
+    """A small value of every process, in order of rank, which is the order of their batches; collective."""
     if not _distributed():
         return [value]
     values: list[Optional[Any]] = [None] * dist.get_world_size()

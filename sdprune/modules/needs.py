@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Optional
 
 from sdprune.errors import InputError
@@ -93,9 +94,13 @@ class Needs:
         names = sorted(spec.allocation.statistics)
         return [self.of_model(component, name, spec.layers, spec.timesteps) for name in names]
 
+    @cached_property
+    def _prompts(self) -> dict[str, Any]:
+        return self.data.describe_calibration()  # may hash a large file
+
     def _common(self, component: str) -> dict[str, Any]:
         common = {"version": own_version(), "pipeline": self.pipeline.describe(), "dtype": self.dtype}
-        common["prompts"] = self.data.describe_calibration()
+        common["prompts"] = self._prompts
         if is_text(component):
             return common | {"padding": self.calibration.padding}
         drawn = {"sampling": self.sampling.describe(), "seed": self.seed}

@@ -8,11 +8,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Dict
 
-import torch
-
 from sdprune.data import Batch
 from sdprune.modules.base import FrozenModule
-from sdprune.modules.calibrator import Calibrator
+from sdprune.modules.calibrator import Calibrator, of_everyone
 from sdprune.modules.needs import Calibration, Need, Needs
 from sdprune.pipelines import PipelineFamily, Sampling
 from sdprune.pruning import PruneReport, PruneSpec, account, apply, targets_of, wholes
@@ -98,11 +96,8 @@ class PruningPlan:
 
 
 def _require_equal_masks(reports: Mapping[str, PruneReport]) -> None:
-    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
-        return
     own = {name: report.mask_hash for name, report in reports.items()}
-    everyone: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(everyone, own)
+    everyone = of_everyone(own)
     if any(other != own for other in everyone):
         raise RuntimeError(f"Processes made different masks: {everyone}.")
 

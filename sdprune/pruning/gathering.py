@@ -15,7 +15,7 @@ from sdprune.pruning.engine import prune_targets, targets_of
 from sdprune.pruning.plan import Plan, Statistics
 from sdprune.pruning.replay import Replay
 from sdprune.pruning.spec import PruneSpec
-from sdprune.pruning.statistics import STATISTICS, Hessian, InputNorm, Listener, Statistic, Sums, Timesteps, Totals
+from sdprune.pruning.statistics import Hessian, InputNorm, Listener, Statistic, Sums, Timesteps, Totals
 from sdprune.pruning.statistics import timestep_weights as weights_of
 from sdprune.pruning.targets import Target, by_block
 
@@ -211,6 +211,3 @@ def _packages(targets: Sequence[Target], limit: int) -> list[list[Target]]:
 
 def _all_there(target: Target, spec: PruneSpec, statistics: Statistics) -> bool:
     return all(target.name in statistics.get(name, {}) for name in spec.criterion.statistics)
-
-
-__all__ = ["STATISTICS", "Gathering", "gather", "statistic"]

@@ -134,10 +134,8 @@ def test_sequential_wanda_against_the_published_loop():
     print(
         f"\nplain forward {plain:.1f} s, ours {took['ours']:.1f} s, published {took['published']:.1f} s: {ratio:.2f} x"
     )
-    first = find_targets(model)[0].block
     for target, mask in zip(find_targets(model), masks, strict=True):
-        same = ((target.weight == 0) == mask).float().mean()
-        assert same > (0.9999 if target.block == first else 0.97)  # batches round differently, and masks carry it on
+        assert ((target.weight == 0) == mask).float().mean() > 0.999  # batches round differently
 
 
 def test_input_norms_against_a_plain_forward_pass():

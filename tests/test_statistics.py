@@ -44,7 +44,7 @@ def outer(positions):
 
 
 def rows_of(batches):
-    return [x for batch in batches for x in batch.reshape(-1, batch.shape[-1]).float().tolist()]
+    return [x for batch in batches for x in batch.reshape(-1, batch.shape[-1]).tolist()]
 
 
 def windows(conv, images):
@@ -84,13 +84,15 @@ def net():
 
 
 @pytest.mark.parametrize("shape", [(6, 5), (2, 7, 5), (2, 3, 4, 5)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_linear_layers_count_all_positions(net, shape, dtype):
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_linear_layers_count_all_positions_and_change_nothing(net, shape, dtype):
     net.to(dtype)
-    batches = [torch.randn(shape, dtype=dtype) for _ in range(3)]
+    batches = [torch.randn(shape, dtype=torch.bfloat16).to(dtype) for _ in range(3)]
+    before = [batch.clone() for batch in batches]
     hidden = [net[1](net[0](batch)).detach() for batch in batches]
     norms = listen(net, InputNorm(), lambda _: [net(batch) for batch in batches])
     hessians = listen(net, Hessian(), lambda _: [net(batch) for batch in batches])
+    assert all(torch.equal(batch, old) for batch, old in zip(batches, before, strict=True))
     for name, inputs in (("0", batches), ("2", hidden)):
         wanted = outer(rows_of(inputs))
         assert norms[name].dtype == torch.float64

@@ -86,7 +86,7 @@ class InputNorm(Statistic):
         flat = inputs.reshape(-1, inputs.shape[-1]) if isinstance(target.module, nn.Linear) else inputs.flatten(1)
         sums = torch.zeros(flat.shape[1], dtype=torch.float64, device=flat.device)
         for part in flat.split(max(1, _CHUNK // max(1, flat.shape[1]))):
-            sums += part.double().square_().sum(0)
+            sums += part.to(torch.float64, copy=True).square_().sum(0)
         if isinstance(target.module, nn.Linear):
             return sums[None]
         # Unfolding only copies, so that it may follow the sum over items.

@@ -35,6 +35,7 @@ import sdprune.modules  # noqa: E402, F401 (classes are found by name among thos
 from sdprune.callbacks import ImageProgress  # noqa: E402
 from sdprune.data import CocoDataModule  # noqa: E402
 from sdprune.errors import InputError  # noqa: E402
+from sdprune.locks import release_all  # noqa: E402
 from sdprune.modules import FrozenModule, GenerationModule  # noqa: E402
 from sdprune.options import Names, explain  # noqa: E402
 from sdprune.summary import show  # noqa: E402
@@ -154,10 +155,7 @@ class SdpruneCLI(LightningCLI):
                 record.start()
         if model.wants_dense:
             model.baseline = records[0]
-            if not records[0].finished:
-                self.trainer.predict(runs[0], datamodule=self.datamodule, return_predictions=False)
-        if model.record.finished:
-            self.trainer.limit_predict_batches = 0
+            self.trainer.predict(runs[0], datamodule=self.datamodule, return_predictions=False)
 
     def after_predict(self) -> None:
         """Log and print what came out."""
@@ -218,22 +216,25 @@ def run(arguments: Sequence[str], summary: bool = True) -> dict[str, Any]:
     os.environ.setdefault("WANDB_SILENT", "true")
     sys.argv[0] = sys.argv[0] or "sdprune"
     SdpruneCLI.summary = summary
-    cli = SdpruneCLI(
-        LightningModule,
-        LightningDataModule,
-        subclass_mode_model=True,
-        subclass_mode_data=True,
-        auto_configure_optimizers=False,
-        save_config_callback=None,
-        seed_everything_default=0,
-        trainer_class=Trainer,
-        parser_class=Parser,
-        parser_kwargs={
-            verb: {"description": told, "usage": f"sdprune {verb} --config FILE [options]"}
-            for verb, told in DESCRIPTIONS.items()
-        },
-        trainer_defaults={**TRAINER_DEFAULTS, "callbacks": [ImageProgress()]},
-        args=list(arguments),
-    )
+    try:
+        cli = SdpruneCLI(
+            LightningModule,
+            LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            save_config_callback=None,
+            seed_everything_default=0,
+            trainer_class=Trainer,
+            parser_class=Parser,
+            parser_kwargs={
+                verb: {"description": told, "usage": f"sdprune {verb} --config FILE [options]"}
+                for verb, told in DESCRIPTIONS.items()
+            },
+            trainer_defaults={**TRAINER_DEFAULTS, "callbacks": [ImageProgress()]},
+            args=list(arguments),
+        )
+    finally:
+        release_all()
     done = isinstance(cli.model, GenerationModule) and cli.model.record.finished
     return cli.model.record.results if done else {}

@@ -4,7 +4,7 @@
     config.json      every fact that the fingerprint covers
     images/*.png     one image a prompt, under the name of its COCO image
     samples/*.png    the fixed prompts; grid.png shows them, the dense model's above
-    rows.npz         `ids`, and each metric's row of every image, in drawn order
+    rows.npz         `ids`, and for every image, in drawn order, what the metrics keep of it
     results.json     written last: a run that has it is finished
 """
 
@@ -15,17 +15,19 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
+from PIL.PngImagePlugin import PngInfo
 
 from sdprune.errors import InputError
 
+_NOT_FINITE = "sdprune not finite"
 _PACKAGES = ("torch", "lightning", "diffusers", "transformers", "torchmetrics", "datasets", "numpy")
 
 
@@ -60,6 +62,33 @@ def label(prune: Mapping[str, Any]) -> str:
         asked = f"{spec.sparsity:g}" if spec.band is None else "band-{:g}-{:g}".format(*spec.band)
         parts.append(f"{name}-{type(spec.criterion).__name__.lower()}-{asked}")
     return re.sub(r"[^\w.-]", "_", "-".join(parts))[:100] or "dense"
+
+
+def require_comparable(one: Mapping[str, Any], other: Mapping[str, Any]) -> None:
+    """See that two records' facts differ in nothing but what was pruned and how.
+
+    Raises:
+        InputError: what differs, with both values: prompts, noise, sampling, model or how it was measured.
+    """
+    for name in ("version", "pipeline", "dtype", "data", "seed", "sampling", "metrics"):
+        if one.get(name) != other.get(name):
+            key, own, others = next(_differences(name, one.get(name), other.get(name)))
+            raise InputError(
+                f"These records cannot be compared: {key} is {own!r} in one and {others!r} in the other. Draw both "
+                "from the same prompts and noise, and measure both by the same protocol."
+            )
+
+
+def _differences(name: str, one: Any, other: Any) -> Iterator[tuple[str, Any, Any]]:
+    """Where two JSON values differ, by dotted name."""
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        for key in sorted({*one, *other}):
+            yield from _differences(f"{name}.{key}", one.get(key), other.get(key))
+    elif isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
+        for number, (a, b) in enumerate(zip(one, other, strict=True)):
+            yield from _differences(f"{name}.{number}", a, b)
+    elif one != other:
+        yield name, one, other
 
 
 class Record:
@@ -111,7 +140,7 @@ class Record:
         """
         if self.finished:
             _ = self.results
-            self.load_rows("")
+            self.load_rows({"ids": "ids"})
             for number in range(len(self.facts.get("samples", ()))):
                 read_png(self.directory / "samples" / f"{number}.png")
             return
@@ -123,12 +152,15 @@ class Record:
                 raise _damaged_image(path) from error
 
     def save_rows(self, ids: list[Any], rows: Mapping[str, np.ndarray]) -> None:
-        """Write each metric's rows, keyed `<metric>.<column>`, beside the ids."""
+        """Write the metrics' rows, under their keys, beside the ids."""
         with replacing(self.directory / "rows.npz") as temporary, temporary.open("wb") as file:
             np.savez(file, ids=np.asarray(ids), **rows)  # type: ignore[arg-type]
 
-    def load_rows(self, metric: str) -> dict[str, np.ndarray]:
-        """One metric's rows.
+    def load_rows(self, keys: Mapping[str, str]) -> dict[str, np.ndarray]:
+        """Rows of one metric.
+
+        Args:
+            keys: by column, under which key it was kept; those that are not there are left out.
 
         Raises:
             InputError: rows.npz is missing or damaged.
@@ -136,7 +168,7 @@ class Record:
         path = self.directory / "rows.npz"
         try:
             with np.load(path, allow_pickle=False) as content:
-                return {k.removeprefix(f"{metric}."): content[k] for k in content if k.startswith(f"{metric}.")}
+                return {column: content[key] for column, key in keys.items() if key in content}
         except Exception as error:  # zipfile, zlib and NumPy each have their own
             raise InputError(
                 f"{path} is missing or damaged: delete results.json beside it and run again; images are kept."
@@ -169,22 +201,34 @@ def _damaged_image(path: Path) -> InputError:
     return InputError(f"{path} is missing or damaged: {told}")
 
 
-def save_png(path: Path, pixels: np.ndarray) -> None:
-    """Write uint8 [h, w, 3] atomically."""
+def save_png(path: Path, pixels: np.ndarray, finite: bool = True) -> None:
+    """Write uint8 [h, w, 3] atomically; whether it came out of finite numbers goes into the file."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    note = PngInfo()
+    if not finite:
+        note.add_text(_NOT_FINITE, "true")
     with replacing(path) as temporary:
-        Image.fromarray(pixels).save(temporary, format="PNG")
+        Image.fromarray(pixels).save(temporary, format="PNG", pnginfo=note)
 
 
-def read_png(path: Path) -> np.ndarray:
-    """Read uint8 [h, w, 3].
+class Picture(NamedTuple):
+    """A picture that was kept."""
+
+    pixels: np.ndarray
+    """uint8 [h, w, 3]."""
+    finite: bool
+    """Whether it came out of finite numbers."""
+
+
+def read_png(path: Path) -> Picture:
+    """Read a picture.
 
     Raises:
         InputError: it is missing or damaged.
     """
     try:
         with Image.open(path) as image:
-            return np.array(image.convert("RGB"))
+            return Picture(np.array(image.convert("RGB")), _NOT_FINITE not in image.info)
     except (OSError, SyntaxError, UnidentifiedImageError) as error:
         raise _damaged_image(path) from error
 

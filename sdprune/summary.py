@@ -18,6 +18,16 @@ def show(record: Record, console: Console | None = None) -> None:
     console.print(_scores(results))
     if results["pruning"]:
         console.print(_sparsities(results["sparsity"]))
+    if distances := _distances(results):
+        console.print(f"distance to the dense model's images: {distances}", highlight=False)
+    flaws = results["images"]
+    if flaws["flawed"]:
+        console.print(
+            f"{flaws['black']} images are wholly black, {flaws['not_finite']} came out of numbers that are not finite; "
+            f"they count in every score. Ids: {', '.join(map(str, flaws['flawed'][:10]))}",
+            style="bold red",
+            highlight=False,
+        )  # fmt: skip
     speed = results["speed"]
     rate = (
         f"{speed['generated']} drawn, {speed['images_per_second']:.1f} a second" if speed["generated"] else "none drawn"
@@ -40,6 +50,7 @@ def _scores(results: dict[str, Any]) -> Table:
         table.add_column("dense", justify="right")
         table.add_column("difference", justify="right")
         table.add_column("95 % interval", justify="right")
+        table.add_column("verdict")
     for name, value in metrics.items():
         if name.endswith("_se"):
             continue
@@ -49,12 +60,44 @@ def _scores(results: dict[str, Any]) -> Table:
             interval = [against.get(f"{name}_diff_{end}") for end in ("low", "high")]
             row += [_number(value - difference), f"{difference:+.4f}"]
             row.append("" if None in interval else f"[{interval[0]:+.4f}, {interval[1]:+.4f}]".replace("[", r"\["))
+            row.append(_verdict(results["verdicts"].get(name)))
         table.add_row(*row)
     return table
 
 
+def _verdict(told: dict[str, Any] | None) -> str:
+    if told is None:
+        return ""
+    tolerated = f"{100 * told['tolerance']:g} %"
+    return {
+        "within": f"within {tolerated}", "beyond": f"worse by more than {tolerated}", "undecided": "undecided"
+    }[told["verdict"]]  # fmt: skip
+
+
+def _distances(results: dict[str, Any]) -> str:
+    against = results["comparison"]
+    names = [name for name in against if name != "dense" and "_diff" not in name]
+    told = []
+    for name in names:
+        if not name.endswith(("_low", "_high", "_se")):
+            ends = [against.get(f"{name}_{end}") for end in ("low", "high")]
+            interval = "" if None in ends else f" [{ends[0]:.4f}, {ends[1]:.4f}]"
+            told.append(f"{name} {against[name]:.4f}{interval}")
+    return ", ".join(told)
+
+
 def _title(name: str) -> str:
-    hints = {"fid": "lower is better", "clip_score": "cosine, higher is better", "clip_gap": "own minus other prompts"}
+    hints = {
+        "fid": "lower is better",
+        "clip_score": "cosine, higher is better",
+        "clip_gap": "own minus other prompts",
+        "fid_infinity": "lower is better",
+        "kid": "lower is better",
+        "mmd": "lower is better",
+        "cmmd": "lower is better",
+        "precision": "higher is better",
+        "recall": "higher is better",
+    }
     return f"{name} ({hints[name]})" if name in hints else name
 
 

@@ -169,7 +169,10 @@ BAD_FILES = {
         ("class_path: GenerationModule", "class_path: GeneratonModule"),
         ["Did you mean 'GenerationModule'"],
     ),
-    "metric class": (("class_path: CLIPScore", "class_path: ClipScor"), ["'ClipScor'", "CLIPScore, Frechet"]),
+    "metric class": (
+        ("class_path: CLIPScore", "class_path: ClipScor"),
+        ["'ClipScor'", "CLIPScore, Dense"],
+    ),
     "extractor class": (("ClipImageFeatures", "ClipImgFeatures"), ["extractor", "Did you mean 'ClipImageFeatures'"]),
     "source class": (("class_path: EmbeddedWorld}", "class_path: EmbededWorld}"), ["Did you mean 'EmbeddedWorld'"]),
     "family class": (
@@ -257,7 +260,10 @@ def test_unexpected_failures_show_where(sdprune, tmp_path, monkeypatch):
 def test_interrupted(miniature, tmp_path):
     script = Path(sys.executable).parent / "sdprune"
     command = [script, *predict(tmp_path, "--data.n=40", "--model.sampling.steps=20")]
-    started = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    started = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # background jobs ignore it
+    )  # fmt: skip
     images = 0
     for _ in range(1200):
         time.sleep(0.1)

@@ -13,7 +13,7 @@ ALLOWED = {
     "data": {"data", "errors"},
     "metrics": {"metrics", "errors", "pipelines"},  # of pipelines only `resolve`
     "callbacks": {"callbacks", "data", "metrics", "pipelines", "pruning", "errors", "record"},
-    "modules": {"modules", "data", "metrics", "pipelines", "pruning", "errors", "record", "store", "pictures"},
+    "modules": {"modules", "data", "metrics", "pipelines", "pruning", "errors", "record", "store", "pictures", "locks"},
     "mini": {"mini", "data", "errors", "pipelines"},
 }
 

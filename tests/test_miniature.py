@@ -34,7 +34,7 @@ def draw(model: StableDiffusion, captions: list[str]) -> torch.Tensor:
     """Images of captions, in batches; noise by place in the list."""
     seeds = [image_seed(0, place) for place in range(len(captions))]
     starts = range(0, len(captions), BATCH)
-    return torch.cat([model.generate(captions[i : i + BATCH], seeds[i : i + BATCH], SAMPLING) for i in starts])
+    return torch.cat([model.generate(captions[i : i + BATCH], seeds[i : i + BATCH], SAMPLING).images for i in starts])
 
 
 def real(chosen) -> torch.Tensor:

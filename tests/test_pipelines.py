@@ -137,7 +137,7 @@ def assert_told(part: str, model: object, **options: str) -> None:
 
 @pytest.fixture(scope="module")
 def images(family):
-    return family.generate(PROMPTS, SEEDS, QUICK)
+    return family.generate(PROMPTS, SEEDS, QUICK).images
 
 
 def test_images_are_bytes_in_the_models_own_size(images):
@@ -149,32 +149,34 @@ def test_images_are_bytes_in_the_models_own_size(images):
 
 def test_an_image_depends_on_its_prompt_and_seed_and_not_on_its_neighbours(family, images):
     order = [3, 1, 0, 2]
-    shuffled = family.generate([PROMPTS[i] for i in order], [SEEDS[i] for i in order], QUICK)
+    shuffled = family.generate([PROMPTS[i] for i in order], [SEEDS[i] for i in order], QUICK).images
     assert torch.equal(shuffled, images[order])
-    padded = family.generate([PROMPTS[0], *[PROMPTS[1]] * 3], [SEEDS[0], *[SEEDS[1]] * 3], QUICK)
+    padded = family.generate([PROMPTS[0], *[PROMPTS[1]] * 3], [SEEDS[0], *[SEEDS[1]] * 3], QUICK).images
     assert torch.equal(padded[:2], images[:2])
     assert torch.equal(padded[1], padded[3])
     assert not torch.equal(images[0], images[3])  # one prompt, two seeds
-    assert not torch.equal(padded[0], family.generate(PROMPTS[1:2] * 4, SEEDS, QUICK)[0])  # one seed, two prompts
+    assert not torch.equal(
+        padded[0], family.generate(PROMPTS[1:2] * 4, SEEDS, QUICK).images[0]
+    )  # one seed, two prompts
 
 
 def test_sizes_and_latents(family):
     sampling = Sampling(steps=1, height=32, width=96)
-    assert family.generate(PROMPTS[:2], SEEDS[:2], sampling).shape == (2, 3, 32, 96)
-    assert family.generate(PROMPTS[:2], SEEDS[:2], sampling, decode=False).shape == (2, 8, 4, 12)
+    assert family.generate(PROMPTS[:2], SEEDS[:2], sampling).images.shape == (2, 3, 32, 96)
+    assert family.generate(PROMPTS[:2], SEEDS[:2], sampling, decode=False).images.shape == (2, 8, 4, 12)
 
 
 def test_a_scheduler_of_a_run_is_used_in_that_run_alone(family, images, tmp_path):
-    other = family.generate(PROMPTS, SEEDS, Sampling(steps=2, scheduler="EulerDiscreteScheduler"))
+    other = family.generate(PROMPTS, SEEDS, Sampling(steps=2, scheduler="EulerDiscreteScheduler")).images
     assert not torch.equal(other, images)
     family.save(tmp_path)
     assert json.loads((tmp_path / "model_index.json").read_text())["scheduler"] == ["diffusers", "DDIMScheduler"]
-    assert torch.equal(family.generate(PROMPTS, SEEDS, QUICK), images)
+    assert torch.equal(family.generate(PROMPTS, SEEDS, QUICK).images, images)
 
 
 def test_a_saved_pipeline_draws_the_same_images(family, images, tmp_path):
     family.save(tmp_path)
-    assert torch.equal(load(tmp_path).generate(PROMPTS, SEEDS, QUICK), images)
+    assert torch.equal(load(tmp_path).generate(PROMPTS, SEEDS, QUICK).images, images)
 
 
 # --- what a fingerprint sees ----------------------------------------------------------------------------------

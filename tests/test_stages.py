@@ -37,7 +37,7 @@ def test_all_stages_make_a_pipeline(trained: Path, monkeypatch) -> None:
     monkeypatch.setenv("SDPRUNE_MINIATURE", str(trained))
     model = StableDiffusion("miniature")
     model.load(torch.float32, torch.device("cpu"))
-    images = model.generate(["a red star on a sand background"], [1], Sampling(steps=2))
+    images = model.generate(["a red star on a sand background"], [1], Sampling(steps=2)).images
     assert images.shape == (1, 3, 64, 64)
     assert images.dtype == torch.uint8
     assert model.prunable == ["text_encoder", "unet"]

@@ -23,7 +23,8 @@ class ImageProgress(Callback):
 
     def on_predict_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Show the name of the run and an empty bar."""
-        if not trainer.is_global_zero:
+        self.shown = trainer.is_global_zero and not pl_module.finished
+        if not self.shown:
             return
         self.total, self.done, self.started, self.printed = len(pl_module.data.examples), 0, time.monotonic(), 0
         self.title = pl_module.record.directory.name.rsplit("-", 1)[0]
@@ -38,7 +39,7 @@ class ImageProgress(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *args: Any
     ) -> None:
         """Count a batch."""
-        if not trainer.is_global_zero:
+        if not self.shown:
             return
         self.done = min(self.total, self.done + batch.valid * trainer.world_size)
         if self.bar is not None:

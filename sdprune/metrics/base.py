@@ -1,8 +1,10 @@
 """What every metric here shares: one row of numbers for each image, ordered by the image's place in the draw."""
 
+from __future__ import annotations
+
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -11,16 +13,16 @@ from torchmetrics.utilities.distributed import gather_all_tensors
 
 from sdprune.errors import InputError
 
+if TYPE_CHECKING:
+    from sdprune.metrics.extractors import FeatureExtractor
 
-class PerImageMetric(Metric):
+
+class PerImageRows(Metric):
     """A torchmetrics Metric that keeps one row per image in each of its `columns`.
 
     States are concatenated over processes and sorted by position, so the same batches give the same bits on any
     number of processes and in any order, and rows of a pruned and a dense model pair up image by image. Positions
     are the places of the images in the drawn order; together they must be exactly 0 .. n - 1.
-
-    To add a metric: name its `columns`, and implement `update`, `compute`, `compare`, `prepare` and `describe`.
-    Call `compute` on every process after the last update: it gathers. Afterwards `rows` and `compare` are local.
     """
 
     columns: ClassVar[tuple[str, ...]]
@@ -35,22 +37,9 @@ class PerImageMetric(Metric):
             self.add_state(column, default=[], dist_reduce_fx="cat")
         self._ordered: tuple[Tensor, dict[str, Tensor]] | None = None
 
-    @abstractmethod
-    def prepare(self, device: torch.device | str) -> None:
-        """Load the weights on `device` and keep the states there. Raises InputError when they cannot be had."""
-
-    @abstractmethod
-    def compare(self, dense_rows: Mapping[str, Tensor]) -> dict[str, float]:
-        """Differences to a dense model's rows on the same prompts and noise, with 95 % intervals over images."""
-
-    @abstractmethod
-    def describe(self) -> dict[str, Any]:
-        """JSON-able facts that the score depends on, for fingerprints; needs no loaded weights."""
-
-    @property
-    def needs_reference(self) -> bool:
-        """Whether `set_reference` must be called with statistics of real images before `compute`."""
-        return False
+    def keys(self) -> dict[str, str]:
+        """Under which name a record keeps each column. Metrics that hold the same numbers name them alike."""
+        return {column: f"{self.name}.{column}" for column in self.columns}
 
     def append(self, positions: Tensor | Sequence[int], **columns: Tensor) -> None:
         """Add rows: positions [b] and, for each column, a tensor [b, ...].
@@ -115,21 +104,6 @@ class PerImageMetric(Metric):
             )
         return kept
 
-    def _paired(self, dense_rows: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Own and dense rows of the same images.
-
-        Raises:
-            InputError: another number of images or another width of rows.
-        """
-        own, dense = self.rows(), self._checked(dense_rows)
-        for name in self.columns:
-            if own[name].shape != dense[name].shape:
-                raise InputError(
-                    f"{type(self).__name__} cannot pair {name} {list(own[name].shape)} with the dense record's "
-                    f"{list(dense[name].shape)}: compare runs over the same prompts and metric."
-                )
-        return own, dense
-
     def _sort(self) -> tuple[Tensor, dict[str, Tensor]]:
         if not len(self.positions):
             raise RuntimeError(f"{type(self).__name__} has seen no images.")
@@ -159,6 +133,81 @@ class PerImageMetric(Metric):
             for name, (shape, dtype) in filled.items():
                 setattr(self, name, [torch.empty((0, *shape), dtype=dtype, device=self.device)])
         super()._sync_dist(dist_sync_fn, process_group)
+
+
+class PerImageMetric(PerImageRows):
+    """A score of images.
+
+    To add a metric: name its `columns`, and implement `update`, `compute`, `compare`, `prepare` and `describe`; if it
+    looks at features of a network, it is a `FeatureMetric`. Call `compute` on every process after the last update: it
+    gathers. Afterwards `rows` and `compare` are local.
+    """
+
+    needs_dense: ClassVar[bool] = False
+    """Whether `update` wants the dense model's images."""
+    extractor: FeatureExtractor | None = None
+    """The network whose features of the images it uses. Metrics may share one."""
+    tolerance: float | None = None
+    """How much worse than the dense model's the score may be, relative, for the verdict; None gives none."""
+
+    @abstractmethod
+    def update(
+        self,
+        images: Tensor,
+        prompts: Sequence[str] | None,
+        positions: Tensor | Sequence[int],
+        features: Tensor | None = None,
+        dense: Tensor | None = None,
+    ) -> None:
+        """Add images.
+
+        Args:
+            images: uint8 [b, 3, h, w].
+            prompts: [b].
+            positions: [b], places in the draw.
+            features: of the images by `extractor`, where somebody has them already.
+            dense: the dense model's images, uint8 [b, 3, h, w]; None means that these are they.
+        """
+
+    @abstractmethod
+    def prepare(self, device: torch.device | str) -> None:
+        """Load the weights on `device` and keep the states there. Raises InputError when they cannot be had."""
+
+    @abstractmethod
+    def compare(self, dense_rows: Mapping[str, Tensor]) -> dict[str, float]:
+        """Differences to a dense model's rows on the same prompts and noise, with 95 % intervals over images."""
+
+    @abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """JSON-able facts that the score depends on, for fingerprints; needs no loaded weights."""
+
+    def _paired(self, dense_rows: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Own and dense rows of the same images.
+
+        Raises:
+            InputError: another number of images or another width of rows.
+        """
+        own, dense = self.rows(), self._checked(dense_rows)
+        for name in self.columns:
+            if own[name].shape != dense[name].shape:
+                raise InputError(
+                    f"{type(self).__name__} cannot pair {name} {list(own[name].shape)} with the dense record's "
+                    f"{list(dense[name].shape)}: compare runs over the same prompts and metric."
+                )
+        return own, dense
+
+
+def share_extractors(metrics: Sequence[PerImageMetric]) -> dict[str, FeatureExtractor]:
+    """Let metrics whose extractors give the same features use one of them.
+
+    Returns:
+        The extractors that are left, by key.
+    """
+    shared: dict[str, FeatureExtractor] = {}
+    for metric in metrics:
+        if metric.extractor is not None:
+            metric.extractor = shared.setdefault(metric.extractor.key, metric.extractor)
+    return shared
 
 
 def _joined(state: Tensor | list[Tensor]) -> Tensor:

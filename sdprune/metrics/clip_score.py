@@ -11,7 +11,8 @@ from torch import Tensor
 from sdprune.errors import InputError
 from sdprune.metrics.base import PerImageMetric
 from sdprune.metrics.clip import ClipModel
-from sdprune.metrics.paired import mean, paired_bootstrap, standard_error
+from sdprune.metrics.extractors import ClipImageFeatures
+from sdprune.metrics.paired import mean, paired_bootstrap, require_tolerance, standard_error
 
 
 class CLIPScore(PerImageMetric):
@@ -28,10 +29,13 @@ class CLIPScore(PerImageMetric):
         revision: branch, tag or commit of the hub repository; None means `main`.
         name: key of the score in the results.
         resamples: bootstrap resamples of `compare`.
+        tolerance: a pruned model may be worse by this share of the dense model's score (0.2 % is MLPerf's); null gives
+            no verdict.
     """
 
     columns = ("image_embeddings", "text_embeddings", "prompt_ids")
     higher_is_better = True
+    extractor: ClipImageFeatures
 
     def __init__(
         self,
@@ -39,20 +43,41 @@ class CLIPScore(PerImageMetric):
         revision: str | None = None,
         name: str = "clip_score",
         resamples: int = 1000,
+        tolerance: float | None = 0.002,
     ) -> None:
         super().__init__()
         if resamples < 2:
             raise InputError(f"resamples must be at least 2, got {resamples}.")
-        self.clip = ClipModel(model, revision)
+        self.extractor = ClipImageFeatures(model, revision)
         self.name = name
         self.resamples = resamples
+        self.tolerance = require_tolerance(tolerance)
+
+    @property
+    def clip(self) -> ClipModel:
+        """The model that embeds images and prompts."""
+        return self.extractor.clip
+
+    def keys(self) -> dict[str, str]:
+        """Named after the model and the run's prompts, so that a record keeps them once."""
+        key = self.extractor.key
+        return {
+            "image_embeddings": f"{key}.features", "text_embeddings": f"{key}.texts", "prompt_ids": "prompts"
+        }  # fmt: skip
 
     def prepare(self, device: torch.device | str) -> None:
         """Load the CLIP model on `device`."""
         self.to(device)
         self.clip.load(device)
 
-    def update(self, images: Tensor, prompts: Sequence[str] | None, positions: Tensor | Sequence[int]) -> None:
+    def update(
+        self,
+        images: Tensor,
+        prompts: Sequence[str] | None,
+        positions: Tensor | Sequence[int],
+        features: Tensor | None = None,
+        dense: Tensor | None = None,
+    ) -> None:
         """Add uint8 images [b, 3, h, w] with their prompts [b] at their positions [b] in the draw.
 
         Raises:
@@ -62,7 +87,8 @@ class CLIPScore(PerImageMetric):
             raise ValueError(
                 f"CLIPScore needs one prompt an image: {len(images)} images, {len(prompts or [])} prompts."
             )
-        self.update_features(self.clip.image_embeddings(images), self.clip.text_embeddings(prompts), prompts, positions)
+        embedded = self.extractor(images) if features is None else features
+        self.update_features(embedded, self.clip.text_embeddings(prompts), prompts, positions)
 
     def update_features(
         self, images: Tensor, texts: Tensor, prompts: Sequence[str], positions: Tensor | Sequence[int]

@@ -1,6 +1,7 @@
 """Feature extractors for FID: one class a network, light to construct, loaded late."""
 
 import hashlib
+import json
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
@@ -8,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sdprune.errors import InputError
+from sdprune.errors import InputError, unknown
 from sdprune.metrics.clip import ClipModel
 from sdprune.metrics.inference import exact_inference
-from sdprune.metrics.preprocess import check_images, clean_resize
+from sdprune.metrics.preprocess import PROTOCOLS, check_images
 
 
 class FeatureExtractor(ABC):
@@ -36,8 +37,13 @@ class FeatureExtractor(ABC):
         """Load the weights, or move what is loaded, to `device`. Raises InputError when they cannot be had."""
 
     @abstractmethod
-    def preprocess(self, images: Tensor) -> Tensor:
-        """Network inputs [b, 3, H, W] float32 of uint8 images [b, 3, h, w]; H and W are the same for every h and w."""
+    def preprocess(self, images: Tensor, generated: bool = True) -> Tensor:
+        """Network inputs [b, 3, H, W] float32 of uint8 images [b, 3, h, w]; H and W are the same for every h and w.
+
+        Args:
+            images: the images.
+            generated: whether they are generated or real; some protocols treat them differently.
+        """
 
     @abstractmethod
     def extract(self, pixels: Tensor) -> Tensor:
@@ -46,6 +52,12 @@ class FeatureExtractor(ABC):
     @abstractmethod
     def describe(self) -> dict[str, Any]:
         """JSON-able facts that the features depend on, for fingerprints; needs no loaded weights."""
+
+    @property
+    def key(self) -> str:
+        """Tells features that are the same numbers from all others: the name and a hash of `describe`."""
+        canonical = json.dumps(self.describe(), sort_keys=True)
+        return f"{self.name}-{hashlib.sha256(canonical.encode()).hexdigest()[:8]}"
 
     def __call__(self, images: Tensor) -> Tensor:
         """Features [b, d] float32 of uint8 images [b, 3, h, w], on the extractor's device.
@@ -79,7 +91,7 @@ class ClipImageFeatures(FeatureExtractor):
     def load(self, device: torch.device | str) -> None:  # noqa: D102
         self.clip.load(device)
 
-    def preprocess(self, images: Tensor) -> Tensor:  # noqa: D102
+    def preprocess(self, images: Tensor, generated: bool = True) -> Tensor:  # noqa: D102
         return self.clip.preprocess(images)
 
     def extract(self, pixels: Tensor) -> Tensor:  # noqa: D102
@@ -90,26 +102,37 @@ class ClipImageFeatures(FeatureExtractor):
 
 
 class InceptionFeatures(FeatureExtractor):
-    """The 2048 pooled features of the FID of the literature, with clean-fid's resize (protocol `clean`).
+    """The 2048 pooled features of the FID of the literature: Inception v3 of the 2015-12-05 TensorFlow graph.
 
-    Images are resized by PIL's bicubic rule in float to 299 x 299, not rounded, shifted and scaled by (x - 128) / 128,
-    and go through the Inception v3 of torch-fidelity (the converted 2015-12-05 TensorFlow graph) without its own
-    resize, as in Parmar et al., "On Aliased Resizing and Surprising Subtleties in GAN Evaluation", CVPR 2022.
-    Needs `pip install "sdprune[inception]"`; the weights (91 MB) are downloaded once.
+    Needs `pip install "sdprune[inception]"`; the weights (91 MB), converted by torch-fidelity, are downloaded once.
 
     Args:
-        weights: a local copy of `weights-inception-2015-12-05-6726825d.pth`; None downloads it.
+        protocol: how images come to the network's 299 x 299 pixels; numbers of different protocols cannot be compared.
+            `clean`: antialiased bicubic resize, rounded to whole grey levels, both sides alike.
+            `pytorch-fid`: that package's: bilinear resize without antialiasing, both sides alike.
+            `study`: that of the study's scripts: a generated image is saved as JPEG, then both sides are resized by PIL
+            (bicubic) and saved as JPEG.
+        weights: a local copy of `weights-inception-2015-12-05-6726825d.pth`; null downloads it.
+
+    Source: Parmar et al., "On Aliased Resizing and Surprising Subtleties in GAN Evaluation", CVPR 2022, for `clean`,
+    which there is not rounded; github.com/mseitzer/pytorch-fid.
     """
 
     num_features = 2048
-    name = "inception-2048/clean"
 
-    def __init__(self, weights: str | None = None) -> None:
+    def __init__(self, protocol: str = "clean", weights: str | None = None) -> None:
+        if protocol not in PROTOCOLS:
+            raise unknown("protocol", protocol, PROTOCOLS)
         if weights is not None and not Path(weights).is_file():
             raise InputError(f"No Inception weights at {weights!r}. Give an existing file, or null to download them.")
+        self.protocol = protocol
         self.weights = weights
         self.device = torch.device("cpu")
         self._network: nn.Module | None = None
+
+    @property
+    def name(self) -> str:  # noqa: D102
+        return f"inception-2048/{self.protocol}"
 
     def load(self, device: torch.device | str) -> None:  # noqa: D102
         self.device = torch.device(device)
@@ -117,8 +140,8 @@ class InceptionFeatures(FeatureExtractor):
             self._network = _inception_trunk(self.weights)
         self._network.to(self.device)
 
-    def preprocess(self, images: Tensor) -> Tensor:  # noqa: D102
-        return (clean_resize(images.to(self.device)) - 128) / 128
+    def preprocess(self, images: Tensor, generated: bool = True) -> Tensor:  # noqa: D102
+        return PROTOCOLS[self.protocol](images.to(self.device), generated)
 
     def extract(self, pixels: Tensor) -> Tensor:  # noqa: D102
         if self._network is None:

@@ -1,80 +1,52 @@
 """Frechet distance between the features of generated and of real images."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from sdprune.errors import InputError
-from sdprune.metrics.base import PerImageMetric
 from sdprune.metrics.extractors import FeatureExtractor
-from sdprune.metrics.frechet import Statistics, feature_statistics, frechet_distance
-from sdprune.metrics.paired import FrechetTo, paired_bootstrap
+from sdprune.metrics.feature_metric import FeatureMetric
+from sdprune.metrics.frechet import feature_statistics, frechet_distance
+from sdprune.metrics.paired import FrechetTo, paired_bootstrap, require_tolerance
 
 
-class FrechetInceptionDistance(PerImageMetric):
+class FrechetInceptionDistance(FeatureMetric):
     """FID of generated images against statistics of real ones; lower is better.
 
     A finite sample makes FID too large, roughly by a constant over n, so compare only runs of the same n. With
     fewer images than features (n < d) the covariance is singular: the number is still defined and paired differences
-    still mean something, but it is far from the value of many images. The reference is not part of the gathered
-    states: every process holds the same one and it is counted once.
+    still mean something, but it is far from the value of many images.
 
     Args:
-        extractor: the network and preprocessing, e.g. `InceptionFeatures` (the literature's) or `ClipImageFeatures`.
+        extractor: the network and its protocol, e.g. `InceptionFeatures` (the literature's) or `ClipImageFeatures`.
         name: key of the score in the results.
         resamples: bootstrap resamples of `compare`; None means 1,000 up to 512 features and 50 above, where one
             resample of 10,000 images with 2,048 features takes several seconds; 0 gives the difference alone.
+        tolerance: a pruned model may be worse by this share of the dense model's score (2 % is MLPerf's); null gives
+            no verdict.
+
+    Source: Heusel et al., "GANs Trained by a Two Time-Scale Update Rule ...", NeurIPS 2017.
     """
 
-    columns = ("features",)
     higher_is_better = False
-    features: list[Tensor]
+    reference_features = False
 
     def __init__(
         self,
         extractor: FeatureExtractor,
         name: str = "fid",
         resamples: int | None = None,
+        tolerance: float | None = 0.02,
     ) -> None:
-        super().__init__()
+        super().__init__(extractor, name)
         if resamples is not None and (resamples < 0 or resamples == 1):
             raise InputError(f"resamples must be 0 or at least 2, got {resamples}.")
-        self.extractor = extractor
-        self.name = name
         self.resamples = resamples
-        self.reference: Statistics | None = None
-
-    @property
-    def needs_reference(self) -> bool:
-        """True until `set_reference`."""
-        return self.reference is None
-
-    def prepare(self, device: torch.device | str) -> None:
-        """Load the extractor on `device`."""
-        self.to(device)
-        self.extractor.load(device)
-
-    def set_reference(self, statistics: Statistics) -> None:
-        """Compare with these statistics of real images.
-
-        Raises:
-            InputError: made by another extractor, or of another length.
-        """
-        made_by, size = statistics.extractor, len(statistics.mu)
-        if made_by is not None and made_by != self.extractor.name:
-            raise InputError(f"The reference was made with {made_by!r}, the metric uses {self.extractor.name!r}.")
-        if size != self.extractor.num_features:
-            raise InputError(
-                f"The reference has {size} features, {self.extractor.name!r} has {self.extractor.num_features}."
-            )
-        self.reference = statistics
-        self._computed = None
-
-    def update(self, images: Tensor, prompts: Sequence[str] | None, positions: Tensor | Sequence[int]) -> None:
-        """Add uint8 images [b, 3, h, w] at their positions [b] in the draw; prompts are not looked at."""
-        self.append(positions, features=self.extractor(images))
+        self.tolerance = require_tolerance(tolerance)
 
     def compute(self) -> dict[str, float]:
         """`{name: FID}` over all processes.
@@ -101,11 +73,57 @@ class FrechetInceptionDistance(PerImageMetric):
         interval = paired_bootstrap(own["features"], dense["features"], statistic, resamples, centered=True)
         return interval.as_dict(f"{self.name}_diff") | {f"{self.name}_diff_resamples": float(resamples)}
 
-    def describe(self) -> dict[str, Any]:
-        """Name and extractor; the reference is a fact of the data."""
-        return {"class": "FrechetInceptionDistance", "name": self.name, "extractor": self.extractor.describe()}
 
-    def _reference(self) -> Statistics:
-        if self.reference is None:
-            raise RuntimeError(f"{self.name} has no reference: call set_reference.")
-        return self.reference
+class FrechetDistanceAtInfinity(FeatureMetric):
+    """FID as it would be of infinitely many generated images; lower is better.
+
+    FID of n images exceeds its limit by roughly c / n. Here it is measured on random subsets of growing size, and a
+    straight line in 1 / n is drawn to 0. The real images stay as many as they are. A line fits where even the smallest
+    subset has more images than features; with fewer the value is a guess.
+
+    Source: Chong & Forsyth, "Effectively Unbiased FID and Inception Score and where to find them", CVPR 2020, with
+    evenly spaced subset sizes from n / 10, or from twice the number of features if that is more (but at most n / 2).
+
+    Args:
+        extractor: the network and its protocol.
+        name: key of the score in the results.
+        subsets: number of subsets, each of another size.
+    """
+
+    higher_is_better = False
+    reference_features = False
+
+    def __init__(self, extractor: FeatureExtractor, name: str = "fid_infinity", subsets: int = 15) -> None:
+        super().__init__(extractor, name)
+        if subsets < 2:
+            raise InputError(f"subsets must be at least 2 for a line, got {subsets}.")
+        self.subsets = subsets
+
+    def describe(self) -> dict[str, Any]:
+        """Also the number of subsets."""
+        return {**super().describe(), "subsets": self.subsets}
+
+    def compute(self) -> dict[str, float]:
+        """`{name: value}` over all processes.
+
+        Raises:
+            InputError: fewer than four images.
+        """
+        return {self.name: self._at_infinity(self._features())}
+
+    def compare(self, dense_rows: Mapping[str, Tensor]) -> dict[str, float]:
+        """`<name>_diff` to the dense model's, on the same subsets. FID's own interval tells what it is worth."""
+        own, dense = self._feature_pairs(dense_rows)
+        return {f"{self.name}_diff": self._at_infinity(own) - self._at_infinity(dense)}
+
+    def _at_infinity(self, rows: Tensor) -> float:
+        n = len(rows)
+        if n < 4:
+            raise InputError(f"{self.name} needs at least 4 images for subsets of two sizes, got {n}.")
+        first = max(n // 10, min(2 * rows.shape[1], n // 2), 2)
+        sizes = np.linspace(first, n, self.subsets).astype(int)
+        shuffled = np.random.default_rng(0)
+        indices = [torch.from_numpy(shuffled.permutation(n)[:size]) for size in sizes]
+        values = FrechetTo(self._reference()).resampled(rows, indices)
+        _, intercept = np.polyfit(1 / sizes, values.numpy(), 1)
+        return float(intercept)

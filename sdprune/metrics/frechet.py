@@ -1,5 +1,6 @@
 """Gaussian statistics of features and the Frechet distance between them: pure functions, float64, CPU."""
 
+import hashlib
 import os
 import tempfile
 from collections.abc import Mapping
@@ -18,7 +19,8 @@ from sdprune.errors import InputError
 class Statistics:
     """Mean `mu` [d] and covariance `sigma` [d, d] of feature vectors, float64, and where they come from.
 
-    `n` (number of images), `extractor` (protocol name) and `source` are None in files that others made.
+    `n` (number of images), `extractor` (protocol name), `source` and the `features` [n, d] themselves, float32, are
+    None in files that others made.
     """
 
     mu: Tensor
@@ -26,11 +28,20 @@ class Statistics:
     n: int | None = None
     extractor: str | None = None
     source: str | None = None
+    features: Tensor | None = None
+
+    @property
+    def hash(self) -> str:
+        """Twelve hexadecimal digits of SHA-256 over mu and sigma."""
+        digest = hashlib.sha256(self.mu.numpy().tobytes())
+        digest.update(self.sigma.numpy().tobytes())
+        return digest.hexdigest()[:12]
 
     def save(self, path: str | Path) -> None:
         """Write an npz with the keys `mu` and `sigma` that FID tools exchange, plus ours; whole or not at all."""
         arrays = {"mu": self.mu.numpy(), "sigma": self.sigma.numpy()}
-        extras = {"n": self.n, "extractor": self.extractor, "source": self.source}
+        features = None if self.features is None else self.features.numpy()
+        extras = {"n": self.n, "extractor": self.extractor, "source": self.source, "features": features}
         arrays |= {key: np.array(value) for key, value in extras.items() if value is not None}
         _write_npz(Path(path), arrays)
 
@@ -52,7 +63,11 @@ class Statistics:
         if not (mu.isfinite().all() and sigma.isfinite().all()):
             raise InputError(f"{path} holds values that are not finite.")
         n = int(arrays["n"]) if "n" in arrays else None
-        return cls(mu, sigma, n, *(str(arrays[key]) if key in arrays else None for key in ("extractor", "source")))
+        extractor, source = (str(arrays[key]) if key in arrays else None for key in ("extractor", "source"))
+        features = torch.from_numpy(arrays["features"]).float() if "features" in arrays else None
+        if features is not None and features.shape[1:] != mu.shape:
+            raise InputError(f"{path} holds mu {list(mu.shape)} and features {list(features.shape)}; wanted [n, d].")
+        return cls(mu, sigma, n, extractor, source, features)
 
 
 class Moments:

@@ -1,6 +1,6 @@
 """Uncertainty of a score, and of the difference of two models on the same prompts and noise."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -68,8 +68,8 @@ class FrechetTo:
         own = feature_statistics(rows)
         return frechet_distance(self.reference.mu, self.reference.sigma, own.mu, own.sigma)
 
-    def resampled(self, rows: Tensor, indices: Tensor) -> Tensor:
-        """Distances [resamples] of `rows[index]` for each index of `indices` [resamples, n]."""
+    def resampled(self, rows: Tensor, indices: Iterable[Tensor]) -> Tensor:
+        """Distances [resamples] of `rows[index]` for each index [any length] of `indices`."""
         centered = rows.to("cpu", torch.float64) - self.reference.mu
         rotated = centered @ self._root
         # Only n x n products are worth keeping for all resamples, and only while they are the smaller ones.
@@ -104,6 +104,41 @@ def _cross_term(rotated: Tensor, gram: Tensor | None, counts: Tensor) -> Tensor:
         around_mean = rotated - counts @ rotated / n
         products = around_mean.T @ (around_mean * counts[:, None])
     return torch.linalg.eigvalsh(products / (n - 1)).clamp(min=0).sqrt().sum()
+
+
+def require_tolerance(tolerance: float | None) -> float | None:
+    """Raise InputError for a tolerance that is no share."""
+    if tolerance is not None and not 0 < tolerance < 1:
+        raise InputError(f"tolerance must lie between 0 and 1, a share of the dense model's score, got {tolerance}.")
+    return tolerance
+
+
+def verdict(dense: float, low: float, high: float, tolerance: float, higher_is_better: bool) -> str:
+    """Whether a difference stays inside a tolerance, by its 95 % interval.
+
+    Args:
+        dense: the dense model's score.
+        low: lower end of the interval of pruned minus dense.
+        high: its upper end.
+        tolerance: how much worse the pruned model may be, as a share of the dense model's score.
+        higher_is_better: of the score.
+
+    Returns:
+        `within`: even the worse end of the interval is tolerated; `beyond`: even its better end is not; else
+        `undecided`: more images would be needed.
+    """
+    best, worst = (-high, -low) if higher_is_better else (low, high)
+    allowed = abs(dense) * tolerance
+    return "within" if worst <= allowed else "beyond" if best > allowed else "undecided"
+
+
+def normal_interval(estimate: float, shares: Tensor) -> Interval:
+    """A 95 % interval from each image's share [n] in an estimate: its standard error is that of the shares' mean.
+
+    Source: the delta method for U-statistics, Hoeffding 1948 (van der Vaart, "Asymptotic Statistics", theorem 12.3).
+    """
+    se = standard_error(shares)
+    return Interval(estimate, estimate - 1.96 * se, estimate + 1.96 * se, se)
 
 
 def standard_error(scores: Tensor) -> float:

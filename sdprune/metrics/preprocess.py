@@ -1,17 +1,21 @@
 """Image preprocessing in torch alone, equal to what the reference implementations do with PIL."""
 
-from collections.abc import Mapping
+import io
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from sdprune.errors import InputError
 
 # PIL's resampling codes, as preprocessor_config.json stores them; torch's antialiased kernels are PIL's.
 RESAMPLING = {2: "bilinear", 3: "bicubic"}
+INCEPTION_SIZE = 299
 
 
 def check_images(images: Tensor) -> None:
@@ -28,12 +32,44 @@ def resize(images: Tensor, size: tuple[int, int], mode: str = "bicubic") -> Tens
     return pixels.clamp(0, 255)
 
 
-def clean_resize(images: Tensor, size: int = 299) -> Tensor:
-    """Resize as clean-fid does: PIL bicubic on float channels to a square, aspect ratio not kept, clipped, not rounded.
+def clean(images: Tensor, generated: bool) -> Tensor:
+    """Protocol `clean`: PIL's bicubic kernel on float channels, aspect ratio not kept, rounded to whole grey levels."""
+    return (resize(images, (INCEPTION_SIZE, INCEPTION_SIZE)).round() - 128) / 128
 
-    Source: Parmar et al., "On Aliased Resizing and Surprising Subtleties in GAN Evaluation", CVPR 2022.
+
+def pytorch_fid(images: Tensor, generated: bool) -> Tensor:
+    """Protocol `pytorch-fid`: to 0..1, bilinear without antialiasing, to -1..1."""
+    size = (INCEPTION_SIZE, INCEPTION_SIZE)
+    pixels = F.interpolate(images.float() / 255, size=size, mode="bilinear", align_corners=False)
+    return 2 * pixels - 1
+
+
+def study(images: Tensor, generated: bool) -> Tensor:
+    """Protocol `study`: generated images through JPEG; both sides resized by PIL and through JPEG; as in pytorch-fid.
+
+    JPEG is what PIL saves by default (quality 75, chroma at half resolution).
     """
-    return resize(images, (size, size), "bicubic")
+    return pytorch_fid(torch.stack([_as_in_the_study(image, generated) for image in images.cpu()]), generated).to(
+        images.device
+    )
+
+
+def _as_in_the_study(image: Tensor, generated: bool) -> Tensor:
+    picture = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
+    if generated:
+        picture = _through_jpeg(picture)
+    resized = picture.resize((INCEPTION_SIZE, INCEPTION_SIZE), Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.array(_through_jpeg(resized))).permute(2, 0, 1)
+
+
+def _through_jpeg(picture: Image.Image) -> Image.Image:
+    buffer = io.BytesIO()
+    picture.save(buffer, format="JPEG")
+    return Image.open(buffer).convert("RGB")
+
+
+PROTOCOLS: dict[str, Callable[[Tensor, bool], Tensor]] = {"clean": clean, "study": study, "pytorch-fid": pytorch_fid}
+"""By name: (uint8 [b, 3, h, w], whether they are generated) -> what Inception sees, float32 [b, 3, 299, 299]."""
 
 
 def center_crop(pixels: Tensor, size: tuple[int, int]) -> Tensor:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ def reference_statistics(
     cache_dir: str | Path,
     key: Mapping[str, Any],
     source: str | None = None,
+    keep_features: bool = False,
 ) -> Statistics:
     """Feature statistics of the real images, from the cache or computed and cached.
 
@@ -41,23 +43,30 @@ def reference_statistics(
         cache_dir: created when missing.
         key: JSON-able facts that tell this set of images from any other.
         source: a line for people, stored with the statistics.
+        keep_features: keep the features themselves too; a cached file without them is made anew.
 
     Raises:
         InputError: fewer than two images, or a cached file that cannot be read.
     """
     path = reference_path(extractor, cache_dir, key)
     if path.exists():
-        return Statistics.load(path)
-    moments = Moments()
+        cached = Statistics.load(path)
+        if cached.features is not None or not keep_features:
+            return cached
+    moments, kept = Moments(), []
     for features in _feature_batches(images(), extractor):
         moments.add(features)
+        if keep_features:
+            kept.append(features.cpu())
     statistics = moments.statistics(extractor.name, source)
+    if kept:
+        statistics = replace(statistics, features=torch.cat(kept))
     statistics.save(path)
     return statistics
 
 
 def _feature_batches(images: Iterable[Tensor], extractor: FeatureExtractor) -> Iterator[Tensor]:
     # Real images differ in size, so each is preprocessed alone; the network sees batches.
-    pixels = (extractor.preprocess(image[None]) for image in images)
+    pixels = (extractor.preprocess(image[None], generated=False) for image in images)
     while batch := list(islice(pixels, BATCH_SIZE)):
         yield extractor.extract(torch.cat(batch))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,7 +12,10 @@ from lightning import LightningModule
 from torch import nn
 
 from sdprune.errors import InputError
+from sdprune.locks import Claim
+from sdprune.modules.needs import Need
 from sdprune.pipelines import PipelineFamily
+from sdprune.store import StatisticsStore
 
 if TYPE_CHECKING:
     from sdprune.data import CocoDataModule
@@ -46,6 +51,23 @@ class FrozenModule(LightningModule, ABC):
     def precision_name(self) -> str:
         """The trainer's precision, e.g. `16-true`: it decides the weights' dtype."""
         return str(self.trainer.precision)
+
+    def claim(self, output: str | Path, name: str) -> Claim:
+        """The right to make something below `output` that other runs may want too."""
+        strategy = self.trainer.strategy
+        return Claim(Path(output) / ".locks" / f"{name}.lock", strategy.broadcast, strategy.is_global_zero)
+
+    def claim_statistics(self, store: StatisticsStore, needs: Iterable[Need]) -> list[Claim]:
+        """Wait until no other run gathers statistics of these components in this store; collective.
+
+        Returns:
+            To be released when the missing ones are gathered; empty if none are missing.
+        """
+        missing = sorted({need.component for need in needs if need.facts not in store})
+        claims = [self.claim(store.root, f"statistics-{name}") for name in self.trainer.strategy.broadcast(missing)]
+        for claim in claims:
+            claim.acquire(lambda: False)
+        return claims
 
     def load(self) -> None:
         """Put the pipeline on this process's device in the trainer's dtype; mixed precision keeps fp32 weights."""

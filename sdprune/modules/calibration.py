@@ -72,6 +72,7 @@ class CalibrationModule(FrozenModule):
         """Load the model; what the store has already is not gathered again."""
         self.load()
         self.needs = self._needs(self.data, self.precision_name)
+        self.claims = self.claim_statistics(self.store, self.needs)
         self.there = [need.facts in self.store for need in self.needs]
         self.calibrator = Calibrator(self.pipeline, self.needs, self.sampling, self.seed, self.calibration, self.store)
         self.train_for_as_many_passes_as_it_takes()
@@ -96,3 +97,5 @@ class CalibrationModule(FrozenModule):
             for need, there in zip(self.needs, self.there, strict=True):
                 told = "already in the store" if there else "gathered"
                 self.tell(f"{need.component} {need.statistic}: {told} ({self.store.path(need.facts)})")
+            for claim in self.claims:
+                claim.release()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Dict, List
 
 import numpy as np
@@ -12,15 +14,26 @@ import torch
 
 from sdprune.data import Batch
 from sdprune.errors import InputError
-from sdprune.metrics import PerImageMetric
+from sdprune.metrics import PerImageMetric, share_extractors, verdict
 from sdprune.modules.base import FrozenModule
+from sdprune.modules.flaws import Flaws
 from sdprune.modules.needs import Calibration
 from sdprune.modules.pruning import PruningPlan, flat, summary
 from sdprune.modules.references import References
 from sdprune.pictures import grid
 from sdprune.pipelines import PipelineFamily, Sampling
 from sdprune.pruning import PruneReport, PruneSpec
-from sdprune.record import Record, image_seed, label, own_version, read_png, save_png, versions
+from sdprune.record import (
+    Picture,
+    Record,
+    image_seed,
+    label,
+    own_version,
+    read_png,
+    require_comparable,
+    save_png,
+    versions,
+)
 
 if TYPE_CHECKING:
     from sdprune.data import CocoDataModule
@@ -65,6 +78,8 @@ class GenerationModule(FrozenModule):
         if len(set(names)) < len(names):
             raise InputError(f"Two metrics share a name among {names}: set `name` of one.")
         self._metrics = list(metrics)  # a plain list: as submodules they would be cast by precision plugins
+        self._extractors = share_extractors(metrics)
+        self._flaws = Flaws()
         self.sampling, self.seed, self.samples = sampling, seed, list(samples)
         self.compare_dense, self.output = compare_dense, output
         self.references = References(metrics, output)
@@ -72,6 +87,7 @@ class GenerationModule(FrozenModule):
         self.reports: dict[str, PruneReport] = {}
         self.baseline: Record | None = None
         self.facts_of_data: dict[str, int] = {}
+        self.finished = False
 
     def dense(self) -> GenerationModule:
         """The same run without pruning, sharing pipeline and metrics."""
@@ -108,85 +124,135 @@ class GenerationModule(FrozenModule):
 
     def check(self, data: CocoDataModule, dtype: str) -> None:
         """Everything that can be told before the model is loaded; needs `prepare_record`."""
+        for metric in self._metrics:
+            if metric.needs_dense and self.plan.specs and not self.compare_dense:
+                raise InputError(
+                    f"{type(metric).__name__} compares with the dense model's images: set compare_dense to true, or "
+                    "leave it out."
+                )
         self.plan.check(data, dtype)
         self.record.check()
         images = self.references.check(data)
         self.facts_of_data = data.check(calibration=self.calibrates, images=images)
 
+    def setup(self, stage: str) -> None:
+        """See whether the record is there, or wait while another run makes it; all processes decide alike."""
+        self._claim = self.claim(self.output, self.record.directory.name)
+        self.finished = not self._claim.acquire(lambda: self.record.finished)
+
+    def teardown(self, stage: str) -> None:
+        """Let other runs have the record."""
+        self._claim.release()
+
     def on_predict_start(self) -> None:
         """Load, calibrate what is missing, prune, and load the metrics."""
+        if self.finished:
+            return
         self.started = time.perf_counter()
         self.load()
         self.facts_of_data["truncated"] = self.data.count_truncated(self.pipeline.tokenizer)
-        if self.trainer.strategy.root_device.type == "cuda":
+        device = self.trainer.strategy.root_device
+        if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        strategy, data = self.trainer.strategy, self.data
-        calibrator = self.plan.calibrator(data, self.precision_name)
-        if not calibrator.done:  # otherwise no captions need be there
-            calibrator.run(lambda: data.calibration_loader(self.global_rank, self.trainer.world_size), strategy)
-        self.reports = self.plan.apply(data, self.precision_name)
+        self._calibrate()
+        self.reports = self.plan.apply(self.data, self.precision_name)
         self.sparsity = self.plan.account(self.reports)
         for metric in self._metrics:
             metric.reset()
-            metric.prepare(strategy.root_device)
-        self.references.set(data, strategy)  # before anything is drawn: it may find fault with them
+            metric.prepare(device)
+        self._flaws.reset()
+        self._flaws.to(device)
+        claim = partial(self.claim, self.output)
+        self.references.set(self.data, claim)  # before anything is drawn: it may find fault with them
         self.generated = 0
         self.seconds = {"preparation": time.perf_counter() - self.started, "generation": 0.0, "scoring": 0.0}
 
+    def _calibrate(self) -> None:
+        """Fill the store with what pruning needs; a run that needs the same waits for this one."""
+        data, precision = self.data, self.precision_name
+        claims = self.claim_statistics(self.plan.store, self.plan.needs(data, precision))
+        if not claims:  # then no captions need be there
+            return
+        calibrator = self.plan.calibrator(data, precision)  # of what is missing now
+        if not calibrator.done:
+            batches = partial(data.calibration_loader, self.global_rank, self.trainer.world_size)
+            calibrator.run(batches, self.trainer.strategy)
+        for claim in claims:
+            claim.release()
+
     def predict_step(self, batch: Batch) -> list[int]:
         """Draw a batch's images, or read them if an earlier attempt wrote them all; score them either way."""
-        paths = [self.record.image_path(name) for name in batch.file_names[: batch.valid]]
+        if self.finished:
+            return []
         start = time.perf_counter()
-        if all(path.exists() for path in paths):
-            images = torch.from_numpy(np.stack([read_png(path) for path in paths])).permute(0, 3, 1, 2)
-        else:
-            seeds = [image_seed(self.seed, image_id) for image_id in batch.ids]
-            images = self.pipeline.generate(batch.prompts, seeds, self.sampling)[: batch.valid]
-            for place, path in enumerate(paths):
-                if path.exists():  # what is scored is what lies there
-                    images[place] = torch.from_numpy(read_png(path)).permute(2, 0, 1)
-                else:
-                    save_png(path, images[place].permute(1, 2, 0).numpy())
-                    self.generated += 1
+        images, finite = self._draw(batch)
         middle = time.perf_counter()
         images = images.to(self.trainer.strategy.root_device)
+        prompts, positions = batch.prompts[: batch.valid], batch.positions[: batch.valid]
+        features = {key: extractor(images) for key, extractor in self._extractors.items()}
+        dense = None
+        if self.baseline is not None and any(metric.needs_dense for metric in self._metrics):
+            dense, _ = _stacked([read_png(path) for path in self._paths(self.baseline, batch)])
         for metric in self._metrics:
-            metric.update(images, batch.prompts[: batch.valid], batch.positions[: batch.valid])
+            own = None if metric.extractor is None else features[metric.extractor.key]
+            metric.update(images, prompts, positions, own, dense)
+        self._flaws.update(images, finite, positions)
         self.seconds["generation"] += middle - start
         self.seconds["scoring"] += time.perf_counter() - middle
         return batch.ids[: batch.valid]
 
+    def _draw(self, batch: Batch) -> tuple[torch.Tensor, list[bool]]:
+        """The batch's images, uint8 [valid, 3, h, w], and whether each came out of finite numbers."""
+        paths = self._paths(self.record, batch)
+        if not all(path.exists() for path in paths):
+            seeds = [image_seed(self.seed, image_id) for image_id in batch.ids]
+            images, finite = self.pipeline.generate(batch.prompts, seeds, self.sampling)
+            for path, image, good in zip(paths, images, finite, strict=False):
+                if not path.exists():
+                    save_png(path, image.permute(1, 2, 0).numpy(), good)
+                    self.generated += 1
+        return _stacked([read_png(path) for path in paths])  # what is scored is what lies there
+
+    @staticmethod
+    def _paths(record: Record, batch: Batch) -> list[Path]:
+        return [record.image_path(name) for name in batch.file_names[: batch.valid]]
+
     def on_predict_epoch_end(self) -> None:
         """Compute the metrics over all processes; the first one writes the record."""
+        if self.finished:
+            return
         scores: dict[str, float] = {}
         for metric in self._metrics:
             scores |= metric.compute()
+        self._flaws.compute()
         strategy = self.trainer.strategy
         generated = strategy.reduce(torch.tensor(self.generated, device=strategy.root_device), reduce_op="sum")
         if self.trainer.is_global_zero:
             self._write(scores, int(generated))
-        self.trainer.strategy.barrier("record")
+        strategy.barrier("record")
 
     def _write(self, scores: dict[str, float], generated: int) -> None:
-        rows = {
-            f"{metric.name}.{column}": value.numpy()
-            for metric in self._metrics
-            for column, value in metric.rows().items()
-        }
-        self.record.save_rows(list(self.data.examples["id"]), rows)
+        ids = list(self.data.examples["id"])
+        rows: dict[str, np.ndarray] = {}
+        for metric in (*self._metrics, self._flaws):
+            rows |= {key: metric.rows()[column].numpy() for column, key in metric.keys().items()}
+        self.record.save_rows(ids, rows)
         self._draw_samples()
         seconds = time.perf_counter() - self.started
         busy = self.seconds["generation"] + self.seconds["scoring"]
+        comparison = self._comparison()
         results = {
             "fingerprint": self.record.fingerprint,
             "label": self.record.directory.name,
-            "n": len(self.data.examples),
+            "n": len(ids),
             "metrics": scores,
-            "comparison": self._comparison(),
+            "comparison": comparison,
+            "verdicts": self._verdicts(comparison),
+            "images": self._flaws.told(ids),
             "sparsity": self.sparsity,
             "pruning": summary(self.reports),
             "data": self.facts_of_data,
-            "reference": self.references.describe(self.data),
+            "protocols": self._protocols(),
             "speed": {
                 "seconds": seconds,
                 **{f"{name}_seconds": value for name, value in self.seconds.items()},
@@ -200,27 +266,53 @@ class GenerationModule(FrozenModule):
         }
         self.record.finish(results)
 
+    def _protocols(self) -> dict[str, Any]:
+        """By metric, how it was measured: n, the network and its protocol, and the reference."""
+        references = self.references.describe(self.data)
+        told: dict[str, Any] = {}
+        for metric in self._metrics:
+            network = {} if metric.extractor is None else {"protocol": metric.extractor.name}
+            reference = {"reference": references[metric.name]} if metric.name in references else {}
+            told[metric.name or type(metric).__name__] = {
+                **metric.describe(), **network, "n": len(self.data.examples), **reference
+            }  # fmt: skip
+        return told
+
     def _draw_samples(self) -> None:
         if not self.samples:
             return
         seeds = [image_seed(self.seed, f"sample:{prompt}") for prompt in self.samples]
-        images = self.pipeline.generate(self.samples, seeds, self.sampling).permute(0, 2, 3, 1).numpy()
-        for number, image in enumerate(images):
-            save_png(self.record.directory / "samples" / f"{number}.png", image)
+        drawn = self.pipeline.generate(self.samples, seeds, self.sampling)
+        images = drawn.images.permute(0, 2, 3, 1).numpy()
+        for number, (image, finite) in enumerate(zip(images, drawn.finite, strict=True)):
+            save_png(self.record.directory / "samples" / f"{number}.png", image, finite)
         rows = {"pruned" if self.plan.specs else "dense": list(images)}
         if self.baseline is not None:
             folder = self.baseline.directory / "samples"
-            rows = {"dense": [read_png(folder / f"{i}.png") for i in range(len(images))], **rows}
+            rows = {"dense": [read_png(folder / f"{i}.png").pixels for i in range(len(images))], **rows}
         save_png(self.record.directory / "grid.png", grid(rows, self.samples))
 
     def _comparison(self) -> dict[str, Any]:
         if self.baseline is None:
             return {}
+        require_comparable(self.record.facts, self.baseline.facts)
         result: dict[str, Any] = {"dense": self.baseline.directory.name}
         for metric in self._metrics:
-            rows = {k: torch.from_numpy(v) for k, v in self.baseline.load_rows(metric.name).items()}
+            rows = {k: torch.from_numpy(v) for k, v in self.baseline.load_rows(metric.keys()).items()}
             result |= metric.compare(rows)
         return result
+
+    def _verdicts(self, comparison: Mapping[str, Any]) -> dict[str, Any]:
+        """For scores with a tolerance: whether the difference stays inside."""
+        told = {}
+        for metric in self._metrics:
+            low, high = (comparison.get(f"{metric.name}_diff_{end}") for end in ("low", "high"))
+            if self.baseline is None or metric.tolerance is None or low is None or high is None:
+                continue
+            dense = self.baseline.results["metrics"][metric.name]
+            found = verdict(dense, low, high, metric.tolerance, bool(metric.higher_is_better))
+            told[metric.name] = {"tolerance": metric.tolerance, "verdict": found}
+        return told
 
     def log_record(self) -> None:
         """The finished record's numbers and grid, to every logger; those of the dense run under `dense/`.
@@ -241,8 +333,13 @@ class GenerationModule(FrozenModule):
             logger.save()
 
 
+def _stacked(pictures: Sequence[Picture]) -> tuple[torch.Tensor, list[bool]]:
+    pixels = torch.from_numpy(np.stack([picture.pixels for picture in pictures])).permute(0, 3, 1, 2)
+    return pixels, [picture.finite for picture in pictures]
+
+
 def _numbers(results: Mapping[str, Any]) -> dict[str, float]:
-    return flat({key: results[key] for key in ("metrics", "comparison", "sparsity", "speed")})
+    return flat({key: results[key] for key in ("metrics", "comparison", "images", "sparsity", "speed")})
 
 
 def peak_memory(device: torch.device) -> int:

@@ -53,7 +53,7 @@ class PruningPlan:
 
     def facts(self, data: CocoDataModule, dtype: str) -> list[dict[str, Any]]:
         """What the statistics depend on."""
-        return [need.facts for need in self._all_needs(data, dtype)]
+        return [need.facts for need in self.needs(data, dtype)]
 
     def check(self, data: CocoDataModule, dtype: str) -> None:
         """Everything that can be told before the model is loaded: names, layer patterns, statistics."""
@@ -67,7 +67,7 @@ class PruningPlan:
 
     def calibrator(self, data: CocoDataModule, dtype: str) -> Calibrator:
         """Gathers what the store lacks."""
-        needs = self._all_needs(data, dtype)
+        needs = self.needs(data, dtype)
         return Calibrator(self.pipeline, needs, self.sampling, self.seed, self.calibration, self.store)
 
     def apply(self, data: CocoDataModule, dtype: str) -> dict[str, PruneReport]:
@@ -91,7 +91,8 @@ class PruningPlan:
             name: (needs.of_allocation(name, spec), needs.of_pruning(name, spec)) for name, spec in self.specs.items()
         }
 
-    def _all_needs(self, data: CocoDataModule, dtype: str) -> list[Need]:
+    def needs(self, data: CocoDataModule, dtype: str) -> list[Need]:
+        """The statistics that allocations and criteria read."""
         return [need for pair in self._needs(data, dtype).values() for needs in pair for need in needs]
 
 
@@ -165,6 +166,7 @@ class PruningModule(FrozenModule):
     def on_fit_start(self) -> None:
         """Load the model and see what has to be gathered."""
         self.load()
+        self.claims = self.claim_statistics(self.plan.store, self.plan.needs(self.data, self.precision_name))
         self.calibrator = self.plan.calibrator(self.data, self.precision_name)
         self.train_for_as_many_passes_as_it_takes()
 
@@ -183,6 +185,8 @@ class PruningModule(FrozenModule):
         if self.trainer.is_global_zero:
             self.save(directory, reports)
         self.trainer.strategy.barrier("saved")
+        for claim in self.claims:
+            claim.release()
 
     def save(self, directory: Path, reports: Mapping[str, PruneReport]) -> None:
         """Write pipeline, card and report; a finished directory is left as it is."""

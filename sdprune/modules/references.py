@@ -1,17 +1,16 @@
-"""The real images that generated ones are compared with: their statistics, made once and shared by all runs."""
+"""The real images that generated ones are compared with: their features, made once and shared by all runs."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sdprune.metrics import FrechetInceptionDistance, PerImageMetric, Statistics, reference_path, reference_statistics
+from sdprune.locks import Claim
+from sdprune.metrics import FeatureMetric, PerImageMetric, Statistics, reference_path, reference_statistics
 from sdprune.record import require_writable
 
 if TYPE_CHECKING:
-    from lightning.pytorch.strategies import Strategy
-
     from sdprune.data import CocoDataModule
 
 
@@ -24,45 +23,59 @@ class References:
     """
 
     def __init__(self, metrics: Sequence[PerImageMetric], output: str):
-        self.metrics = [metric for metric in metrics if isinstance(metric, FrechetInceptionDistance)]
+        self.metrics = [metric for metric in metrics if isinstance(metric, FeatureMetric)]
         self.cache = Path(output) / "reference"
 
     def check(self, data: CocoDataModule) -> bool:
         """Read what is there already; whether real images have to be read for the rest.
 
         Raises:
-            InputError: damaged statistics, or a cache that cannot be written.
+            InputError: damaged statistics, such that a metric cannot use, or a cache that cannot be written.
         """
         require_writable(self.cache, "--model.output")
-        wanted = [metric for metric in self.metrics if metric.needs_reference]
-        there = [path for metric in wanted if (path := self._path(metric, data)).exists()]
-        for path in there:
-            Statistics.load(path)
-        return len(there) < len(wanted)
-
-    def set(self, data: CocoDataModule, strategy: Strategy) -> None:
-        """Give each metric its reference; the first process fills the cache, the others read it."""
         for metric in self.metrics:
-            for turn in (True, False):
-                if strategy.is_global_zero == turn and metric.needs_reference:
-                    metric.set_reference(self._statistics(metric, data))
-                strategy.barrier("reference")
+            if data.reference_file is not None:
+                metric.set_reference(Statistics.load(data.reference_file))
+        return not all(self._there(metric, data) for metric in self.metrics)
+
+    def set(self, data: CocoDataModule, claim: Callable[[str], Claim]) -> None:
+        """Give each metric its reference, which one process of one run makes if it is not there."""
+        for metric in self.metrics:
+            right = claim(f"reference-{self._path(metric, data).stem}")
+            if right.acquire(lambda metric=metric: self._there(metric, data)):  # type: ignore[misc]
+                if right.first:
+                    self._make(metric, data)
+                right.everyone(None)
+                right.release()
+            metric.set_reference(Statistics.load(self._path(metric, data)))
 
     def describe(self, data: CocoDataModule) -> dict[str, dict[str, Any]]:
-        """By metric, what it was measured against."""
+        """By metric, what it was measured against: which images, how many, by which protocol, with what result."""
         told = {}
         for metric in self.metrics:
             made = metric.reference
-            facts = {} if made is None else {"n": made.n, "extractor": made.extractor, "source": made.source}
+            facts = {} if made is None else {"n": made.n, "protocol": made.extractor, "hash": made.hash}
             told[metric.name] = {"images": data.reference, **facts}
         return told
 
-    def _statistics(self, metric: FrechetInceptionDistance, data: CocoDataModule) -> Statistics:
-        if data.reference_file is not None:
-            return Statistics.load(data.reference_file)
-        return reference_statistics(data.reference_images, metric.extractor, self.cache, _key(data))
+    def _there(self, metric: FeatureMetric, data: CocoDataModule) -> bool:
+        path = self._path(metric, data)
+        if not path.exists():
+            return False
+        statistics = Statistics.load(path)
+        return statistics.features is not None or not self._keep_features or path == data.reference_file
 
-    def _path(self, metric: FrechetInceptionDistance, data: CocoDataModule) -> Path:
+    @property
+    def _keep_features(self) -> bool:
+        return any(metric.reference_features for metric in self.metrics)
+
+    def _make(self, metric: FeatureMetric, data: CocoDataModule) -> None:
+        key = _key(data)
+        reference_statistics(
+            data.reference_images, metric.extractor, self.cache, key, keep_features=self._keep_features
+        )
+
+    def _path(self, metric: FeatureMetric, data: CocoDataModule) -> Path:
         return data.reference_file or reference_path(metric.extractor, self.cache, _key(data))
 
 

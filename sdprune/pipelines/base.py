@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Optional
+from typing import TYPE_CHECKING, Any, NamedTuple, Optional
 
 from sdprune.errors import InputError
 
@@ -44,6 +44,15 @@ class Sampling:
     def describe(self) -> dict[str, Any]:
         """All of it, for fingerprints."""
         return asdict(self)
+
+
+class Drawn(NamedTuple):
+    """What was drawn."""
+
+    images: Tensor
+    """uint8 [b, 3, height, width] on the CPU; of latents that were not decoded [b, channels, h, w]."""
+    finite: list[bool]
+    """Whether each image came out of finite numbers; one that did not is black where they were not."""
 
 
 class PipelineFamily(ABC):
@@ -92,7 +101,7 @@ class PipelineFamily(ABC):
     def generate(
         self, prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling, decode: bool = True,
         before_step: Optional[Callable[[int], None]] = None,
-    ) -> Tensor:  # fmt: skip
+    ) -> Drawn:  # fmt: skip
         """Draw one image a prompt, from noise that depends on nothing but its seed.
 
         Args:
@@ -101,9 +110,6 @@ class PipelineFamily(ABC):
             sampling: how.
             decode: whether latents become pictures.
             before_step: called with the number of each denoising step, from 0, before it runs.
-
-        Returns:
-            uint8 [b, 3, height, width] on the CPU; without `decode` the latents, [b, channels, h, w].
         """
 
     @abstractmethod

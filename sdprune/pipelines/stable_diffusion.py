@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
 
 from sdprune.errors import InputError, unknown
-from sdprune.pipelines.base import PipelineFamily, Sampling
+from sdprune.pipelines.base import Drawn, PipelineFamily, Sampling
 from sdprune.pipelines.resolve import resolve
 
 if TYPE_CHECKING:
@@ -170,13 +170,16 @@ class StableDiffusion(PipelineFamily):
     def generate(
         self, prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling, decode: bool = True,
         before_step: Optional[Callable[[int], None]] = None,
-    ) -> Tensor:  # fmt: skip
+    ) -> Drawn:  # fmt: skip
         """See PipelineFamily."""
         import torch
+
+        finite = torch.ones(len(prompts), dtype=torch.bool)
 
         def after(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
             if before_step is not None:
                 before_step(step + 1)
+            finite.logical_and_(tensors["latents"].isfinite().flatten(1).all(1).cpu())
             return tensors
 
         if before_step is not None:
@@ -195,7 +198,12 @@ class StableDiffusion(PipelineFamily):
             guidance_scale=sampling.guidance, latents=noise.to(pipe.device, dtype), generator=generators,
             output_type="pt" if decode else "latent", callback_on_step_end=after,
         ).images  # fmt: skip
-        return (output.float() * 255).round().clamp(0, 255).to(torch.uint8).cpu() if decode else output
+        if not decode:
+            return Drawn(output, finite.tolist())
+        pixels = output.float()
+        finite.logical_and_(pixels.isfinite().flatten(1).all(1).cpu())
+        images = (pixels.nan_to_num(0) * 255).round().clamp(0, 255).to(torch.uint8).cpu()
+        return Drawn(images, finite.tolist())
 
     def _scheduled(self, sampling: Sampling) -> Any:
         """The pipeline with the scheduler asked for, built anew from its own, so that no state outlives a batch."""

@@ -37,6 +37,13 @@ SIZES = (
 SPARSITY = 0.5
 
 
+@pytest.fixture(autouse=True)
+def threads(one_thread):
+    """Where time is taken, all cores work."""
+    if FULL:
+        torch.set_num_threads(os.cpu_count() or 1)
+
+
 def text_encoder():
     torch.manual_seed(0)
     config = CLIPTextConfig(**SIZES, hidden_act="gelu", vocab_size=49408 if FULL else 100)
@@ -55,8 +62,16 @@ def seconds(function):
 
 
 @torch.no_grad()
-def published(model, ids):
-    """locuslab/wanda's loop: one prompt at a time, each block run twice, every row sorted."""
+def published(model, ids, ours):
+    """locuslab/wanda's loop: one prompt at a time, each block run twice, every row sorted.
+
+    Every block goes on with our masks, by layer, once its own are chosen: a score on the verge falls to either side by
+    rounding, and what that changes in a block would be blamed on those after it.
+
+    Returns:
+        Its own masks, by layer.
+    """
+    chosen = {}
     blocks = model.encoder.layers
     caught = []
 
@@ -77,7 +92,7 @@ def published(model, ids):
         outputs = [block(hidden, *args, **kwargs) for hidden, args, kwargs in caught]
         return [output[0] if isinstance(output, tuple) else output for output in outputs]
 
-    for block in blocks:
+    for number, block in enumerate(blocks):
         layers = {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
         scaler = {name: torch.zeros(module.in_features) for name, module in layers.items()}
         counted = dict.fromkeys(layers, 0)
@@ -98,8 +113,11 @@ def published(model, ids):
         for name, module in layers.items():
             metric = module.weight.abs() * torch.sqrt(scaler[name].reshape(1, -1))
             order = torch.sort(metric, dim=-1, stable=True).indices[:, : int(metric.shape[1] * SPARSITY)]
-            module.weight.scatter_(1, order, 0)
+            mask = torch.zeros_like(metric, dtype=torch.bool).scatter_(1, order, True)
+            chosen[f"encoder.layers.{number}.{name}"] = mask
+            module.weight[ours[f"encoder.layers.{number}.{name}"]] = 0
         caught = [(hidden, *rest) for hidden, (_, *rest) in zip(run(block), caught, strict=True)]
+    return chosen
 
 
 def ours(model, ids, record=None):
@@ -127,15 +145,19 @@ def test_sequential_wanda_against_the_published_loop():
     with torch.no_grad():
         plain = seconds(lambda: [model(batch) for batch in ids.split(BATCH)])
     took = {"ours": seconds(lambda: ours(model, ids))}
-    masks = [target.weight == 0 for target in find_targets(model)]
+    masks = {target.name: target.weight == 0 for target in find_targets(model)}
     model.load_state_dict(dense)
-    took["published"] = seconds(lambda: published(model, ids))
+    theirs = {}
+    took["published"] = seconds(lambda: theirs.update(published(model, ids, masks)))
     ratio = took["published"] / took["ours"]
     print(
         f"\nplain forward {plain:.1f} s, ours {took['ours']:.1f} s, published {took['published']:.1f} s: {ratio:.2f} x"
     )
-    for target, mask in zip(find_targets(model), masks, strict=True):
-        assert ((target.weight == 0) == mask).float().mean() > 0.999  # batches round differently
+    same = {name: (theirs[name] == mask).float().mean().item() for name, mask in masks.items()}
+    print(
+        f"masks equal in {min(same.values()):.5%} of a layer at least, {statistics.mean(same.values()):.5%} on average"
+    )
+    assert min(same.values()) > 0.999  # batches round differently
 
 
 def test_input_norms_against_a_plain_forward_pass():

@@ -28,11 +28,15 @@ class ClipModel:
     Args:
         model: a directory, a hub id, or `miniature` for the evaluator that comes with this package.
         revision: branch, tag or commit of the hub repository; None means `main`.
+        processor: directory or hub id of the tokenizer and the preprocessing; None means those of `model`.
     """
 
-    def __init__(self, model: str = "openai/clip-vit-base-patch32", revision: str | None = None) -> None:
+    def __init__(
+        self, model: str = "openai/clip-vit-base-patch32", revision: str | None = None, processor: str | None = None
+    ) -> None:
         self.model = model
         self.revision = revision
+        self.processor = processor
         self.device = torch.device("cpu")
         self._network: CLIPModel | None = None
 
@@ -68,7 +72,9 @@ class ClipModel:
         """Load the weights, the tokenizer and the preprocessing, or move what is loaded, to `device`."""
         self.device = torch.device(device)
         if self._network is None:
-            self._network, self._tokenizer, self._preprocess = _load(self.source, self.revision or "main")
+            self._network, self._tokenizer, self._preprocess = _load(
+                self.source, self.revision or "main", self.processor
+            )
         self._network.to(self.device)
 
     def preprocess(self, images: Tensor) -> Tensor:
@@ -102,14 +108,18 @@ class ClipModel:
 
     def describe(self) -> dict[str, Any]:
         """What the embeddings depend on, for fingerprints: a hash of local files, or hub id and asked revision."""
-        if self._directory_hash is not None:
-            return {"weights": self._directory_hash}
-        return {"model": self.model, "revision": self.revision or "main"}
+        processor = {} if self.processor is None else {"processor": _directory_hash(self.processor) or self.processor}
+        if self._weights_hash is not None:
+            return {"weights": self._weights_hash, **processor}
+        return {"model": self.model, "revision": self.revision or "main", **processor}
 
     @cached_property
-    def _directory_hash(self) -> str | None:
-        directory = Path(self.source)
-        return directory_hash(directory) if directory.is_dir() else None
+    def _weights_hash(self) -> str | None:
+        return _directory_hash(self.source)
+
+
+def _directory_hash(source: str) -> str | None:
+    return directory_hash(Path(source)) if Path(source).is_dir() else None
 
 
 def directory_hash(directory: Path) -> str:
@@ -122,14 +132,15 @@ def directory_hash(directory: Path) -> str:
     return total.hexdigest()
 
 
-def _load(source: str, revision: str) -> "tuple[CLIPModel, CLIPTokenizer, ClipPreprocessing]":
+def _load(source: str, revision: str, processor: str | None) -> "tuple[CLIPModel, CLIPTokenizer, ClipPreprocessing]":
     from transformers import CLIPModel, CLIPTokenizer
     from transformers.image_processing_base import ImageProcessingMixin
 
     try:
         with _quiet_loading():
-            config, _ = ImageProcessingMixin.get_image_processor_dict(source, revision=revision)
-            tokenizer = CLIPTokenizer.from_pretrained(source, revision=revision)
+            beside = {"revision": revision} if processor is None else {}
+            config, _ = ImageProcessingMixin.get_image_processor_dict(processor or source, **beside)
+            tokenizer = CLIPTokenizer.from_pretrained(processor or source, **beside)
             network = CLIPModel.from_pretrained(source, revision=revision, use_safetensors=True, dtype=torch.float32)
     except (OSError, ValueError, RuntimeError) as error:
         raise InputError(

@@ -27,6 +27,9 @@ class CLIPScore(PerImageMetric):
     Args:
         model: a directory, a hub id, or `miniature` for the evaluator that comes with this package.
         revision: branch, tag or commit of the hub repository; None means `main`.
+        processor: directory or hub id of the tokenizer and the preprocessing; None means those of `model`. PickScore
+            (Kirstain et al., 2023; its score is 100 times this one) is
+            {model: yuvalkirstain/PickScore_v1, processor: laion/CLIP-ViT-H-14-laion2B-s32B-b79K, name: pick_score}.
         name: key of the score in the results.
         resamples: bootstrap resamples of `compare`.
         tolerance: a pruned model may be worse by this share of the dense model's score (0.2 % is MLPerf's); null gives
@@ -41,6 +44,7 @@ class CLIPScore(PerImageMetric):
         self,
         model: str = "openai/clip-vit-base-patch32",
         revision: str | None = None,
+        processor: str | None = None,
         name: str = "clip_score",
         resamples: int = 1000,
         tolerance: float | None = 0.002,
@@ -48,7 +52,7 @@ class CLIPScore(PerImageMetric):
         super().__init__()
         if resamples < 2:
             raise InputError(f"resamples must be at least 2, got {resamples}.")
-        self.extractor = ClipImageFeatures(model, revision)
+        self.extractor = ClipImageFeatures(model, revision, processor)
         self.name = name
         self.resamples = resamples
         self.tolerance = require_tolerance(tolerance)

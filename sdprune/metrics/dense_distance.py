@@ -20,7 +20,7 @@ class DenseDistance(PerImageMetric):
     """Distance of each image to the dense model's: PSNR, SSIM, distance of features, and LPIPS if asked for.
 
     The dense model itself is at no distance. SSIM is that of Wang et al., 2004, as torchmetrics computes it (Gaussian
-    window of 11 pixels, sigma 1.5). The feature distance is 1 minus the cosine of the two feature vectors.
+    window of 11 pixels, sigma 1.5, borders mirrored). The feature distance is 1 minus the cosine of the two feature vectors.
 
     Args:
         extractor: the network of the feature distance.
@@ -36,7 +36,7 @@ class DenseDistance(PerImageMetric):
         super().__init__()
         self.extractor = extractor
         self.name = name
-        self.lpips = lpips
+        self.with_lpips = lpips
         self._lpips: list[Any] = []  # in a list, so that it is no submodule
 
     def keys(self) -> dict[str, str]:
@@ -51,7 +51,7 @@ class DenseDistance(PerImageMetric):
         """
         self.to(device)
         self.extractor.load(device)
-        if self.lpips:
+        if self.with_lpips:
             self._lpips = [_load_lpips(device)]
 
     def update(  # noqa: D102
@@ -64,12 +64,12 @@ class DenseDistance(PerImageMetric):
     ) -> None:
         features = self.extractor(images) if features is None else features
         zero = torch.zeros(len(images), dtype=torch.float64)
-        columns = {"mse": zero, "ssim": zero + 1, "features": features, **({"lpips": zero} if self.lpips else {})}
+        columns = {"mse": zero, "ssim": zero + 1, "features": features, **({"lpips": zero} if self.with_lpips else {})}
         if dense is not None:
             own, other = images.double(), dense.to(images.device).double()
             columns["mse"] = (own - other).square().flatten(1).mean(1)
             columns["ssim"] = _ssim(own, other)
-            if self.lpips:
+            if self.with_lpips:
                 with exact_inference(images.device):
                     columns["lpips"] = self._lpips[0](own.float() / 127.5 - 1, other.float() / 127.5 - 1).flatten()
         self.append(positions, **columns)
@@ -88,7 +88,7 @@ class DenseDistance(PerImageMetric):
             "ssim": own["ssim"],
             "feature_distance": 1 - F.cosine_similarity(own["features"].double(), dense["features"].double()),
         }
-        if self.lpips:
+        if self.with_lpips:
             distances["lpips"] = own["lpips"].double()
         error = own["mse"].mean()
         result = {f"{self.name}_psnr": float(10 * torch.log10(255**2 / error))} if error > 0 else {}
@@ -101,7 +101,7 @@ class DenseDistance(PerImageMetric):
     def describe(self) -> dict[str, Any]:
         """Extractor, and whether LPIPS is among the distances."""
         facts = {"class": "DenseDistance", "name": self.name, "extractor": self.extractor.describe()}
-        return facts | ({"lpips": "alex"} if self.lpips else {})
+        return facts | ({"lpips": "alex"} if self.with_lpips else {})
 
 
 def _ssim(a: Tensor, b: Tensor) -> Tensor:

@@ -75,10 +75,13 @@ class ClipImageFeatures(FeatureExtractor):
     Args:
         model: a directory, a hub id, or `miniature` for the evaluator that comes with this package.
         revision: branch, tag or commit of the hub repository; None means `main`.
+        processor: directory or hub id of the preprocessing; None means that of `model`.
     """
 
-    def __init__(self, model: str = "openai/clip-vit-base-patch32", revision: str | None = None) -> None:
-        self.clip = ClipModel(model, revision)
+    def __init__(
+        self, model: str = "openai/clip-vit-base-patch32", revision: str | None = None, processor: str | None = None
+    ) -> None:
+        self.clip = ClipModel(model, revision, processor)
 
     @property
     def name(self) -> str:  # noqa: D102

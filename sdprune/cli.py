@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -53,6 +54,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if _cause(error, KeyboardInterrupt):  # the trainer makes a SystemExit of it
             return _tell("interrupted; run the same command again to go on", 130)
         bad_input = _cause(error, InputError)
+        full = _cause(error, OSError)
+        if isinstance(full, OSError) and full.errno in (errno.ENOSPC, errno.EDQUOT):
+            where = f" at {full.filename}" if full.filename else ""
+            return _tell(f"failed: no space is left{where}: make some and run the same command again to go on", 1)
         if bad_input is None:
             import traceback
 
@@ -83,9 +88,18 @@ def _cause(error: BaseException | None, kind: type[BaseException]) -> BaseExcept
 
 
 def _tell(line: str, code: int) -> int:
-    if os.environ.get("LOCAL_RANK", "0") == "0":  # one process speaks for all
+    rank = os.environ.get("RANK") or os.environ.get("LOCAL_RANK", "0")
+    if rank == "0":  # speaks for all
         print(f"sdprune: {line}", file=sys.stderr, flush=True)
+    elif _together():  # what went wrong may be this process's own
+        print(f"sdprune: process {rank}: {line}", file=sys.stderr, flush=True)
     return code
+
+
+def _together() -> bool:
+    """Whether the processes of a run have met, so that one may fail alone."""
+    distributed = sys.modules.get("torch.distributed")
+    return distributed is not None and distributed.is_available() and distributed.is_initialized()
 
 
 if __name__ == "__main__":

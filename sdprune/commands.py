@@ -200,6 +200,20 @@ def _config_files(arguments: Sequence[str]) -> Iterator[Path]:
             yield Path(value if given else following)
 
 
+def _tell_of_lost_processes() -> None:
+    """Lightning's watch over the processes that it started stops all when one dies, and says so to its log alone."""
+
+    class Tell(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if "terminated with code" in record.getMessage():
+                line = "a process of this run has died, the others are stopped; run the same command again to go on"
+                print(f"sdprune: failed: {line}", file=sys.stderr, flush=True)
+
+    logger = logging.getLogger("lightning.fabric.strategies.launchers.subprocess_script")
+    logger.handlers, logger.propagate = [Tell()], False
+    logger.setLevel(logging.INFO)
+
+
 def run(arguments: Sequence[str], summary: bool = True) -> dict[str, Any]:
     """Parse and run one verb.
 
@@ -213,6 +227,7 @@ def run(arguments: Sequence[str], summary: bool = True) -> dict[str, Any]:
     _check_files(arguments)
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    _tell_of_lost_processes()
     os.environ.setdefault("WANDB_SILENT", "true")
     sys.argv[0] = sys.argv[0] or "sdprune"
     SdpruneCLI.summary = summary

@@ -133,7 +133,7 @@ def test_only_cmmd_is_called_so():
     assert MaximumMeanDiscrepancy(genuine).name == "cmmd"
     assert MaximumMeanDiscrepancy(genuine, sigma=5).name == "mmd"
     assert MaximumMeanDiscrepancy(PooledFeatures()).name == "mmd"
-    with pytest.raises(InputError, match="clip-vit-large-patch14-336 with sigma 10 make a CMMD.*'pooled'"):
+    with pytest.raises(InputError, match=r"clip-vit-large-patch14-336 with sigma 10 make a CMMD.*'pooled'"):
         MaximumMeanDiscrepancy(PooledFeatures(), name="cmmd")
     with pytest.raises(InputError, match="sigma must be above 0, got 0"):
         MaximumMeanDiscrepancy(PooledFeatures(), sigma=0)
@@ -141,7 +141,7 @@ def test_only_cmmd_is_called_so():
 
 @pytest.mark.parametrize("metric", [KernelInceptionDistance, MaximumMeanDiscrepancy, PrecisionRecall])
 def test_a_file_of_mu_and_sigma_is_not_enough(metric):
-    with pytest.raises(InputError, match="needs the features of every real image.*choose the reference `drawn`"):
+    with pytest.raises(InputError, match=r"needs the features of every real image.*choose the reference `drawn`"):
         metric(PooledFeatures()).set_reference(reference(numbers(9, 0), features=False))
 
 
@@ -279,7 +279,7 @@ def test_protocols_have_names_and_their_numbers_do_not_mix():
         FrechetInceptionDistance(InceptionFeatures()).set_reference(made)
     FrechetInceptionDistance(InceptionFeatures("study")).set_reference(made)
     assert len({InceptionFeatures(protocol).key for protocol in PROTOCOLS}) == 3
-    with pytest.raises(InputError, match="Unknown protocol 'cleen'. Did you mean 'clean'"):
+    with pytest.raises(InputError, match=r"Unknown protocol 'cleen'. Did you mean 'clean'"):
         InceptionFeatures("cleen")
 
 

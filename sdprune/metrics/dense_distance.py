@@ -20,7 +20,7 @@ class DenseDistance(PerImageMetric):
     """Distance of each image to the dense model's: PSNR, SSIM, distance of features, and LPIPS if asked for.
 
     The dense model itself is at no distance. SSIM is that of Wang et al., 2004, as torchmetrics computes it (Gaussian
-    window of 11 pixels, sigma 1.5, borders mirrored). The feature distance is 1 minus the cosine of the two feature vectors.
+    window of 11 pixels, sigma 1.5, borders mirrored). The feature distance is 1 minus the cosine of the two features.
 
     Args:
         extractor: the network of the feature distance.

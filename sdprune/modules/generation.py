@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import time
 from collections.abc import Mapping, Sequence
@@ -137,6 +138,7 @@ class GenerationModule(FrozenModule):
 
     def setup(self, stage: str) -> None:
         """See whether the record is there, or wait while another run makes it; all processes decide alike."""
+        self._parent = os.getppid()
         self._claim = self.claim(self.output, self.record.directory.name)
         self.finished = not self._claim.acquire(lambda: self.record.finished)
 
@@ -184,6 +186,8 @@ class GenerationModule(FrozenModule):
         """Draw a batch's images, or read them if an earlier attempt wrote them all; score them either way."""
         if self.finished:
             return []
+        if self.global_rank and os.getppid() != self._parent:
+            raise RuntimeError("The process that started this one has died.")
         start = time.perf_counter()
         images, finite = self._draw(batch)
         middle = time.perf_counter()

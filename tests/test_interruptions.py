@@ -48,6 +48,10 @@ def everything(output):
     return found
 
 
+def differences(one, other):
+    return sorted(str(path) for path in {*one, *other} if one.get(path) != other.get(path))
+
+
 @pytest.fixture(scope="module")
 def whole(miniature, tmp_path_factory):
     """(What an uninterrupted run leaves, how long it takes.)"""
@@ -67,7 +71,7 @@ def test_kills_at_any_moment_change_nothing(whole, tmp_path):
         processes = chance.choice([1, 2, 3])
         running = start(predict(output, *WANDA, f"--trainer.devices={processes}"))
         try:
-            told, _ = running.communicate(timeout=chance.uniform(0.1, 1) * duration)
+            told, _ = running.communicate(timeout=chance.uniform(0.2, 2) * duration)
         except subprocess.TimeoutExpired:
             os.killpg(running.pid, signal.SIGKILL)
             running.communicate()
@@ -80,7 +84,7 @@ def test_kills_at_any_moment_change_nothing(whole, tmp_path):
         output = tmp_path / str(finished)
     done = process(predict(output, *WANDA))
     assert done.returncode == 0, done.stderr
-    assert everything(output) == wanted
+    assert differences(everything(output), wanted) == []
     print(f"\n{killed} kills, {finished + 1} runs went on to the end")
 
 
@@ -106,7 +110,7 @@ def test_two_runs_of_one_command_make_it_once(whole, tmp_path):
     runs = [start(predict(tmp_path, *WANDA)) for _ in range(2)]
     told = [run.communicate(timeout=300)[0] for run in runs]
     assert [run.returncode for run in runs] == [0, 0], told
-    assert everything(tmp_path) == wanted
+    assert differences(everything(tmp_path), wanted) == []
     generated = [line for text in told for line in text.splitlines() if "7 of 7 images" in line]
     assert len(generated) == 2  # the dense and the pruned ones, each by one of the two
 
@@ -156,8 +160,8 @@ def test_a_full_disk_is_one_line_and_loses_nothing(sdprune, miniature, tmp_path,
     monkeypatch.setattr("sdprune.modules.generation.save_png", full)
     told = sdprune(*predict(tmp_path))
     assert told.code == 1
-    assert told.err.startswith("sdprune: failed: no space is left at ")
-    assert told.err.count("\n") == 1
+    assert told.err.splitlines()[-1].startswith("sdprune: failed: no space is left at ")
+    assert "Traceback" not in told.err
     monkeypatch.undo()
     monkeypatch.setenv("SDPRUNE_MINIATURE", str(miniature))
     monkeypatch.setenv("SDPRUNE_CACHE", str(miniature / "cache"))

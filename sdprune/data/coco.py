@@ -162,8 +162,8 @@ class CocoDataModule(LightningDataModule):
             images: Read every image of the reference; not needed once its statistics are known.
 
         Returns:
-            Facts: `images` of the source, `prompts` drawn, and where they were looked at `calibration_prompts`,
-            `reference_images` and `truncated`.
+            Facts: `images` of the source, `prompts` drawn, `reference_images` unless the reference is a file, and where
+            they were looked at `calibration_prompts` and `truncated`.
 
         Raises:
             InputError: Too few captions, more processes than batches, images or statistics missing or damaged.
@@ -174,8 +174,9 @@ class CocoDataModule(LightningDataModule):
             facts["calibration_prompts"] = len(self.calibration_examples)
         if self.reference_file is not None:
             _check_statistics(self.reference_file)
-        elif images:
-            self.source.check(self.reference_rows)
+        else:
+            if images:
+                self.source.check(self.reference_rows)
             facts["reference_images"] = len(self.reference_rows)
         return facts if tokenizer is None else facts | {"truncated": self.count_truncated(tokenizer)}
 

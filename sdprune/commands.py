@@ -214,6 +214,14 @@ def _tell_of_lost_processes() -> None:
     logger.setLevel(logging.INFO)
 
 
+def _part() -> None:
+    """Take leave of the run's other processes; torch may abort a process that leaves without."""
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def run(arguments: Sequence[str], summary: bool = True) -> dict[str, Any]:
     """Parse and run one verb.
 
@@ -251,5 +259,6 @@ def run(arguments: Sequence[str], summary: bool = True) -> dict[str, Any]:
         )
     finally:
         release_all()
+    _part()
     done = isinstance(cli.model, GenerationModule) and cli.model.record.finished
     return cli.model.record.results if done else {}

@@ -93,7 +93,7 @@ def test_check_reads_the_images_of_the_reference_only(source):
     whole = CocoDataModule(source, n=4, reference="split")
     with pytest.raises(InputError, match=f"{other} is damaged"):
         whole.check()
-    assert whole.check(images=False) == {"images": 12, "prompts": 4}
+    assert whole.check(images=False) == {"images": 12, "prompts": 4, "reference_images": 12}
 
 
 def test_too_few_captions(source):

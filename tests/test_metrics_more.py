@@ -317,8 +317,8 @@ def test_distances_are_their_definitions():
     error = (own.double() - dense.double()).square().mean()
     assert found["dense_psnr"] == pytest.approx(10 * math.log10(255**2 / error), rel=1e-12)
     assert found["dense_ssim"] == pytest.approx(
-        np.mean([naive_ssim(a.numpy(), b.numpy()) for a, b in zip(own, dense, strict=True)]), rel=1e-6
-    )
+        np.mean([naive_ssim(a.numpy(), b.numpy()) for a, b in zip(own, dense, strict=True)]), rel=1e-5
+    )  # computed in float32
     a, b = (PooledFeatures()(images).double().numpy() for images in (own, dense))
     cosine = (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
     assert found["dense_feature_distance"] == pytest.approx((1 - cosine).mean(), rel=1e-9)

@@ -2,11 +2,15 @@
 
 import json
 import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from command_lines import predict, process, runs, the_run
+from command_lines import CONFIGS, predict, process, runs, the_run
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -175,14 +179,14 @@ def test_pruning_nothing_is_dense(output, sdprune, tmp_path):
     assert results(here)["metrics"] == results(there)["metrics"]
 
 
-@pytest.mark.parametrize("options", [[], WANDA], ids=["magnitude", "wanda"])
-def test_two_processes(output, sdprune, tmp_path, options):
+@pytest.mark.parametrize(("processes", "options"), [(2, []), (2, WANDA), (3, [])], ids=["2", "2-wanda", "3"])
+def test_several_processes(output, sdprune, tmp_path, processes, options):
     one, two = tmp_path / "one", tmp_path / "two"
     if options:
         assert sdprune(*predict(one, *options)).code == 0
     else:
         one = output
-    done = process(predict(two, "--trainer.devices=2", *options))
+    done = process(predict(two, f"--trainer.devices={processes}", *options))
     assert (done.returncode, done.stderr) == (0, ""), done.stderr[-2000:]
     assert "error" not in done.stdout
     for prefix in ("dense", "text_encoder"):
@@ -194,11 +198,95 @@ def test_two_processes(output, sdprune, tmp_path, options):
         assert all(rows[name].tobytes() == others[name].tobytes() for name in rows)
         own, other = results(here), results(there)
         assert all(own[key] == other[key] for key in ("metrics", "comparison", "sparsity", "pruning", "n"))
-        assert (own["speed"]["processes"], other["speed"]["processes"]) == (1, 2)
+        assert (own["speed"]["processes"], other["speed"]["processes"]) == (1, processes)
         assert other["speed"]["generated"] == 7
     if options:
         (here,), (there,) = ((path / "statistics").glob("unet-*/*.safetensors") for path in (one, two))
         assert here.read_bytes() == there.read_bytes()
+
+
+def test_two_nodes_by_torchrun(output, tmp_path):
+    """Two launchers of one process each, which find each other over the network as on a cluster."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    scripts = Path(sys.executable).parent
+    arguments = predict(tmp_path, "--trainer.num_nodes=2", "--trainer.devices=1")
+    launch = [scripts / "torchrun", "--nnodes=2", "--nproc-per-node=1", "--master-addr=127.0.0.1"]
+    launch += [f"--master-port={port}", "--no-python"]
+    nodes = [
+        subprocess.Popen(
+            [*launch[:3], f"--node-rank={rank}", *launch[3:], scripts / "sdprune", *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+    told = [node.communicate(timeout=240)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], told
+    for prefix in ("dense", "text_encoder"):
+        here, there = the_run(output, prefix), the_run(tmp_path, prefix)
+        assert pictures(here) == pictures(there)
+        assert results(here)["metrics"] == results(there)["metrics"]
+        assert results(there)["speed"]["processes"] == 2
+
+
+def test_every_metric_from_one_pass(miniature, sdprune, tmp_path, monkeypatch):
+    """All metrics of the overlay, with their intervals; the network sees each generated and each real image once."""
+    from sdprune.metrics import ClipModel
+
+    seen = []
+    genuine = ClipModel.embed_pixels
+    monkeypatch.setattr(
+        ClipModel, "embed_pixels", lambda self, pixels: seen.append(len(pixels)) or genuine(self, pixels)
+    )
+    arguments = predict(tmp_path)
+    arguments[3:3] = ["--config", str(CONFIGS / "metrics.yaml")]
+    assert sdprune(*arguments).code == 0
+    assert sum(seen) == 3 * 7  # real, dense, pruned
+    run = the_run(tmp_path, "text_encoder")
+    found = results(run)
+    names = {"fid", "fid_infinity", "kid", "mmd", "precision", "recall", "clip_score"}
+    assert names <= set(found["metrics"])
+    against = found["comparison"]
+    for name in ("fid", "kid", "mmd", "precision", "clip_score"):
+        assert against[f"{name}_diff_low"] <= against[f"{name}_diff"] <= against[f"{name}_diff_high"]
+    assert {"dense_psnr", "dense_ssim", "dense_feature_distance"} <= set(against)
+    assert {"fid", "clip_score"} == set(found["verdicts"])
+    assert found["protocols"]["kid"]["reference"]["n"] == found["protocols"]["kid"]["n"] == 7
+    assert len(found["protocols"]["fid"]["reference"]["hash"]) == 12
+    features = [key for key in np.load(run / "rows.npz") if key.endswith(".features")]
+    assert len(features) == 1  # kept once
+    dense = results(the_run(tmp_path, "dense"))
+    for name in names:
+        assert found["metrics"][name] == pytest.approx(dense["metrics"][name] + against[f"{name}_diff"], abs=1e-5)
+
+
+def test_without_a_dense_model_distances_to_it_are_left_out(miniature, sdprune, tmp_path):
+    assert sdprune(*predict(tmp_path, "--model.compare_dense=false")).code == 0
+    assert runs(tmp_path, "dense") == []
+    run = the_run(tmp_path, "text_encoder")
+    assert set(results(run)["protocols"]) == {"fid", "clip_score"}
+    assert results(run)["comparison"] == {}
+
+
+def test_records_of_other_protocols_or_prompts_are_not_compared(output):
+    from sdprune.errors import InputError
+    from sdprune.record import require_comparable
+
+    dense, pruned = (
+        json.loads((the_run(output, name) / "config.json").read_text()) for name in ("dense", "text_encoder")
+    )
+    require_comparable(dense, pruned)
+    with pytest.raises(InputError, match=r"cannot be compared: data\.n is 7 in one and 8 in the other"):
+        require_comparable(dense, pruned | {"data": pruned["data"] | {"n": 8}})
+    metrics = json.loads(json.dumps(pruned["metrics"]))
+    metrics[0]["extractor"]["name"] = "inception-2048/study"
+    with pytest.raises(InputError, match=r"metrics\.0\.extractor\.name is None in one and 'inception-2048/study'"):
+        require_comparable(dense, pruned | {"metrics": metrics})
+    with pytest.raises(InputError, match="seed is 0 in one and 1 in the other"):
+        require_comparable(dense, pruned | {"seed": 1})
 
 
 def test_wanda_differs_from_magnitude_and_gathers_once(output, sdprune, tmp_path, monkeypatch):
@@ -241,7 +329,7 @@ def test_noise_belongs_to_the_image(output, miniature, tmp_path):
     """An image is the same whatever the draw it is in, so long as the batch size is."""
     from sdprune.cli import main
 
-    other = ["--data.n=11", "--data.seed=3", "--model.compare_dense=false", *DENSE]
+    other = ["--data.n=11", "--data.seed=3", *DENSE]
     assert main(predict(tmp_path, *other)) == 0
     first, second = pictures(the_run(output, "dense")), pictures(the_run(tmp_path, "dense"))
     common = first.keys() & second.keys()

@@ -68,7 +68,7 @@ class DenseDistance(PerImageMetric):
         if dense is not None:
             own, other = images.double(), dense.to(images.device).double()
             columns["mse"] = (own - other).square().flatten(1).mean(1)
-            columns["ssim"] = _ssim(own, other)
+            columns["ssim"] = _ssim(own.float(), other.float())
             if self.with_lpips:
                 with exact_inference(images.device):
                     columns["lpips"] = self._lpips[0](own.float() / 127.5 - 1, other.float() / 127.5 - 1).flatten()

@@ -56,7 +56,7 @@ class GenerationModule(FrozenModule):
         seed: every image's noise comes from this and its id.
         samples: prompts of the sample grid.
         compare_dense: when something is pruned, draw the dense model's images too, unless that record is there
-            already, and report paired differences.
+            already, and report paired differences. Without, metrics that measure nothing else are left out.
         output: directory of all runs.
         store: directory of calibration statistics.
     """
@@ -78,13 +78,15 @@ class GenerationModule(FrozenModule):
         names = [metric.name for metric in metrics]
         if len(set(names)) < len(names):
             raise InputError(f"Two metrics share a name among {names}: set `name` of one.")
+        self.plan = PruningPlan(pipeline, prune, sampling, calibration, seed, store)
+        self.sampling, self.seed, self.samples = sampling, seed, list(samples)
+        self.compare_dense, self.output = compare_dense, output
+        if self.plan.specs and not compare_dense:
+            metrics = [metric for metric in metrics if not metric.needs_dense]
         self._metrics = list(metrics)  # a plain list: as submodules they would be cast by precision plugins
         self._extractors = share_extractors(metrics)
         self._flaws = Flaws()
-        self.sampling, self.seed, self.samples = sampling, seed, list(samples)
-        self.compare_dense, self.output = compare_dense, output
         self.references = References(metrics, output)
-        self.plan = PruningPlan(pipeline, prune, sampling, calibration, seed, store)
         self.reports: dict[str, PruneReport] = {}
         self.baseline: Record | None = None
         self.facts_of_data: dict[str, int] = {}
@@ -125,12 +127,6 @@ class GenerationModule(FrozenModule):
 
     def check(self, data: CocoDataModule, dtype: str) -> None:
         """Everything that can be told before the model is loaded; needs `prepare_record`."""
-        for metric in self._metrics:
-            if metric.needs_dense and self.plan.specs and not self.compare_dense:
-                raise InputError(
-                    f"{type(metric).__name__} compares with the dense model's images: set compare_dense to true, or "
-                    "leave it out."
-                )
         self.plan.check(data, dtype)
         self.record.check()
         images = self.references.check(data)

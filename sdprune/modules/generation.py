@@ -163,7 +163,12 @@ class GenerationModule(FrozenModule):
         claim = partial(self.claim, self.output)
         self.references.set(self.data, claim)  # before anything is drawn: it may find fault with them
         self.generated = 0
-        self.seconds = {"preparation": time.perf_counter() - self.started, "generation": 0.0, "scoring": 0.0}
+        self.seconds = {
+            "preparation": time.perf_counter() - self.started,
+            "generation": 0.0,
+            "files": 0.0,
+            "scoring": 0.0,
+        }
 
     def _calibrate(self) -> None:
         """Fill the store with what pruning needs; a run that needs the same waits for this one."""
@@ -184,9 +189,8 @@ class GenerationModule(FrozenModule):
             return []
         if self.global_rank and os.getppid() != self._parent:
             raise RuntimeError("The process that started this one has died.")
-        start = time.perf_counter()
         images, finite = self._draw(batch)
-        middle = time.perf_counter()
+        start = time.perf_counter()
         images = images.to(self.trainer.strategy.root_device)
         prompts, positions = batch.prompts[: batch.valid], batch.positions[: batch.valid]
         features = {key: extractor(images) for key, extractor in self._extractors.items()}
@@ -197,21 +201,26 @@ class GenerationModule(FrozenModule):
             own = None if metric.extractor is None else features[metric.extractor.key]
             metric.update(images, prompts, positions, own, dense)
         self._flaws.update(images, finite, positions)
-        self.seconds["generation"] += middle - start
-        self.seconds["scoring"] += time.perf_counter() - middle
+        self.seconds["scoring"] += time.perf_counter() - start
         return batch.ids[: batch.valid]
 
     def _draw(self, batch: Batch) -> tuple[torch.Tensor, list[bool]]:
         """The batch's images, uint8 [valid, 3, h, w], and whether each came out of finite numbers."""
         paths = self._paths(self.record, batch)
+        start = time.perf_counter()
+        drawn = None
         if not all(path.exists() for path in paths):
             seeds = [image_seed(self.seed, image_id) for image_id in batch.ids]
-            images, finite = self.pipeline.generate(batch.prompts, seeds, self.sampling)
-            for path, image, good in zip(paths, images, finite, strict=False):
-                if not path.exists():
-                    save_png(path, image.permute(1, 2, 0).numpy(), good)
-                    self.generated += 1
-        return _stacked([read_png(path) for path in paths])  # what is scored is what lies there
+            drawn = self.pipeline.generate(batch.prompts, seeds, self.sampling)
+        middle = time.perf_counter()
+        for path, image, good in zip(paths, *drawn, strict=False) if drawn is not None else ():
+            if not path.exists():
+                save_png(path, image.permute(1, 2, 0).numpy(), good)
+                self.generated += 1
+        found = _stacked([read_png(path) for path in paths])  # what is scored is what lies there
+        self.seconds["generation"] += middle - start
+        self.seconds["files"] += time.perf_counter() - middle
+        return found
 
     @staticmethod
     def _paths(record: Record, batch: Batch) -> list[Path]:
@@ -239,7 +248,7 @@ class GenerationModule(FrozenModule):
         self.record.save_rows(ids, rows)
         self._draw_samples()
         seconds = time.perf_counter() - self.started
-        busy = self.seconds["generation"] + self.seconds["scoring"]
+        busy = sum(self.seconds[name] for name in ("generation", "files", "scoring"))
         comparison = self._comparison()
         results = {
             "fingerprint": self.record.fingerprint,

@@ -145,6 +145,9 @@ class SdpruneCLI(LightningCLI):
         if not isinstance(model, GenerationModule):
             raise InputError(f"predict runs GenerationModule, got {type(model).__name__}: use sdprune fit.")
         self._attach()
+        if model.plan.infeasible is not None:
+            model.record_infeasible(model.plan.infeasible)
+            return
         runs = [model.dense(), model] if model.wants_dense else [model]
         precision = str(self.trainer.precision)
         records = [run.prepare_record(self.datamodule, precision) for run in runs]

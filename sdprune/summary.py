@@ -15,6 +15,9 @@ def show(record: Record, console: Console | None = None) -> None:
     """Print a finished run: scores, differences to the dense model, sparsities, where things lie."""
     console = console or Console(width=None if Console().is_terminal else 110)
     results = record.results
+    if "infeasible" in results:
+        print(f"Infeasible: {results['infeasible']}\nresults    {record.directory / 'results.json'}")
+        return
     console.print(_scores(results))
     if results["pruning"]:
         console.print(_sparsities(results["sparsity"]))

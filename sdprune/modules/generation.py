@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Dict, List
+from typing import TYPE_CHECKING, Any, Dict, List, Optional
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from sdprune.modules.pruning import PruningPlan, flat, summary
 from sdprune.modules.references import References
 from sdprune.pictures import grid
 from sdprune.pipelines import PipelineFamily, Sampling
-from sdprune.pruning import PruneReport, PruneSpec
+from sdprune.pruning import Budget, PruneReport, PruneSpec
 from sdprune.record import (
     Picture,
     Record,
@@ -59,6 +59,8 @@ class GenerationModule(FrozenModule):
             already, and report paired differences. Without, metrics that measure nothing else are left out.
         output: directory of all runs.
         store: directory of calibration statistics.
+        budget: one sparsity for the whole model, which decides those of its components. One that cannot be met ends
+            as a record that says so, with exit code 0, so that a sweep goes on.
     """
 
     def __init__(
@@ -73,15 +75,16 @@ class GenerationModule(FrozenModule):
         compare_dense: bool = True,
         output: str = "runs",
         store: str = "runs/statistics",
+        budget: Optional[Budget] = None,
     ):
         super().__init__(pipeline)
         names = [metric.name for metric in metrics]
         if len(set(names)) < len(names):
             raise InputError(f"Two metrics share a name among {names}: set `name` of one.")
-        self.plan = PruningPlan(pipeline, prune, sampling, calibration, seed, store)
+        self.plan = PruningPlan(pipeline, prune, sampling, calibration, seed, store, budget)
         self.sampling, self.seed, self.samples = sampling, seed, list(samples)
         self.compare_dense, self.output = compare_dense, output
-        if self.plan.specs and not compare_dense:
+        if self.plan.wanted and not compare_dense:
             metrics = [metric for metric in metrics if not metric.needs_dense]
         self._metrics = list(metrics)  # a plain list: as submodules they would be cast by precision plugins
         self._extractors = share_extractors(metrics)
@@ -102,7 +105,7 @@ class GenerationModule(FrozenModule):
     @property
     def wants_dense(self) -> bool:
         """Whether this run is compared with a dense one."""
-        return self.compare_dense and bool(self.plan.specs)
+        return self.compare_dense and self.plan.wanted and self.plan.infeasible is None
 
     @property
     def calibrates(self) -> bool:  # noqa: D102
@@ -123,6 +126,18 @@ class GenerationModule(FrozenModule):
             "samples": self.samples,
         }
         self.record = Record(self.output, label(self.plan.specs), facts)
+        return self.record
+
+    def record_infeasible(self, reason: str) -> Record:
+        """A record that says why the budget cannot be met; nothing is drawn."""
+        budget = {} if self.plan.budget is None else self.plan.budget.describe()
+        specs = {name: spec.describe() for name, spec in self.plan.asked.items()}
+        facts = {"version": own_version(), "pipeline": self.pipeline.describe(), "budget": budget, "prune": specs}
+        name = f"infeasible-{budget['total']:g}-{budget['text_share']:g}"
+        self.record = Record(self.output, name, facts)
+        if not self.record.finished:
+            self.record.start()
+            self.record.finish({"label": self.record.directory.name, "n": 0, "infeasible": reason, "budget": budget})
         return self.record
 
     def check(self, data: CocoDataModule, dtype: str) -> None:
@@ -258,6 +273,7 @@ class GenerationModule(FrozenModule):
             "comparison": comparison,
             "verdicts": self._verdicts(comparison),
             "images": self._flaws.told(ids),
+            "budget": None if self.plan.budget is None else self.plan.budget.describe(),
             "sparsity": self.sparsity,
             "pruning": summary(self.reports),
             "data": self.facts_of_data,
@@ -348,6 +364,8 @@ def _stacked(pictures: Sequence[Picture]) -> tuple[torch.Tensor, list[bool]]:
 
 
 def _numbers(results: Mapping[str, Any]) -> dict[str, float]:
+    if "infeasible" in results:
+        return {"infeasible": 1.0}
     return flat({key: results[key] for key in ("metrics", "comparison", "images", "sparsity", "speed")})
 
 

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Dict
+from typing import TYPE_CHECKING, Any, Dict, Optional
 
 from sdprune.data import Batch
+from sdprune.errors import InputError
 from sdprune.modules.base import FrozenModule
 from sdprune.modules.calibrator import Calibrator, of_everyone
-from sdprune.modules.needs import Calibration, Need, Needs
+from sdprune.modules.needs import Calibration, Need, Needs, is_text
 from sdprune.pipelines import PipelineFamily, Sampling
-from sdprune.pruning import PruneReport, PruneSpec, account, apply, targets_of, wholes
+from sdprune.pruning import Budget, InfeasibleError, PruneReport, PruneSpec, Size, account, apply, targets_of, wholes
 from sdprune.record import fingerprint, label, own_version, read_json, require_writable, write_json
 from sdprune.store import StatisticsStore
 
@@ -31,16 +33,50 @@ class PruningPlan:
         calibration: what counts there.
         seed: of the calibration's noise.
         store: where statistics are kept.
+        budget: decides the components' sparsities, if given.
     """
 
     def __init__(
         self, pipeline: PipelineFamily, prune: Mapping[str, PruneSpec], sampling: Sampling, calibration: Calibration,
-        seed: int, store: str,
+        seed: int, store: str, budget: Optional[Budget] = None,
     ):  # fmt: skip
         self.pipeline, self.sampling, self.calibration, self.seed = pipeline, sampling, calibration, seed
-        self.asked = dict(prune)
-        self.specs = {name: spec for name, spec in prune.items() if not spec.dense}
+        self.asked, self.budget = dict(prune), budget
         self.store = StatisticsStore(store)
+
+    @property
+    def wanted(self) -> bool:
+        """Whether anything is to be pruned; needs no look at the model."""
+        return self.budget is not None or any(not spec.dense for spec in self.asked.values())
+
+    @property
+    def specs(self) -> dict[str, PruneSpec]:
+        """What is pruned, by component; nothing where the budget is infeasible."""
+        return self._resolved[0]
+
+    @property
+    def infeasible(self) -> Optional[str]:
+        """Why the budget cannot be met, if it cannot."""
+        return self._resolved[1]
+
+    @cached_property
+    def _resolved(self) -> tuple[dict[str, PruneSpec], Optional[str]]:
+        specs = self.asked
+        if self.budget is not None:
+            self.pipeline.require(list(specs))
+            specs = {name: specs.get(name, PruneSpec()) for name in self.pipeline.prunable}
+            sizes = {name: self._size(name, spec) for name, spec in specs.items()}
+            try:
+                sparsities = self.budget.sparsities(sizes, [name for name in sizes if is_text(name)])
+            except InfeasibleError as reason:
+                return {}, str(reason)
+            specs = {name: replace(spec, sparsity=sparsities[name]) for name, spec in specs.items()}
+        return {name: spec for name, spec in specs.items() if not spec.dense}, None
+
+    def _size(self, name: str, spec: PruneSpec) -> Size:
+        skeleton = self.pipeline.skeleton(name)
+        weights = sum(target.weight.numel() for target in targets_of(skeleton, spec))
+        return Size(sum(parameter.numel() for parameter in skeleton.parameters()), weights)
 
     @property
     def calibrates(self) -> bool:
@@ -124,6 +160,7 @@ class PruningModule(FrozenModule):
         seed: of the calibration's noise.
         output: directory of all results.
         store: directory of calibration statistics.
+        budget: one sparsity for the whole model, which decides those of its components.
     """
 
     def __init__(
@@ -135,9 +172,10 @@ class PruningModule(FrozenModule):
         seed: int = 0,
         output: str = "runs",
         store: str = "runs/statistics",
+        budget: Optional[Budget] = None,
     ):
         super().__init__(pipeline)
-        self.plan = PruningPlan(pipeline, prune, sampling, calibration, seed, store)
+        self.plan = PruningPlan(pipeline, prune, sampling, calibration, seed, store, budget)
         self.output = output
 
     @property
@@ -146,6 +184,8 @@ class PruningModule(FrozenModule):
 
     def check(self, data: CocoDataModule, dtype: str) -> None:
         """Everything that can be told before the model is loaded."""
+        if self.plan.infeasible is not None:
+            raise InputError(f"The budget is infeasible: {self.plan.infeasible}. Choose another total or text_share.")
         self.plan.check(data, dtype)
         require_writable(Path(self.output), "--model.output")
         self._finished(self.directory(data, dtype))

@@ -4,6 +4,7 @@ from sdprune.pruning.accounting import account, wholes
 from sdprune.pruning.allocation import Allocation
 from sdprune.pruning.allocation.uniform import Uniform
 from sdprune.pruning.api import prune
+from sdprune.pruning.budget import Budget, InfeasibleError, Size
 from sdprune.pruning.criteria import Criterion
 from sdprune.pruning.criteria.base import Ranking, Reconstruction
 from sdprune.pruning.criteria.magnitude import Magnitude
@@ -17,9 +18,11 @@ from sdprune.pruning.targets import Target, find_targets, module_block
 __all__ = [
     "STATISTICS",
     "Allocation",
+    "Budget",
     "Criterion",
     "Gathering",
     "Hessian",
+    "InfeasibleError",
     "InputNorm",
     "LayerReport",
     "Listener",
@@ -28,6 +31,7 @@ __all__ = [
     "PruneSpec",
     "Ranking",
     "Reconstruction",
+    "Size",
     "Sums",
     "Target",
     "Timesteps",

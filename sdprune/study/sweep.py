@@ -104,6 +104,8 @@ def run(arguments: Sequence[str], run_cell: Callable[[Sequence[str]], Any], tell
 
 
 def _scores(results: Mapping[str, Any]) -> str:
+    if "infeasible" in results:
+        return f"infeasible, {results['infeasible']}"
     told = []
     for name, value in results["metrics"].items():
         if name.endswith("_se"):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import asdict
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -54,8 +55,15 @@ def configuration(sdprune, arguments: list[str]) -> dict[str, Any]:
 
 def set_value(config: dict[str, Any], name: str, value: Any) -> None:
     """Set a dotted option of a printed configuration, which has `init_args` below its classes."""
+    if isinstance(value, str) and value.startswith("{"):  # many options in one
+        for inner, given in yaml.safe_load(value).items():
+            set_value(config, f"{name}.{inner}", str(given) if isinstance(given, dict) else given)
+        return
     *path, last = name.split(".")
     for part in path:
+        if config[part] is None:
+            assert part == "budget"
+            config[part] = asdict(sdprune.pruning.Budget(0))
         config = config[part]
         config = config.get("init_args", config)
     assert last in config

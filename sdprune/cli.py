@@ -9,13 +9,14 @@ from collections.abc import Sequence
 
 from sdprune.errors import InputError, unknown
 
-HELP = """usage: sdprune [--help] [--version] {fit,predict,sweep} ...
+HELP = """usage: sdprune [--help] [--version] {fit,predict,sweep,report} ...
 
 Find out how much of a text-to-image model can be pruned away before the pictures suffer.
 
   fit      --config FILE   prune a model and save it as a diffusers directory, or gather calibration statistics
   predict  --config FILE   prune in memory, draw images from captions, score them, write the record
   sweep    FILE ...        run every cell of W&B sweep files here, without a server
+  report   DIR ...         make the study's tables and figures from the runs in these directories
 
 Any value of a configuration can be given as an option after it:
   sdprune predict --config configs/mini/predict.yaml --model.prune.unet.sparsity=0.35
@@ -24,7 +25,7 @@ Any value of a configuration can be given as an option after it:
 
 Exit codes: 0 done, 1 failed, 2 bad input, 130 interrupted.
 """
-VERBS = ("fit", "predict", "sweep")
+VERBS = ("fit", "predict", "sweep", "report")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -44,6 +45,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise unknown("verb", first, VERBS)
         if first == "sweep":
             return _sweep(arguments[1:])
+        if first == "report":
+            from sdprune.study import report
+
+            return report.run(arguments[1:])
         from sdprune.commands import run
 
         run(arguments)

@@ -1,0 +1,179 @@
+"""The study's figures, from records: curves with intervals, and strips of pictures."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from sdprune.pictures import grid
+from sdprune.record import read_png
+from sdprune.study.records import DENSE, Pruned, Run, Study
+from sdprune.study.tables import STEPS
+
+SCORES = {"fid": "FID (lower is better)", "clip_score": "CLIP score (higher is better)"}
+# Colours that people with colour blindness tell apart (Okabe & Ito, 2008).
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_SIDE = 128  # pixels of a picture in a strip
+
+
+@dataclass
+class Figure:
+    """A picture with its caption.
+
+    Args:
+        name: file name, with its suffix.
+        caption: one line.
+        content: of the file: svg or png.
+    """
+
+    name: str
+    caption: str
+    content: bytes
+
+
+def figures(study: Study) -> list[Figure]:
+    """Those of the study for which there are runs."""
+    text, image = study.alone(text=True), study.alone(text=False)
+    made: list[Figure | None] = []
+    numbers = {"magnitude": (1, 2), "wanda": (3, 4), "owl_magnitude": (5, 6), "owl_wanda": (7, 8)}
+    for method, (curve, strip) in numbers.items():
+        told = f"Only the text encoder pruned, {_words(method)}"
+        made.append(_curves(study, f"Figure {curve}. {told}", _points({method: text.get(method, [])}, True)))
+        made.append(_strip(study, f"Figure {strip}. {told}", text.get(method, []), True))
+    made.append(_curves(study, "Figure 9. Only the text encoder pruned, every method", _points(text, True)))
+    made.append(_methods(study, "Every method on the text encoder, one prompt, the same noise", text, True))
+    made.append(_curves(study, "Figure 10. Only the U-Net pruned", _points(image, False)))
+    for method, runs in image.items():
+        made.append(_strip(study, f"Figure 11. Only the U-Net pruned, {_words(method)}", runs, False))
+    if len(image) > 1:
+        made.append(_methods(study, "Every method on the U-Net, one prompt, the same noise", image, False))
+    joint = {
+        f"text encoder by {_words(method)}": [
+            run
+            for t, u in STEPS
+            if (run := study.find(Pruned(method, round(t, 4)), Pruned("magnitude", round(u, 4)))) is not None
+        ]
+        for method in ("magnitude", "owl_magnitude")
+    }
+    points = {name: [(run.nominal, run) for run in runs] for name, runs in joint.items()}
+    made.append(_curves(study, "Figure 12. Both components pruned, down from the drop-off points", points, "nominal"))
+    made.append(_strip(study, "Figure 13. Both components pruned", joint["text encoder by magnitude"], None))
+    if image:
+        made.append(
+            _strip(study, "Figure 14. Pruning the U-Net: quality falls gradually", image.get("magnitude", []), False)
+        )
+    return [figure for figure in made if figure is not None]
+
+
+def _words(method: str) -> str:
+    return {"owl_magnitude": "magnitude with OWL", "owl_wanda": "Wanda with OWL", "wanda": "Wanda"}.get(method, method)
+
+
+def _slug(caption: str) -> str:
+    return "".join(letter if letter.isalnum() else "_" for letter in caption.lower()).strip("_").replace("__", "_")[:80]
+
+
+def _amount(run: Run, text: bool | None) -> float:
+    return run.nominal if text is None else (run.text if text else run.image).sparsity
+
+
+def _points(methods: Mapping[str, Sequence[Run]], text: bool) -> dict[str, list[tuple[float, Run]]]:
+    return {_words(name): [(_amount(run, text), run) for run in runs] for name, runs in methods.items()}
+
+
+def _curves(
+    study: Study,
+    caption: str,
+    lines: Mapping[str, Sequence[tuple[float, Run]]],
+    axis: str = "sparsity of the component",
+) -> Figure | None:
+    """FID and CLIP score against sparsity: a line a method with its 95 % band, and the dense model's level."""
+    if not any(lines.values()):
+        return None
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure as Canvas
+
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "sdprune", "font.size": 9}):
+        canvas = Canvas(figsize=(9, 3.4), layout="constrained")
+        for axes, (metric, label) in zip(canvas.subplots(1, 2), SCORES.items(), strict=True):
+            for colour, (name, points) in zip(COLOURS * 3, lines.items(), strict=False):
+                _line(axes, sorted(points, key=lambda point: point[0]), metric, colour, name)
+            level = study.dense.score(metric) if study.dense else None
+            if level is not None:
+                axes.axhline(level, color="grey", linestyle="--", linewidth=1, label="dense")
+            axes.set(xlabel=f"{axis}, %", ylabel=label)
+            axes.grid(alpha=0.3)
+            axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False)
+        content = io.BytesIO()
+        canvas.savefig(content, format="svg", metadata={"Date": None})
+    return Figure(f"{_slug(caption)}.svg", caption, content.getvalue())
+
+
+def _line(axes: Any, points: Sequence[tuple[float, Run]], metric: str, colour: str, name: str) -> None:
+    measured = [(100 * amount, run.score(metric), run.difference(metric)) for amount, run in points]
+    found = [(amount, score, change) for amount, score, change in measured if score is not None]
+    if not found:
+        return
+    amounts, scores = [point[0] for point in found], [point[1] for point in found]
+    axes.plot(amounts, scores, marker="o", markersize=3, color=colour, label=name)
+    ends = [
+        (score - change.value + change.low, score - change.value + change.high)
+        for _, score, change in found
+        if change is not None and change.low is not None and change.high is not None
+    ]
+    if len(ends) == len(found):
+        axes.fill_between(amounts, *zip(*ends, strict=True), color=colour, alpha=0.15, linewidth=0)
+
+
+def _strip(study: Study, caption: str, runs: Sequence[Run], text: bool | None) -> Figure | None:
+    """Prompts down, sparsity across, the dense model first."""
+    columns = _columns(study, runs, text)
+    if len(columns) < 2:
+        return None
+    prompts = columns[0][1].facts["samples"]
+    rows = {prompt: [_sample(run, number) for _, run in columns] for number, prompt in enumerate(prompts)}
+    return _sheet(caption, rows, [name for name, _ in columns])
+
+
+def _methods(study: Study, caption: str, methods: Mapping[str, Sequence[Run]], text: bool) -> Figure | None:
+    """Methods down, sparsity across, one prompt; a run that is not there is white."""
+    amounts = sorted({_amount(run, text) for runs in methods.values() for run in runs})
+    if not amounts or not (prompts := next(iter(methods.values()))[0].facts["samples"]):
+        return None
+    rows = {}
+    for name, runs in methods.items():
+        by = {_amount(run, text): run for run in runs}
+        pictures = [_sample(study.dense, 0), *(_sample(by.get(amount), 0) for amount in amounts)]
+        rows[_words(name)] = pictures
+    heads = ["dense", *(f"{100 * amount:g} %" for amount in amounts)]
+    return _sheet(f"{caption}: {prompts[0]}", rows, heads)
+
+
+def _columns(study: Study, runs: Sequence[Run], text: bool | None) -> list[tuple[str, Run]]:
+    columns = [] if study.dense is None else [("dense", study.dense)]
+    for run in sorted(runs, key=lambda run: _amount(run, text)):
+        if run.key != (DENSE, DENSE):
+            pair = f"{100 * run.text.sparsity:g} / {100 * run.image.sparsity:g} %"
+            columns.append((pair if text is None else f"{100 * _amount(run, text):g} %", run))
+    return columns
+
+
+def _sample(run: Run | None, number: int) -> np.ndarray:
+    path = None if run is None else run.directory / "samples" / f"{number}.png"
+    if path is None or not path.exists():
+        return np.full((_SIDE, _SIDE, 3), 255, dtype=np.uint8)
+    pixels = read_png(path).pixels
+    how = Image.Resampling.NEAREST if min(pixels.shape[:2]) < _SIDE else Image.Resampling.LANCZOS
+    return np.asarray(Image.fromarray(pixels).resize((_SIDE, _SIDE), how))
+
+
+def _sheet(caption: str, rows: Mapping[str, Sequence[np.ndarray]], heads: Sequence[str]) -> Figure:
+    content = io.BytesIO()
+    Image.fromarray(grid(rows, heads, smallest=_SIDE)).save(content, format="PNG", optimize=True)
+    return Figure(f"{_slug(caption)}.png", caption, content.getvalue())

@@ -23,7 +23,9 @@ def grid(rows: Mapping[str, Sequence[np.ndarray]], captions: Sequence[str], smal
     size = max(13, width // 16)
     font = ImageFont.load_default(size)
     lines = [wrap(caption, max(8, int(width / (0.55 * size)))) for caption in captions]
-    head, side = max(len(line) for line in lines) * (size + 3) + 2 * _MARGIN, 5 * size
+    names = {name: wrap(name, 8 if max(map(len, rows)) < 9 else 16) for name in rows}
+    side = int(0.62 * size * max(len(word) for words in names.values() for word in words)) + 2 * _MARGIN
+    head = max(len(line) for line in lines) * (size + 3) + 2 * _MARGIN
     shape = (side + len(captions) * (width + _MARGIN), head + len(rows) * (height + _MARGIN))
     sheet = Image.new("RGB", shape, "white")
     draw = ImageDraw.Draw(sheet)
@@ -31,7 +33,8 @@ def grid(rows: Mapping[str, Sequence[np.ndarray]], captions: Sequence[str], smal
         draw.text((side + column * (width + _MARGIN), _MARGIN), "\n".join(line), fill="black", font=font, spacing=3)
     for number, (name, pictures) in enumerate(rows.items()):
         top = head + number * (height + _MARGIN)
-        draw.text((_MARGIN, top + height // 2), name, fill="black", font=font)
+        middle = top + (height - len(names[name]) * (size + 3)) // 2
+        draw.text((_MARGIN, middle), "\n".join(names[name]), fill="black", font=font, spacing=3)
         for column, picture in enumerate(pictures):
             enlarged = Image.fromarray(picture).resize((width, height), Image.Resampling.NEAREST)
             sheet.paste(enlarged, (side + column * (width + _MARGIN), top))

@@ -49,8 +49,8 @@ def run(arguments: Sequence[str]) -> int:
             raise InputError(f"--{name} wants a value, as in --{name}=PATH.")
     given = [Reference.load(Path(options["reference"]), "reference")] if "reference" in options else []
     out = Path(options.get("out") or Path(directories[0]) / "report")
-    require_writable(out, "--out")
     studies, infeasible = read(directories)
+    require_writable(out, "--out")
     sections = []
     for number, study in enumerate(studies):
         beside = [*([published()] if study.is_sd2 else []), *given]

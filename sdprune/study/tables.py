@@ -234,8 +234,8 @@ def _drop_offs(study: Study) -> Table:
                 row.append(_last_within(study, runs, tolerated))
             rows.append(row)
     note = (
-        "The highest measured sparsity at which, as at every lower one, the worse end of the CLIP score's interval lost "
-        "at most this share of the dense score: what may be pruned safely, one component at a time."
+        "The highest measured sparsity at which, as at every lower one, the worse end of the CLIP score's interval "
+        "lost at most this share of the dense score: what may be pruned safely, one component at a time."
     )
     return Table("dropoffs", "Drop-off points", ["component", "method", "1 %", "2 %", "5 %"], rows, note)
 

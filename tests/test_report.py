@@ -1,0 +1,195 @@
+"""The report: made from records that are written here by hand, so that every number in it is known."""
+
+import csv
+import json
+import re
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+SIZES = {"text_encoder": 340_387_840, "unet": 865_910_724, "vae": 83_653_863}
+
+
+def spec(sparsity, criterion="Magnitude", allocation="Uniform", granularity=None):
+    return {
+        "sparsity": sparsity, "band": None, "criterion": {"class": criterion, "options": {}},
+        "allocation": {"class": allocation, "options": {}},
+        "granularity": granularity or {"Magnitude": "layer", "Wanda": "row"}[criterion],
+    }  # fmt: skip
+
+
+def write(root: Path, prune, fid, clip, n=40, images=None, sizes=SIZES, seed=0, rows=None):
+    """A record as `sdprune predict` leaves it, with the scores given."""
+    name = "-".join(
+        f"{c}-{s['criterion']['class']}-{s['allocation']['class']}-{s['sparsity']}" for c, s in prune.items()
+    )
+    run = root / f"{name or 'dense'}-{seed}"
+    (run / "samples").mkdir(parents=True)
+    facts = {
+        "version": "0", "pipeline": {"model": "a/model"}, "dtype": "32-true", "data": {"n": n}, "seed": seed,
+        "sampling": {"steps": 20, "guidance": 7.5}, "metrics": [], "prune": prune, "samples": ["a dog", "a cat"],
+    }  # fmt: skip
+    zeros = {c: int(s["sparsity"] * sizes[c]) for c, s in prune.items()}
+    whole = {"parameters": 1, "pruned": 0, "zeros": 0, "pruned_fraction": 0.0}
+    share = sum(zeros.values()) / (sizes["text_encoder"] + sizes["unet"])
+    difference = {} if not prune else {
+        "dense": "dense-0", "fid_diff": fid - 18.07, "fid_diff_low": fid - 19.07, "fid_diff_high": fid - 17.07,
+        "clip_score_diff": clip - 0.314, "clip_score_diff_low": clip - 0.316, "clip_score_diff_high": clip - 0.312,
+    }  # fmt: skip
+    results = {
+        "label": run.name, "n": n, "metrics": {"fid": fid, "clip_score": clip}, "comparison": difference,
+        "images": images or {"black": 0, "not_finite": 0, "flawed": []},
+        "sparsity": {
+            "nominal": share, "components": {c: {**whole, "parameters": size} for c, size in sizes.items()},
+            **{w: {**whole, "zero_fraction": share} for w in ("targets", "prunable", "pipeline")},
+        },
+        "protocols": {"fid": {"protocol": "inception-2048/study"}},
+    }  # fmt: skip
+    (run / "config.json").write_text(json.dumps(facts))
+    (run / "results.json").write_text(json.dumps(results))
+    noise = np.random.default_rng(0).normal(0, 0.01, n)
+    angles = np.arccos(np.clip(clip + noise, -1, 1))
+    texts = np.tile([1.0, 0.0], (n, 1))
+    features = np.stack([np.cos(angles), np.sin(angles)], 1)
+    np.savez(run / "rows.npz", **{"clip:x-0.texts": texts, "clip:x-0.features": features})
+    for number in range(2):
+        Image.new("RGB", (32, 32), (int(255 * share), 0, 99)).save(run / "samples" / f"{number}.png")
+    return run
+
+
+@pytest.fixture
+def study(tmp_path):
+    root = tmp_path / "runs"
+    write(root, {}, 18.07, 0.314)
+    for sparsity, fid, clip in ((0.3, 17.15, 0.313), (0.5, 18.06, 0.311), (0.6, 27.2, 0.268)):
+        write(root, {"text_encoder": spec(sparsity)}, fid, clip)
+        write(root, {"text_encoder": spec(sparsity, "Wanda")}, fid + 2, clip - 0.02)
+    write(root, {"unet": spec(0.4)}, 25.0, 0.31)
+    write(root, {"text_encoder": spec(0.475), "unet": spec(0.35)}, 18.5, 0.3105)
+    write(root, {"text_encoder": spec(0.18), "unet": spec(0.21)}, 17.0, 0.317)
+    write(root, {"text_encoder": spec(0.53), "unet": spec(0.07)}, 21.0, 0.307)
+    return root
+
+
+def table(out: Path, name: str) -> list[dict[str, str]]:
+    with (out / "tables" / f"{name}.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_tables_hold_the_scores_of_the_right_runs(study, sdprune):
+    told = sdprune("report", study)
+    assert (told.code, told.err) == (0, "")
+    out = study / "report"
+    six = {row["text"]: row for row in table(out, "table6")}
+    row = six["47.5 %"]
+    assert (row["image"], row["FID"], row["CLIP score"]) == ("35.0 %", "18.50", "0.310")
+    assert row["FID - dense"] == "+0.430 [-0.570, +1.430]"
+    assert (row["FID published"], row["FID - published"]) == ("18.15", "+0.35")
+    assert (row["CLIP score published"], row["CLIP score - published"]) == ("0.311", "-0.001")
+    assert six["62.5 %"]["FID"] == "missing"
+    assert six["62.5 %"]["FID published"] == "264.87"
+    assert six["0.0 %"]["FID"] == six["0.0 %"]["FID published"] == "18.07"
+    three = {row["total"]: row for row in table(out, "table3")}
+    assert (three["20%"]["25:75"], three["20%"]["75:25"], three["20%"]["50:50"]) == ("17.00", "21.00", "missing")
+    assert [three[total]["75:25"] for total in ("40%", "50%", "60%")] == ["N/A"] * 3
+    assert [row["text"] for row in table(out, "table1")][:3] == ["53%", "35%", "18%"]
+    assert len(table(out, "table5")) == 11
+    assert [row["FID"] for row in table(out, "table2")] == ["missing", "25.00"]
+    assert len(table(out, "runs")) == 11
+
+
+def test_drop_offs_and_findings_follow_from_the_scores(study, sdprune):
+    assert sdprune("report", study).code == 0
+    drops = {(row["component"], row["method"]): row for row in table(study / "report", "dropoffs")}
+    # 0.311 - 0.314 - 0.002 is -1.6 % of 0.314; 0.313 loses 0.96 % at worst.
+    assert [drops["text encoder", "magnitude"][share] for share in ("1 %", "2 %", "5 %")] == [
+        "30.0 %",
+        "50.0 %",
+        "50.0 %",
+    ]
+    assert drops["text encoder", "wanda"]["2 %"] == "below all"
+    claims = {row["the study says"]: row for row in table(study / "report", "findings")}
+    better = claims["Text encoder: magnitude is better than Wanda"]
+    assert (better["pairs"], better["for it"], better["against it"]) == ("3", "3", "0")
+    assert float(better["mean difference"]) == pytest.approx(0.02, abs=0.001)
+    assert claims["A total is better spent 25:75 than 75:25"]["for it"] == "1"
+    assert claims["Text encoder: OWL improves Wanda"]["pairs"] == "0"
+
+
+def test_the_page_holds_everything_in_itself(study, sdprune):
+    write(study, {"unet": spec(0.6)}, 300, 0.2, images={"black": 3, "not_finite": 2, "flawed": [1, 2, 3]})
+    assert sdprune("report", study).code == 0
+    page = (study / "report" / "report.html").read_text()
+    assert not re.search(r'(src|href)="(?!data:)', page)
+    assert page.count("<img") == len(list((study / "report" / "figures").iterdir())) >= 8
+    assert "3 images are wholly black, 2 came out of numbers that are not finite" in page
+    markdown = (study / "report" / "report.md").read_text()
+    for link in re.findall(r"\]\((figures/[^)]*)\)", markdown):
+        assert (study / "report" / link).exists()
+    curve = next((study / "report" / "figures").glob("figure_9*.svg")).read_text()
+    assert "magnitude" in curve
+    assert "Wanda" in curve
+    strip = np.asarray(Image.open(next((study / "report" / "figures").glob("figure_11*.png"))))
+    assert strip.shape[1] > strip.shape[0]  # dense, 40 %, 60 % across; two prompts down
+
+
+def test_the_same_records_give_the_same_files(study, sdprune, tmp_path):
+    contents = []
+    for name in ("one", "two"):
+        assert sdprune("report", study, f"--out={tmp_path / name}").code == 0
+        contents.append(
+            {p.relative_to(tmp_path / name): p.read_bytes() for p in (tmp_path / name).rglob("*") if p.is_file()}
+        )
+    assert contents[0] == contents[1]
+
+
+def test_unlike_runs_are_reported_apart(study, sdprune):
+    write(study, {}, 30.0, 0.2, seed=1)
+    told = sdprune("report", study)
+    assert "12 runs in 2 comparable groups" in told.out
+    assert table(study / "report", "2_table6")[0]["FID"] == "30.00"
+    assert table(study / "report", "table6")[0]["FID"] == "18.07"
+
+
+def test_published_values_stand_beside_sd2_only_and_a_reference_beside_any(study, sdprune, tmp_path):
+    root = tmp_path / "small"
+    write(root, {}, 1.0, 0.9, sizes={"text_encoder": 10, "unet": 30, "vae": 5})
+    (tmp_path / "theirs.csv").write_text(
+        "run,text_method,unet_method,text_sparsity,unet_sparsity,fid,clip_score\n0,magnitude,magnitude,0.0,0.0,1.5,0.8\n"
+    )
+    assert sdprune("report", root, f"--reference={tmp_path / 'theirs.csv'}").code == 0
+    row = table(root / "report", "table6")[0]
+    assert not any("published" in name for name in row)
+    assert (row["FID reference"], row["FID - reference"]) == ("1.50", "-0.50")
+
+
+def test_bad_input_is_one_line(study, sdprune, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "bad.csv").write_text("a,b\n1,2\n")
+    cases = {
+        ("report", tmp_path / "none"): "No directory",
+        ("report", tmp_path / "empty"): "No finished run below",
+        ("report", study, "--outt=x"): "Unknown option --outt",
+        ("report", study, "--out"): "--out wants a value",
+        ("report", study, f"--reference={tmp_path / 'bad.csv'}"): "bad.csv is no file of results",
+    }
+    for arguments, words in cases.items():
+        told = sdprune(*arguments)
+        assert told.code == 2
+        assert told.err.startswith("sdprune: error: ")
+        assert told.err.count("\n") == 1
+        assert words in told.err
+
+
+def test_two_hundred_runs_in_time(tmp_path, sdprune):
+    write(tmp_path, {}, 18.0, 0.314)
+    for number in range(199):
+        prune = {"text_encoder": spec(round(0.001 * (number + 1), 4), "Wanda" if number % 2 else "Magnitude")}
+        write(tmp_path, prune, 20.0, 0.3)
+    start = time.monotonic()
+    assert sdprune("report", tmp_path).code == 0
+    print(f"\n200 runs: {time.monotonic() - start:.1f} s")
+    assert len(table(tmp_path / "report", "runs")) == 200

@@ -14,6 +14,7 @@ ALLOWED = {
     "metrics": {"metrics", "errors", "pipelines"},  # of pipelines only `resolve`
     "callbacks": {"callbacks", "data", "metrics", "pipelines", "pruning", "errors", "record"},
     "modules": {"modules", "data", "metrics", "pipelines", "pruning", "errors", "record", "store", "pictures", "locks"},
+    "study": {"study", "metrics", "pruning", "errors", "record", "pictures"},  # it reads records, and runs commands
     "mini": {"mini", "data", "errors", "pipelines"},
 }
 

@@ -65,6 +65,31 @@ def test_every_cell_runs_once_and_calibrates_once(sdprune, tmp_path):
     assert re.search(r"^\[4/4\] .*unet\.sparsity=0\.6: fid [\d.]+ \([+-]", again.out, re.MULTILINE)
 
 
+def test_several_cells_at_once_give_the_same_records(sdprune, miniature, tmp_path):
+    """Two jobs that start at the same moment share the dense record and the statistics; a bad cell fails alone."""
+    parameters = GRID["parameters"] | {"model.prune.unet.sparsity": {"values": [0.2, 0.6, 1.5]}}
+    path = write(tmp_path / "grid.yaml", parameters=parameters)
+    told = {jobs: sdprune("sweep", path, f"--jobs={jobs}", *quick(tmp_path / jobs)) for jobs in ("1", "2")}
+    lines = {
+        jobs: [re.sub(r", \d+ s$", "", line) for line in one.out.splitlines() if line.startswith("[")]
+        for jobs, one in told.items()
+    }
+    assert lines["2"] == [line.replace("failed: ", "failed: error: ") for line in lines["1"]]
+    assert "4 of 6 cells done, 2 failed" in told["2"].out
+    for run in runs(tmp_path / "1", ""):
+        other = tmp_path / "2" / run.name
+        for file in run.rglob("*.png"):
+            assert file.read_bytes() == (other / file.relative_to(run)).read_bytes()
+    assert len(runs(tmp_path / "2", "")) == 5
+
+
+@pytest.mark.parametrize("jobs", ["0", "two", "-1", ""])
+def test_a_wrong_number_of_jobs_is_told(sdprune, tmp_path, jobs):
+    told = sdprune("sweep", write(tmp_path / "grid.yaml"), f"--jobs={jobs}")
+    assert told.code == 2
+    assert f"--jobs is {jobs!r}: give a number of 1 or more" in told.err
+
+
 def test_a_cell_that_fails_does_not_stop_the_others(sdprune, tmp_path):
     parameters = {
         "model.prune.unet.sparsity": {"values": [1.5, 0.5]},

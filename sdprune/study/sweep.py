@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 from sdprune.errors import InputError
+from sdprune.record import read_json
 
 HELP = """usage: sdprune sweep FILE [FILE ...] [--option=value ...]
 
@@ -17,6 +22,8 @@ would start, without --wandb; options given here are added to all of them. A fin
 that failed is tried again, when the same command is given again.
 
   sdprune sweep wandb_sweeps/mini_methods_unet.yaml --data.n=64
+
+  --jobs=N   run N cells at once, each in a process of its own; 1 by default
 
 Exit code: 0 when every cell is done, else 1.
 """
@@ -79,28 +86,54 @@ def run(arguments: Sequence[str], run_cell: Callable[[Sequence[str]], Any], tell
         The exit code.
     """
     files = [Path(word) for word in arguments if not word.startswith("--")]
-    options = [word for word in arguments if word.startswith("--")]
+    options = [word for word in arguments if word.startswith("--") and not word.startswith("--jobs")]
     if not files or "--help" in options:
         tell(HELP.rstrip())
         return 0
-    todo = [(file, cell) for file in files for cell in cells(file)]
-    commands = [[*command(file, cell), *options] for file, cell in todo]
+    jobs = _jobs([word for word in arguments if word.startswith("--jobs")])
+    todo = [(cell, [*command(file, cell), *options]) for file in files for cell in cells(file)]
+    attempt = partial(_attempt, run_cell if jobs == 1 else _start)
     failed = 0
-    for number, ((_, cell), words) in enumerate(zip(todo, commands, strict=True), 1):
-        short = " ".join(f"{name.removeprefix('model.prune.')}={value}" for name, value in cell.items())
-        started = time.monotonic()
-        try:
-            results = run_cell(words)
-        except Exception as error:  # one bad cell must not stop the others
-            failed += 1
-            tell(f"[{number}/{len(todo)}] {short}: failed: {' '.join(str(error).split())}")
-            continue
-        tell(f"[{number}/{len(todo)}] {short}: {_scores(results)}, {time.monotonic() - started:.0f} s")
+    with ThreadPoolExecutor(jobs) as pool:
+        commands = [words for _, words in todo]
+        outcomes = (
+            pool.map(attempt, commands) if jobs > 1 else map(attempt, commands)
+        )  # the main thread can be interrupted
+        for number, ((cell, _), (told, seconds)) in enumerate(zip(todo, outcomes, strict=True), 1):
+            short = " ".join(f"{name.removeprefix('model.prune.')}={value}" for name, value in cell.items())
+            failed += told.startswith("failed")
+            tell(f"[{number}/{len(todo)}] {short}: {told}, {seconds:.0f} s")
     tell(
         f"{len(todo) - failed} of {len(todo)} cells done"
         + (f", {failed} failed: run the same command again" if failed else "")
     )
     return 1 if failed else 0
+
+
+def _attempt(run_cell: Callable[[Sequence[str]], Any], words: Sequence[str]) -> tuple[str, float]:
+    """What to say of a cell, and its seconds; one bad cell must not stop the others."""
+    started = time.monotonic()
+    try:
+        told = _scores(run_cell(words))
+    except Exception as error:
+        told = f"failed: {' '.join(str(error).split())}"
+    return told, time.monotonic() - started
+
+
+def _start(words: Sequence[str]) -> Any:
+    """Run a cell in a process of its own."""
+    done = subprocess.run([sys.executable, "-m", "sdprune.cli", *words], capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError((done.stderr.strip() or done.stdout.strip()).splitlines()[-1].removeprefix("sdprune: "))
+    (path,) = (line.split(maxsplit=1)[1] for line in done.stdout.splitlines() if line.startswith("results "))
+    return read_json(Path(path))
+
+
+def _jobs(given: Sequence[str]) -> int:
+    value = given[-1].partition("=")[2] if given else "1"
+    if not value.isdecimal() or int(value) < 1:
+        raise InputError(f"--jobs is {value!r}: give a number of 1 or more, as in --jobs=2.")
+    return int(value)
 
 
 def _scores(results: Mapping[str, Any]) -> str:

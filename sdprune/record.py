@@ -128,6 +128,11 @@ class Record:
         require_writable(self.directory / "images", "--model.output")
         write_json(self.directory / "config.json", self.facts)
 
+    def tidy(self) -> None:
+        """Remove what a killed attempt had begun to write. Only for the one run that makes the record."""
+        for path in self.directory.rglob(".*.*"):
+            path.unlink(missing_ok=True)
+
     def image_path(self, file_name: str) -> Path:
         """Where the image of a COCO file lies."""
         return self.directory / "images" / Path(file_name).with_suffix(".png")

@@ -157,6 +157,7 @@ def test_resume(output, sdprune, tmp_path):
     for image_id in (ids[1], ids[6]):  # one of the first batch, the only one of the last
         (run / "images" / f"{image_id:012d}.png").unlink()
     kept = {path: path.stat().st_mtime_ns for path in (run / "images").iterdir()}
+    (run / "images" / ".000000000005.png.x1y2").write_bytes(b"half")  # a kill while it was written
     told = sdprune(*predict(tmp_path))
     assert (told.code, told.err) == (0, "")
     after = results(run)

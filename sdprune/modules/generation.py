@@ -152,6 +152,8 @@ class GenerationModule(FrozenModule):
         self._parent = os.getppid()
         self._claim = self.claim(self.output, self.record.directory.name)
         self.finished = not self._claim.acquire(lambda: self.record.finished)
+        if self._claim.first and not self.finished:
+            self.record.tidy()
 
     def teardown(self, stage: str) -> None:
         """Let other runs have the record."""

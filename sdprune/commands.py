@@ -151,13 +151,14 @@ class SdpruneCLI(LightningCLI):
         runs = [model.dense(), model] if model.wants_dense else [model]
         precision = str(self.trainer.precision)
         records = [run.prepare_record(self.datamodule, precision) for run in runs]
+        if model.wants_dense:
+            model.baseline = records[0]
         for run in runs:
             run.check(self.datamodule, precision)
         for record in records:
             if not record.finished:
                 record.start()
         if model.wants_dense:
-            model.baseline = records[0]
             self.trainer.predict(runs[0], datamodule=self.datamodule, return_predictions=False)
 
     def after_predict(self) -> None:

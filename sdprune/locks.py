@@ -5,6 +5,7 @@ Locks belong to the operating system, so that those of a run that dies are free 
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from filelock import FileLock, Timeout
 Everyone = Callable[[Any], Any]
 """Hands the first process's value to all processes of a run; collective."""
 
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 _POLL = 2.0  # seconds between two looks; the processes of a run must hear of each other before they give up
 _held: list[Claim] = []
 
@@ -65,12 +67,15 @@ class Claim:
         if done():
             return "done"
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.path)
         try:
+            lock = _lock(self.path)
             lock.acquire(timeout=_POLL)
         except Timeout:
             return "taken"
-        except NotImplementedError:  # a file system without locks: nothing is worse than without this class
+        except (NotImplementedError, OSError) as error:
+            if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
+                raise
+            print(f"{self.path.parent} is on a file system without locks: start one run at a time.", flush=True)
             return "mine"
         self._lock = lock
         _held.append(self)
@@ -78,6 +83,13 @@ class Claim:
             self.release()
             return "done"
         return "mine"
+
+
+def _lock(path: Path) -> FileLock:
+    try:  # newer versions else mark the file instead, and a mark outlives whoever is killed
+        return FileLock(path, fallback_to_soft=False)
+    except TypeError:
+        return FileLock(path)
 
 
 def release_all() -> None:

@@ -28,6 +28,7 @@ from PIL.PngImagePlugin import PngInfo
 from sdprune.errors import InputError
 
 _NOT_FINITE = "sdprune not finite"
+_SECTIONS = {"n", "metrics", "comparison", "verdicts", "images", "sparsity", "pruning", "speed", "protocols"}
 _PACKAGES = ("torch", "lightning", "diffusers", "transformers", "torchmetrics", "datasets", "numpy")
 
 
@@ -117,7 +118,14 @@ class Record:
         Raises:
             InputError: results.json is damaged.
         """
-        return read_json(self.directory / "results.json")
+        path = self.directory / "results.json"
+        results = read_json(path)
+        if "infeasible" not in results and (missing := _SECTIONS - set(results)):
+            raise InputError(
+                f"{path} is damaged (it has no {', '.join(sorted(missing))}): delete it and run again; images that are "
+                "there are kept."
+            )
+        return results
 
     def start(self) -> None:
         """Make the directory and write its configuration.
@@ -130,8 +138,9 @@ class Record:
 
     def tidy(self) -> None:
         """Remove what a killed attempt had begun to write. Only for the one run that makes the record."""
-        for path in self.directory.rglob(".*.*"):
-            path.unlink(missing_ok=True)
+        for folder in ("images", "samples"):
+            for path in (self.directory / folder).rglob(".*.*"):
+                path.unlink(missing_ok=True)
 
     def image_path(self, file_name: str) -> Path:
         """Where the image of a COCO file lies."""
@@ -145,7 +154,7 @@ class Record:
         """
         if self.finished:
             _ = self.results
-            self.load_rows({"ids": "ids"})
+            self.load_rows({"ids": "ids"}, whole=True)
             for number in range(len(self.facts.get("samples", ()))):
                 read_png(self.directory / "samples" / f"{number}.png")
             return
@@ -161,11 +170,12 @@ class Record:
         with replacing(self.directory / "rows.npz") as temporary, temporary.open("wb") as file:
             np.savez(file, ids=np.asarray(ids), **rows)  # type: ignore[arg-type]
 
-    def load_rows(self, keys: Mapping[str, str]) -> dict[str, np.ndarray]:
+    def load_rows(self, keys: Mapping[str, str], whole: bool = False) -> dict[str, np.ndarray]:
         """Rows of one metric.
 
         Args:
             keys: by column, under which key it was kept; those that are not there are left out.
+            whole: look for damage in all other rows too.
 
         Raises:
             InputError: rows.npz is missing or damaged.
@@ -173,6 +183,8 @@ class Record:
         path = self.directory / "rows.npz"
         try:
             with np.load(path, allow_pickle=False) as content:
+                if whole and content.zip.testzip() is not None:
+                    raise ValueError("checksum")
                 return {column: content[key] for column, key in keys.items() if key in content}
         except Exception as error:  # zipfile, zlib and NumPy each have their own
             raise InputError(
@@ -182,6 +194,7 @@ class Record:
     def finish(self, results: Mapping[str, Any]) -> None:
         """Write the results; the run is finished."""
         write_json(self.directory / "results.json", results)
+        self.__dict__.pop("results", None)  # read before
 
 
 def require_writable(directory: Path, option: str) -> None:
@@ -199,8 +212,11 @@ def require_writable(directory: Path, option: str) -> None:
 
 
 def _damaged_image(path: Path) -> InputError:
-    if path.parent.name == "samples":
-        told = f"delete {path.parents[1] / 'results.json'} and run again; images that are there are kept."
+    results = next((one / "results.json" for one in path.parents if (one / "results.json").exists()), None)
+    if results is not None:
+        told = f"delete it and {results}, and run that record's command again; images that are whole are kept."
+    elif path.parent.name == "samples":
+        told = "run again; images that are there are kept."
     else:
         told = "delete it and run again; images that are whole are kept."
     return InputError(f"{path} is missing or damaged: {told}")

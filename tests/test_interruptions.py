@@ -213,3 +213,33 @@ def test_numbers_that_are_not_finite_are_seen(miniature):
     handle.remove()
     assert spoiled.finite == [False, True]
     assert not spoiled.images[0].any()
+
+
+def test_a_lost_dense_image_is_told_before_drawing_with_what_to_do(sdprune, miniature, tmp_path):
+    assert sdprune(*predict(tmp_path)).code == 0
+    dense = the_run(tmp_path, "dense")
+    picture = sorted((dense / "images").glob("*.png"))[3]
+    whole = picture.read_bytes()
+    picture.unlink()
+    told = sdprune(*predict(tmp_path, "--model.prune.unet.sparsity=0.2"))
+    assert told.code == 2
+    assert f"{picture} is missing or damaged: delete it and {dense / 'results.json'}" in told.err
+    assert not list(tmp_path.glob("*unet-magnitude-0.2*/images/*.png"))
+    (dense / "results.json").unlink()
+    assert sdprune(*predict(tmp_path, "--model.prune.unet.sparsity=0.2")).code == 0
+    assert picture.read_bytes() == whole
+
+
+def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch, capsys):
+    import errno
+
+    from filelock import FileLock
+
+    from sdprune.locks import Claim
+
+    def refuse(self, **_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(FileLock, "acquire", refuse)
+    assert Claim(tmp_path / "a.lock").acquire(lambda: False)
+    assert "on a file system without locks: start one run at a time" in capsys.readouterr().out

@@ -1,6 +1,7 @@
 """The main job, from captions to a record, on an untrained miniature."""
 
 import json
+import re
 import shutil
 import socket
 import subprocess
@@ -270,6 +271,47 @@ def test_without_a_dense_model_distances_to_it_are_left_out(miniature, sdprune, 
     run = the_run(tmp_path, "text_encoder")
     assert set(results(run)["protocols"]) == {"fid", "clip_score"}
     assert results(run)["comparison"] == {}
+
+
+def test_a_finished_run_is_compared_anew_when_asked_otherwise(miniature, sdprune, tmp_path, monkeypatch):
+    """Without drawing or running a network: from the rows that were kept."""
+    from sdprune.metrics import ClipModel
+    from sdprune.pipelines import StableDiffusion
+
+    metrics = [
+        {"class_path": "CLIPScore", "init_args": {"model": "miniature", "tolerance": 0.002}},
+        {"class_path": "FrechetInceptionDistance", "init_args": {"extractor": {
+            "class_path": "ClipImageFeatures", "init_args": {"model": "miniature"}}}},
+    ]  # fmt: skip
+    (tmp_path / "own.yaml").write_text(json.dumps({"model": {"init_args": {"metrics": metrics}}}))
+    arguments = predict(tmp_path / "out")
+    arguments[3:3] = ["--config", str(tmp_path / "own.yaml")]
+    assert sdprune(*arguments, "--model.compare_dense=false").code == 0
+    run = the_run(tmp_path / "out", "text_encoder")
+    alone = results(run)
+    assert (alone["comparison"], alone["verdicts"]) == ({}, {})
+    assert sdprune(*arguments[:-1], arguments[-1], *DENSE).code == 0
+    monkeypatch.setattr(StableDiffusion, "load", lambda *args: pytest.fail("loaded"))
+    monkeypatch.setattr(ClipModel, "embed_pixels", lambda *args: pytest.fail("run"))
+    assert sdprune(*arguments).code == 0
+    compared = results(run)
+    assert compared["metrics"] == alone["metrics"]
+    assert {"fid_diff", "clip_score_diff"} <= set(compared["comparison"])
+    metrics[0]["init_args"]["tolerance"] = 0.99
+    (tmp_path / "own.yaml").write_text(json.dumps({"model": {"init_args": {"metrics": metrics}}}))
+    assert sdprune(*arguments).code == 0
+    assert results(run)["verdicts"]["clip_score"] == {"tolerance": 0.99, "verdict": "within"}
+    assert results(run)["comparison"] == compared["comparison"]
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_too_few_images_for_a_metric_are_told_before_drawing(miniature, sdprune, tmp_path, n):
+    arguments = predict(tmp_path, f"--data.n={n}")
+    arguments[3:3] = ["--config", str(CONFIGS / "metrics.yaml")]
+    told = sdprune(*arguments)
+    assert told.code == 2
+    assert re.search(rf"needs at least \d images, and n is {n}: leave it out", told.err)
+    assert not list(tmp_path.glob("*/images/*.png"))
 
 
 def test_records_of_other_protocols_or_prompts_are_not_compared(output):

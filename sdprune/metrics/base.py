@@ -143,6 +143,8 @@ class PerImageMetric(PerImageRows):
     gathers. Afterwards `rows` and `compare` are local.
     """
 
+    minimum: int = 1
+    """Of images."""
     needs_dense: ClassVar[bool] = False
     """Whether `update` wants the dense model's images."""
     extractor: FeatureExtractor | None = None

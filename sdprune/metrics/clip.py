@@ -108,10 +108,14 @@ class ClipModel:
 
     def describe(self) -> dict[str, Any]:
         """What the embeddings depend on, for fingerprints: a hash of local files, or hub id and asked revision."""
-        processor = {} if self.processor is None else {"processor": _directory_hash(self.processor) or self.processor}
+        processor = {} if self.processor is None else {"processor": self._processor_hash or self.processor}
         if self._weights_hash is not None:
             return {"weights": self._weights_hash, **processor}
         return {"model": self.model, "revision": self.revision or "main", **processor}
+
+    @cached_property
+    def _processor_hash(self) -> str | None:
+        return _directory_hash(self.processor or "")
 
     @cached_property
     def _weights_hash(self) -> str | None:

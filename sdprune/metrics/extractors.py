@@ -3,6 +3,7 @@
 import hashlib
 import json
 from abc import ABC, abstractmethod
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -154,10 +155,13 @@ class InceptionFeatures(FeatureExtractor):
             return self._network(pixels.to(self.device)).flatten(1)
 
     def describe(self) -> dict[str, Any]:  # noqa: D102
-        facts: dict[str, Any] = {"class": "InceptionFeatures", "name": self.name, "weights": "2015-12-05-6726825d"}
-        if self.weights is not None:
-            facts["weights"] = hashlib.sha256(Path(self.weights).read_bytes()).hexdigest()
-        return facts
+        return {"class": "InceptionFeatures", "name": self.name, "weights": self._weights_hash}
+
+    @cached_property
+    def _weights_hash(self) -> str:
+        if self.weights is None:
+            return "2015-12-05-6726825d"
+        return hashlib.sha256(Path(self.weights).read_bytes()).hexdigest()
 
 
 def _inception_trunk(weights: str | None) -> nn.Module:

@@ -33,6 +33,7 @@ class FrechetInceptionDistance(FeatureMetric):
     """
 
     higher_is_better = False
+    minimum = 2
     reference_features = False
 
     def __init__(
@@ -91,6 +92,7 @@ class FrechetDistanceAtInfinity(FeatureMetric):
     """
 
     higher_is_better = False
+    minimum = 4
     reference_features = False
 
     def __init__(self, extractor: FeatureExtractor, name: str = "fid_infinity", subsets: int = 15) -> None:

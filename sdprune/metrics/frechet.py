@@ -57,14 +57,17 @@ class Statistics:
         if missing:
             found = ", ".join(arrays) or "none"
             raise InputError(f"{path} has no {' and no '.join(missing)}. FID statistics need both; found: {found}.")
-        mu, sigma = (torch.from_numpy(np.asarray(arrays[key], dtype=np.float64)) for key in ("mu", "sigma"))
+        try:
+            mu, sigma = (torch.from_numpy(np.asarray(arrays[key], dtype=np.float64)) for key in ("mu", "sigma"))
+            n = int(arrays["n"]) if "n" in arrays else None
+            features = torch.from_numpy(np.asarray(arrays["features"], np.float32)) if "features" in arrays else None
+        except (TypeError, ValueError) as error:
+            raise InputError(f"{path} holds no statistics of numbers: {error}") from error
         if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
             raise InputError(f"{path} holds mu {list(mu.shape)} and sigma {list(sigma.shape)}; wanted [d] and [d, d].")
-        if not (mu.isfinite().all() and sigma.isfinite().all()):
+        if not all(part.isfinite().all() for part in (mu, sigma, features) if part is not None):
             raise InputError(f"{path} holds values that are not finite.")
-        n = int(arrays["n"]) if "n" in arrays else None
         extractor, source = (str(arrays[key]) if key in arrays else None for key in ("extractor", "source"))
-        features = torch.from_numpy(arrays["features"]).float() if "features" in arrays else None
         if features is not None and features.shape[1:] != mu.shape:
             raise InputError(f"{path} holds mu {list(mu.shape)} and features {list(features.shape)}; wanted [n, d].")
         return cls(mu, sigma, n, extractor, source, features)
@@ -156,6 +159,7 @@ def _write_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     try:
         with os.fdopen(handle, "wb") as file:
             np.savez(file, allow_pickle=False, **arrays)
+        os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)

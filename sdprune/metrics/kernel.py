@@ -29,6 +29,7 @@ class KernelMetric(FeatureMetric):
     """
 
     higher_is_better = False
+    minimum = 2
     scale: ClassVar[float] = 1.0
 
     @abstractmethod

@@ -19,8 +19,9 @@ _CHUNK = 1024  # rows of a distance matrix at a time
 class PrecisionRecall(FeatureMetric):
     """Precision: the share of generated images near a real one; recall: the share of real ones near a generated one.
 
-    Near means no farther than that image is from its k-th nearest neighbour among its own kind. Both fall when fewer
-    images are looked at, so compare only runs of the same n.
+    Near means no farther than that image is from its k-th nearest neighbour among its own kind. Both
+    depend on how many images are looked at (few of them in many dimensions let both rise towards 1), so compare only
+    runs of the same n.
 
     Args:
         extractor: the network and its protocol.
@@ -40,6 +41,7 @@ class PrecisionRecall(FeatureMetric):
         if resamples < 2:
             raise InputError(f"resamples must be at least 2, got {resamples}.")
         self.neighbours, self.resamples = neighbours, resamples
+        self.minimum = neighbours + 1
 
     def compute(self) -> dict[str, float]:
         """`precision` and `recall` over all processes.

@@ -27,6 +27,7 @@ from sdprune.pruning import Budget, PruneReport, PruneSpec
 from sdprune.record import (
     Picture,
     Record,
+    fingerprint,
     image_seed,
     label,
     own_version,
@@ -143,6 +144,14 @@ class GenerationModule(FrozenModule):
     def check(self, data: CocoDataModule, dtype: str) -> None:
         """Everything that can be told before the model is loaded; needs `prepare_record`."""
         self.plan.check(data, dtype)
+        for metric in self._metrics:
+            if data.n < metric.minimum:
+                name = metric.name or type(metric).__name__
+                raise InputError(f"{name} needs at least {metric.minimum} images, and n is {data.n}: leave it out.")
+        if self.baseline is not None and self.baseline.finished and any(m.needs_dense for m in self._metrics):
+            for name in data.examples["file_name"]:
+                if not self.baseline.image_path(name).exists():
+                    read_png(self.baseline.image_path(name))  # says what to do
         self.record.check()
         images = self.references.check(data)
         self.facts_of_data = data.check(calibration=self.calibrates, images=images)
@@ -162,7 +171,7 @@ class GenerationModule(FrozenModule):
     def on_predict_start(self) -> None:
         """Load, calibrate what is missing, prune, and load the metrics."""
         if self.finished:
-            return
+            return self._compare_anew()
         self.started = time.perf_counter()
         self.load()
         self.facts_of_data["truncated"] = self.data.count_truncated(self.pipeline.tokenizer)
@@ -186,6 +195,26 @@ class GenerationModule(FrozenModule):
             "files": 0.0,
             "scoring": 0.0,
         }
+
+    def _compare_anew(self) -> None:
+        """Compare a finished record from its rows, if that was not done, or done with other tolerances or resamples."""
+        strategy = self.trainer.strategy
+        done = self.baseline is None or self.record.results.get("compared") == self._comparing
+        if strategy.broadcast(done):
+            return
+        self.references.set(self.data, partial(self.claim, self.output))
+        if strategy.is_global_zero:
+            for metric in self._metrics:
+                metric.load_rows({k: torch.from_numpy(v) for k, v in self.record.load_rows(metric.keys()).items()})
+            self.record.finish({**self.record.results, **self._compared()})
+        strategy.barrier("compared")
+
+    @property
+    def _comparing(self) -> str:
+        """Tells one way of comparing from another; unlike what is drawn and measured, it decides no fingerprint."""
+        how = [(metric.name, metric.tolerance, getattr(metric, "resamples", None)) for metric in self._metrics]
+        dense = None if self.baseline is None else self.baseline.directory.name
+        return fingerprint({"dense": dense, "how": how})
 
     def _calibrate(self) -> None:
         """Fill the store with what pruning needs; a run that needs the same waits for this one."""
@@ -266,14 +295,12 @@ class GenerationModule(FrozenModule):
         self._draw_samples()
         seconds = time.perf_counter() - self.started
         busy = sum(self.seconds[name] for name in ("generation", "files", "scoring"))
-        comparison = self._comparison()
         results = {
             "fingerprint": self.record.fingerprint,
             "label": self.record.directory.name,
             "n": len(ids),
             "metrics": scores,
-            "comparison": comparison,
-            "verdicts": self._verdicts(comparison),
+            **self._compared(),
             "images": self._flaws.told(ids),
             "budget": None if self.plan.budget is None else self.plan.budget.describe(),
             "sparsity": self.sparsity,
@@ -318,6 +345,10 @@ class GenerationModule(FrozenModule):
             folder = self.baseline.directory / "samples"
             rows = {"dense": [read_png(folder / f"{i}.png").pixels for i in range(len(images))], **rows}
         save_png(self.record.directory / "grid.png", grid(rows, self.samples))
+
+    def _compared(self) -> dict[str, Any]:
+        comparison = self._comparison()
+        return {"comparison": comparison, "verdicts": self._verdicts(comparison), "compared": self._comparing}
 
     def _comparison(self) -> dict[str, Any]:
         if self.baseline is None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sdprune.errors import InputError
 from sdprune.locks import Claim
 from sdprune.metrics import FeatureMetric, PerImageMetric, Statistics, reference_path, reference_statistics
 from sdprune.record import require_writable
@@ -62,7 +63,12 @@ class References:
         path = self._path(metric, data)
         if not path.exists():
             return False
-        statistics = Statistics.load(path)
+        try:
+            statistics = Statistics.load(path)
+        except InputError as error:
+            if path == data.reference_file:
+                raise
+            raise InputError(f"{error} Delete it: it is made again.") from error
         return statistics.features is not None or not self._keep_features or path == data.reference_file
 
     @property

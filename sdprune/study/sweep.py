@@ -92,7 +92,8 @@ def run(arguments: Sequence[str], run_cell: Callable[[Sequence[str]], Any], tell
         return 0
     jobs = _jobs([word for word in arguments if word.startswith("--jobs")])
     todo = [(cell, [*command(file, cell), *options]) for file in files for cell in cells(file)]
-    attempt = partial(_attempt, run_cell if jobs == 1 else _start)
+    apart = jobs > 1 or any(_several_processes(words) for _, words in todo)
+    attempt = partial(_attempt, _start if apart else run_cell)
     failed = 0
     with ThreadPoolExecutor(jobs) as pool:
         commands = [words for _, words in todo]
@@ -120,13 +121,21 @@ def _attempt(run_cell: Callable[[Sequence[str]], Any], words: Sequence[str]) -> 
     return told, time.monotonic() - started
 
 
+def _several_processes(words: Sequence[str]) -> bool:
+    """Whether a cell may start processes of its own, which would begin the whole sweep once more."""
+    import torch
+
+    asked = any(word.startswith(("--trainer.devices", "--trainer.num_nodes", "--trainer.strategy")) for word in words)
+    return asked or torch.cuda.device_count() > 1
+
+
 def _start(words: Sequence[str]) -> Any:
     """Run a cell in a process of its own."""
     done = subprocess.run([sys.executable, "-m", "sdprune.cli", *words], capture_output=True, text=True)
     if done.returncode != 0:
         raise RuntimeError((done.stderr.strip() or done.stdout.strip()).splitlines()[-1].removeprefix("sdprune: "))
-    (path,) = (line.split(maxsplit=1)[1] for line in done.stdout.splitlines() if line.startswith("results "))
-    return read_json(Path(path))
+    paths = [line.split(maxsplit=1)[1] for line in done.stdout.splitlines() if line.startswith("results ")]
+    return read_json(Path(paths[0])) if paths else {}
 
 
 def _jobs(given: Sequence[str]) -> int:
@@ -139,6 +148,8 @@ def _jobs(given: Sequence[str]) -> int:
 def _scores(results: Mapping[str, Any]) -> str:
     if "infeasible" in results:
         return f"infeasible, {results['infeasible']}"
+    if "metrics" not in results:  # of `fit`
+        return "done"
     told = []
     for name, value in results["metrics"].items():
         if name.endswith("_se"):

@@ -31,7 +31,8 @@ sys.exit(f"imported {heavy}" if heavy else 0)
     assert re.match(r"sdprune \d+\.\d+", done.stdout)
     assert "predict  --config FILE" in done.stdout
     assert (
-        done.stderr == "sdprune: error: Unknown verb 'predct'. Did you mean 'predict'? Choices: fit, predict, sweep, report.\n"
+        done.stderr
+        == "sdprune: error: Unknown verb 'predct'. Did you mean 'predict'? Choices: fit, predict, sweep, report.\n"
     )
 
 

@@ -175,5 +175,5 @@ def _sample(run: Run | None, number: int) -> np.ndarray:
 
 def _sheet(caption: str, rows: Mapping[str, Sequence[np.ndarray]], heads: Sequence[str]) -> Figure:
     content = io.BytesIO()
-    Image.fromarray(grid(rows, heads, smallest=_SIDE)).save(content, format="PNG", optimize=True)
+    Image.fromarray(grid(rows, heads, smallest=_SIDE)).save(content, format="PNG")
     return Figure(f"{_slug(caption)}.png", caption, content.getvalue())

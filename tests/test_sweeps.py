@@ -128,6 +128,10 @@ class StandIn(BaseHTTPRequestHandler):
             elif variables["runState"] == "{}":
                 commands = [{"type": "exit"}]
             return {"agentHeartbeat": {"agent": {"id": "a0"}, "commands": json.dumps(commands)}}
+        if "UpsertSweep" in query:
+            cls.sweep = variables["config"]
+            project = {"id": "p0", "name": "p", "entity": {"id": "e0", "name": "e"}}
+            return {"upsertSweep": {"sweep": {"name": "s0", "project": project}, "configValidationWarnings": []}}
         return {"viewer": {"id": "u0", "entity": "e", "username": "u", "flags": "{}", "teams": {"edges": []}}}
 
     def log_message(self, *_: Any) -> None:
@@ -173,3 +177,18 @@ def test_a_real_agent_runs_a_trial(server, miniature, tmp_path):
     section, name = yaml.safe_load(StandIn.sweep)["metric"]["name"].split("/")
     assert json.loads((pruned / "results.json").read_text())[section][name] != 0
     assert list(tmp_path.rglob("offline-run-*-r0")), "the trial is the agent's own run"
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
+def test_the_client_registers_every_sweep(server, tmp_path, path):
+    """`wandb sweep FILE`, against the stand-in: what arrives is what the file says."""
+    StandIn.sweep = ""
+    environment = {
+        **os.environ, "WANDB_BASE_URL": server, "WANDB_API_KEY": "0" * 40, "WANDB_DIR": str(tmp_path),
+    }  # fmt: skip
+    register = [sys.executable, "-m", "wandb", "sweep", "--entity", "e", "--project", "p", str(path)]
+    done = subprocess.run(register, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "wandb agent" in done.stderr + done.stdout
+    sent, own = yaml.safe_load(StandIn.sweep), yaml.safe_load(path.read_text())
+    assert {name: sent[name] for name in own} == own

@@ -416,9 +416,10 @@ def test_inception_trunk_is_the_whole_network_without_its_resize(tmp_path, monke
     assert ours(images).shape == (2, 2048)
 
 
-def test_miniature_is_the_package_own_directory_and_the_rest_is_left_alone():
+def test_miniature_is_the_package_own_directory_and_the_rest_is_left_alone(monkeypatch):
     import sdprune
 
+    monkeypatch.delenv("SDPRUNE_MINIATURE", raising=False)  # what other tests set
     root = Path(sdprune.__file__).parent
     assert Path(resolve("miniature", "evaluator")) == root / "mini" / "weights" / "evaluator"
     assert Path(resolve("miniature", "pipeline")) == root / "mini" / "weights" / "pipeline"

@@ -185,6 +185,7 @@ def test_the_client_registers_every_sweep(server, tmp_path, path):
     StandIn.sweep = ""
     environment = {
         **os.environ, "WANDB_BASE_URL": server, "WANDB_API_KEY": "0" * 40, "WANDB_DIR": str(tmp_path),
+        "WANDB_SILENT": "false",  # other tests leave it on
     }  # fmt: skip
     register = [sys.executable, "-m", "wandb", "sweep", "--entity", "e", "--project", "p", str(path)]
     done = subprocess.run(register, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)

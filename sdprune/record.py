@@ -27,6 +27,8 @@ from PIL.PngImagePlugin import PngInfo
 
 from sdprune.errors import InputError
 
+COMPARED = ("version", "pipeline", "dtype", "data", "seed", "sampling", "metrics")
+"""The facts that records which are compared have in common: all but what was pruned and how."""
 _NOT_FINITE = "sdprune not finite"
 _SECTIONS = {"n", "metrics", "comparison", "verdicts", "images", "sparsity", "pruning", "speed", "protocols"}
 _PACKAGES = ("torch", "lightning", "diffusers", "transformers", "torchmetrics", "datasets", "numpy")
@@ -71,7 +73,7 @@ def require_comparable(one: Mapping[str, Any], other: Mapping[str, Any]) -> None
     Raises:
         InputError: what differs, with both values: prompts, noise, sampling, model or how it was measured.
     """
-    for name in ("version", "pipeline", "dtype", "data", "seed", "sampling", "metrics"):
+    for name in COMPARED:
         if one.get(name) != other.get(name):
             key, own, others = next(_differences(name, one.get(name), other.get(name)))
             raise InputError(

@@ -41,14 +41,18 @@ class References:
 
     def set(self, data: CocoDataModule, claim: Callable[[str], Claim]) -> None:
         """Give each metric its reference, which one process of one run makes if it is not there."""
+        made: dict[Path, Statistics] = {}  # metrics of one extractor share it
         for metric in self.metrics:
-            right = claim(f"reference-{self._path(metric, data).stem}")
-            if right.acquire(lambda metric=metric: self._there(metric, data)):  # type: ignore[misc]
-                if right.first:
-                    self._make(metric, data)
-                right.everyone(None)
-                right.release()
-            metric.set_reference(Statistics.load(self._path(metric, data)))
+            path = self._path(metric, data)
+            if path not in made:
+                right = claim(f"reference-{path.stem}")
+                if right.acquire(lambda metric=metric: self._there(metric, data)):  # type: ignore[misc]
+                    if right.first:
+                        self._make(metric, data)
+                    right.everyone(None)
+                    right.release()
+                made[path] = Statistics.load(path)
+            metric.set_reference(made[path])
 
     def describe(self, data: CocoDataModule) -> dict[str, dict[str, Any]]:
         """By metric, what it was measured against: which images, how many, by which protocol, with what result."""

@@ -54,9 +54,7 @@ def figures(study: Study) -> list[Figure]:
         made.append(_methods(study, "Every method on the U-Net, one prompt, the same noise", image, False))
     joint = {
         f"text encoder by {_words(method)}": [
-            run
-            for t, u in STEPS
-            if (run := study.find(Pruned(method, round(t, 4)), Pruned("magnitude", round(u, 4)))) is not None
+            run for t, u in STEPS if (run := study.find(Pruned(method, t), Pruned("magnitude", u))) is not None
         ]
         for method in ("magnitude", "owl_magnitude")
     }

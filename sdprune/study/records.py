@@ -12,9 +12,7 @@ import numpy as np
 
 from sdprune.errors import InputError
 from sdprune.pruning import Budget, InfeasibleError, Size
-from sdprune.record import fingerprint, read_json
-
-COMPARED = ("version", "pipeline", "dtype", "data", "seed", "sampling", "metrics")
+from sdprune.record import COMPARED, fingerprint, read_json
 
 
 class Difference(NamedTuple):

@@ -12,7 +12,7 @@ from sdprune.errors import InputError
 from sdprune.record import replacing, require_writable
 from sdprune.study.figures import Figure, figures
 from sdprune.study.records import Study, read
-from sdprune.study.tables import Reference, Table, published, tables
+from sdprune.study.tables import Reference, published, tables
 
 HELP = """usage: sdprune report DIR [DIR ...] [--out=DIR] [--reference=FILE]
 
@@ -105,6 +105,3 @@ def _write(path: Path, content: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         temporary.write_bytes(content)
-
-
-__all__ = ["Table", "run"]

@@ -17,7 +17,7 @@ from sdprune.metrics.paired import normal_interval
 from sdprune.study.records import DENSE, Pruned, Run, Study
 
 TOTALS, SHARES = (0.2, 0.3, 0.4, 0.5, 0.6), (0.75, 0.5, 0.25)
-STEPS = tuple((0.625 - i * 0.025, 0.5 - i * 0.025) for i in range(9))
+STEPS = tuple((round(0.625 - i * 0.025, 4), round(0.5 - i * 0.025, 4)) for i in range(9))
 MISSING = "missing"
 
 
@@ -122,7 +122,7 @@ def tables(study: Study, references: Sequence[Reference]) -> list[Table]:
             made.append(_matrix(study, number, title, metric, pairs, method))
         splits = [(Pruned(method, p[0]), Pruned("magnitude", p[1])) for p in pairs.values() if p is not None]
         made.append(lists.rows(numbers[2], f"A total shared out in three ways, {told}", splits))
-        steps = [(Pruned(method, round(t, 4)), Pruned("magnitude", round(u, 4))) for t, u in STEPS]
+        steps = [(Pruned(method, t), Pruned("magnitude", u)) for t, u in STEPS]
         dense = (Pruned(method, 0.0), Pruned("magnitude", 0.0))
         made.append(lists.rows(numbers[3], f"Both components, down from the drop-off points, {told}", [dense, *steps]))
     return [*made, _drop_offs(study), _findings(study), lists.everything()]
@@ -275,8 +275,8 @@ def _findings(study: Study) -> Table:
     def both(take: Callable[[float, float], tuple[Pruned, Pruned]]) -> list[tuple[Run, Run]]:
         pairs = []
         for text, image in STEPS:
-            joint = study.find(Pruned("magnitude", round(text, 4)), Pruned("magnitude", round(image, 4)))
-            single = study.find(*take(round(text, 4), round(image, 4)))
+            joint = study.find(Pruned("magnitude", text), Pruned("magnitude", image))
+            single = study.find(*take(text, image))
             pairs += [(single, joint)] if single is not None and joint is not None else []
         return pairs
 

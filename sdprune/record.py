@@ -11,13 +11,14 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import re
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,19 +26,15 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
+from sdprune.data.sources import drawn_name
 from sdprune.errors import InputError
+from sdprune.identity import FileDigests, fingerprint, own_version
 
 COMPARED = ("version", "pipeline", "dtype", "data", "seed", "sampling", "metrics")
 """The facts that records which are compared have in common: all but what was pruned and how."""
 _NOT_FINITE = "sdprune not finite"
 _SECTIONS = {"n", "metrics", "comparison", "verdicts", "images", "sparsity", "pruning", "speed", "protocols"}
 _PACKAGES = ("torch", "lightning", "diffusers", "transformers", "torchmetrics", "datasets", "numpy")
-
-
-def fingerprint(facts: Mapping[str, Any]) -> str:
-    """Twelve hexadecimal digits of SHA-256 over the canonical JSON of `facts`."""
-    canonical = json.dumps(facts, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return hashlib.sha256(canonical.encode()).hexdigest()[:12]
 
 
 def image_seed(seed: int, image_id: object) -> int:
@@ -48,14 +45,6 @@ def image_seed(seed: int, image_id: object) -> int:
 def versions() -> dict[str, str]:
     """Versions of this package and of what its numbers depend on."""
     return {"sdprune": own_version(), **{name: version(name) for name in _PACKAGES}}
-
-
-def own_version() -> str:
-    """Version of the installed package."""
-    try:
-        return version("sdprune")
-    except PackageNotFoundError:
-        return "unknown"
 
 
 def label(prune: Mapping[str, Any]) -> str:
@@ -145,20 +134,25 @@ class Record:
                 path.unlink(missing_ok=True)
 
     def image_path(self, file_name: str) -> Path:
-        """Where the image of a COCO file lies."""
-        return self.directory / "images" / Path(file_name).with_suffix(".png")
+        """Where the picture lies that was drawn for a real image's file."""
+        return self.directory / "images" / drawn_name(file_name)
 
-    def check(self) -> None:
+    def check(self, file_names: Sequence[str]) -> None:
         """Look at what an earlier attempt left.
 
+        Args:
+            file_names: of the real images, in drawn order.
+
         Raises:
-            InputError: damaged results, rows or images, by name.
+            InputError: damaged results, rows or images, by name; of a finished run also images that are lost or are not
+                those that were scored.
         """
         if self.finished:
             _ = self.results
-            self.load_rows({"ids": "ids"}, whole=True)
+            kept = self.load_rows({"digest": "images.digest"}, whole=True).get("digest")
             for number in range(len(self.facts.get("samples", ()))):
                 read_png(self.directory / "samples" / f"{number}.png")
+            self._check_pictures([self.image_path(name) for name in file_names], [] if kept is None else kept.tolist())
             return
         for path in sorted((self.directory / "images").rglob("*.png")):
             try:
@@ -166,6 +160,20 @@ class Record:
                     image.verify()
             except (OSError, SyntaxError, UnidentifiedImageError) as error:
                 raise _damaged_image(path) from error
+
+    def _check_pictures(self, paths: Sequence[Path], scored: Sequence[int]) -> None:
+        found = FileDigests(str(self.directory.resolve())).of(paths)
+        lost = [
+            path
+            for number, (path, digest) in enumerate(zip(paths, found, strict=True))
+            if isinstance(digest, OSError) or short_digest(digest) != (scored[number] if number < len(scored) else None)
+        ]
+        if lost:
+            raise InputError(
+                f"{len(lost)} of {len(paths)} pictures of a finished run are missing or are not those that were "
+                f"scored, such as {lost[0]}: delete {self.directory / 'results.json'} and those that are damaged, and "
+                "run that record's command again; pictures that are whole are kept."
+            )
 
     def save_rows(self, ids: list[Any], rows: Mapping[str, np.ndarray]) -> None:
         """Write the metrics' rows, under their keys, beside the ids."""
@@ -241,17 +249,28 @@ class Picture(NamedTuple):
     """uint8 [h, w, 3]."""
     finite: bool
     """Whether it came out of finite numbers."""
+    digest: int
+    """Of the file, see `short_digest`."""
+
+
+def short_digest(digest: str) -> int:
+    """The first 63 bits of a SHA-256 in hexadecimal digits, as a number that arrays hold."""
+    return int(digest[:16], 16) >> 1
 
 
 def read_png(path: Path) -> Picture:
     """Read a picture.
 
     Raises:
-        InputError: it is missing or damaged.
+        InputError: it is missing or damaged; a byte that changed is found by the checksums in the file.
     """
     try:
-        with Image.open(path) as image:
-            return Picture(np.array(image.convert("RGB")), _NOT_FINITE not in image.info)
+        content = path.read_bytes()
+        with Image.open(io.BytesIO(content)) as image:
+            image.verify()  # checks the sums, which reading the pixels does not
+        with Image.open(io.BytesIO(content)) as image:
+            pixels, finite = np.array(image.convert("RGB")), _NOT_FINITE not in image.info
+        return Picture(pixels, finite, short_digest(hashlib.sha256(content).hexdigest()))
     except (OSError, SyntaxError, UnidentifiedImageError) as error:
         raise _damaged_image(path) from error
 

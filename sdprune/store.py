@@ -1,20 +1,24 @@
 """Statistics of layer inputs, each gathered once and kept under a fingerprint of what it depends on.
 
 <root>/<component>-<statistic>-<fingerprint>/
-    000.safetensors, ...   layers, one file a pass over the calibration batches
-    facts.json             written last: statistics that have it are whole
+    000.safetensors, ...   layers, one file a pass over the calibration batches, each with a digest of its contents
+    facts.json             written last, with the names of the files: statistics that have it and them are whole
 <root>/progress-<fingerprint>.safetensors   the sums of a pass that was interrupted
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sdprune.errors import InputError
-from sdprune.record import fingerprint, replacing, require_writable, write_json
+from sdprune.identity import fingerprint
+from sdprune.record import replacing, require_writable, write_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,7 +27,7 @@ Facts = Mapping[str, Any]
 
 
 class StatisticsStore:
-    """A directory of statistics.
+    """A directory of statistics. A file that is missing or damaged counts as not gathered.
 
     Args:
         root: the directory; made when the first statistics are saved.
@@ -37,26 +41,28 @@ class StatisticsStore:
         return self.root / f"{facts['component']}-{facts['statistic']}-{fingerprint(facts)}"
 
     def __contains__(self, facts: Facts) -> bool:
-        return (self.path(facts) / "facts.json").exists()
+        try:
+            files = json.loads((self.path(facts) / "facts.json").read_text())["files"]
+            return isinstance(files, list) and all(_is_whole(self.path(facts) / str(name)) for name in files)
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            return False
 
     def load(self, facts: Facts) -> Layers:
-        """What has been gathered, whole or in part, by layer; values are read when they are asked for.
+        """What has been gathered, in whole or in part, by layer; values are read when they are asked for."""
+        return Layers(path for path in self._files(facts) if _is_whole(path))
 
-        Raises:
-            InputError: a file is damaged.
-        """
-        return Layers(sorted(self.path(facts).glob("*.safetensors")))
+    def damaged(self, facts: Facts) -> list[Path]:
+        """Files that are there, but not as they were written: they are gathered again."""
+        return [path for path in self._files(facts) if not _is_whole(path)]
 
     def check(self, facts: Iterable[Facts]) -> None:
-        """See that what is there can be read, and that the rest can be written.
+        """See that what has to be gathered can be written.
 
         Raises:
-            InputError: a damaged file, or a directory that cannot be written.
+            InputError: a directory that cannot be written.
         """
-        for fact in facts:
-            self.load(fact)
-            if fact not in self:
-                require_writable(self.root, "--model.store")
+        if any(fact not in self for fact in facts):
+            require_writable(self.root, "--model.store")
 
     def add(self, facts: Facts, number: int, layers: Mapping[str, Tensor]) -> None:
         """Write the layers of one pass."""
@@ -66,19 +72,18 @@ class StatisticsStore:
 
     def finish(self, facts: Facts) -> None:
         """The statistics are whole."""
-        write_json(self.path(facts) / "facts.json", facts)
+        write_json(self.path(facts) / "facts.json", {**facts, "files": [path.name for path in self._files(facts)]})
 
     def progress(self, facts: Facts) -> Progress:
         """Where an unfinished pass keeps its sums."""
         return Progress(self.root / f"progress-{fingerprint(facts)}.safetensors")
 
+    def _files(self, facts: Facts) -> list[Path]:
+        return sorted(self.path(facts).glob("*.safetensors"))
+
 
 class Layers(Mapping[str, "Tensor"]):
-    """Tensors by layer, read from files one at a time; the last one is kept.
-
-    Raises:
-        InputError: a file is damaged.
-    """
+    """Tensors by layer, read from whole files one at a time; the last one is kept."""
 
     def __init__(self, files: Iterable[Path]) -> None:
         self._files: dict[str, Path] = {}
@@ -111,12 +116,11 @@ class Progress:
         """(batches, samples, sums by `<statistic>/<layer>`); None if there are none, or the file is damaged."""
         from safetensors.torch import load_file
 
-        try:
-            with _opened(self.path) as content:
-                told = json.loads(content.metadata()["progress"])
-            return told["batches"], told["samples"], load_file(self.path)
-        except (InputError, KeyError, TypeError, ValueError):
+        if not _is_whole(self.path):
             return None  # begins again: nothing is lost but time
+        with _opened(self.path) as content:
+            counts = json.loads(content.metadata()["progress"])
+        return counts["batches"], counts["samples"], load_file(self.path)
 
     def save(self, batches: int, samples: int, sums: Mapping[str, Tensor]) -> None:
         """Replace the file."""
@@ -128,27 +132,72 @@ class Progress:
         self.path.unlink(missing_ok=True)
 
 
-def _write(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+def _write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write tensors with a digest of them all: the format itself has no checksum."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
+    content = {name: value.contiguous().cpu() for name, value in tensors.items()}
+    metadata = dict(metadata or {})
     with replacing(path) as temporary:
-        save_file({name: value.contiguous().cpu() for name, value in tensors.items()}, temporary, metadata)
-
-
-class _opened:  # noqa: N801 (reads as a verb)
-    """A safetensors file; whatever is wrong with it is told as InputError."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __enter__(self) -> Any:
-        from safetensors import SafetensorError, safe_open
-
         try:
-            self.content = safe_open(self.path, framework="pt")
-            return self.content.__enter__()
-        except (OSError, SafetensorError) as error:
-            raise InputError(f"{self.path} is damaged ({error}): delete it, and it is gathered again.") from error
+            save_file(content, temporary, metadata | {"digest": _digest(content, metadata)})
+        except SafetensorError as error:  # has the system's error in its text alone
+            number = re.search(r"os error (\d+)", str(error))
+            if number is None:
+                raise
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
 
-    def __exit__(self, *error: Any) -> None:
-        self.content.__exit__(*error)
+
+def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """SHA-256 over names, types, shapes and bytes of tensors, and over the metadata."""
+    digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
+    for name in sorted(tensors):
+        value = tensors[name]
+        digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
+        digest.update(value.numpy().data if value.numel() else b"")
+    return digest.hexdigest()
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a file is there and holds what was written; a file that did not change is read once."""
+    try:
+        state = path.stat()
+    except OSError:
+        return False
+    return _verified(path, state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns)
+
+
+@lru_cache(maxsize=4096)
+def _verified(path: Path, *state: int) -> bool:
+    from safetensors import SafetensorError
+
+    try:
+        with _opened(path) as content:
+            metadata = dict(content.metadata() or {})
+            written = metadata.pop("digest", None)
+            return written == _digest(_OneByOne(content), metadata)
+    except (OSError, SafetensorError, ValueError, TypeError, RuntimeError):
+        return False
+
+
+class _OneByOne(Mapping[str, "Tensor"]):
+    """The tensors of an open file, read when they are asked for."""
+
+    def __init__(self, content: Any) -> None:
+        self.content, self.names = content, list(content.keys())
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.content.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+def _opened(path: Path) -> Any:
+    from safetensors import safe_open
+
+    return safe_open(path, framework="pt")

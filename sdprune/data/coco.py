@@ -14,6 +14,7 @@ from torch.utils.data import Dataset as TorchDataset
 from sdprune.data.batches import Batch, Batches, BatchSampler, draw, require_images
 from sdprune.data.sources import CaptionSource
 from sdprune.errors import InputError, unknown
+from sdprune.identity import facts_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -135,18 +136,31 @@ class CocoDataModule(LightningDataModule):
         for row in self.reference_rows:
             yield torch.from_numpy(np.array(self.source.image(row))).permute(2, 0, 1).contiguous()
 
-    def describe(self) -> dict[str, Any]:
-        """Return what generated images and their reference depend on, as JSON."""
-        reference = self.reference
+    def describe(self, reference: bool = True) -> dict[str, Any]:
+        """Return what generated images and their scores depend on, as JSON.
+
+        Args:
+            reference: Whether anything is compared with the real images, so that their contents count.
+        """
+        facts = {"source": facts_of(self._prepared(self.source)), "n": self.n, "seed": self.seed}
+        facts |= {"batch_size": self.batch_size, "reference": "file" if self.reference_file else self.reference}
+        return facts | ({"reference_images": self.reference_digest} if reference else {})
+
+    @cached_property
+    def reference_digest(self) -> str:
+        """SHA-256 of the real images of the reference, or of the file of statistics.
+
+        Raises:
+            InputError: Naming what is missing or damaged.
+        """
         if self.reference_file is not None:
-            reference = hashlib.sha256(_read_statistics(self.reference_file)).hexdigest()
-        facts = {"n": self.n, "seed": self.seed, "batch_size": self.batch_size, "reference": reference}
-        return {"source": self._prepared(self.source).describe(), **facts}
+            return hashlib.sha256(_read_statistics(self.reference_file)).hexdigest()
+        return self._prepared(self.source).digest(self.reference_rows)
 
     def describe_calibration(self) -> dict[str, Any]:
         """Return what calibration statistics depend on, as JSON."""
         facts = {
-            "source": self._prepared(self.calibration).describe(),
+            "source": facts_of(self._prepared(self.calibration)),
             "n": self.calibration_n,
             "batch_size": self.calibration_batch_size,
             "draw": self.calibration_draw,

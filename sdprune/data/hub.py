@@ -2,12 +2,12 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
 
-from sdprune.data.sources import CaptionSource, Row, caption_table
+from sdprune.data.sources import CaptionSource, Row, caption_table, digest_of
 from sdprune.errors import InputError, unknown
 
 if TYPE_CHECKING:
@@ -64,6 +64,25 @@ class HubDataset(CaptionSource):
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise InputError(f"Image {row['id']} of dataset {self.dataset} is damaged ({error}).") from error
         raise InputError(f"Column {column!r} of dataset {self.dataset} holds no picture for id {row['id']}.")
+
+    def digest(self, rows: Iterable[Row]) -> str:
+        """Return the SHA-256 of the pictures as they are stored; none is decoded."""
+        from datasets import Image
+
+        rows = list(rows)
+        column = self._column("image")
+        if not isinstance(self._dataset.features[column], Image):
+            return super().digest(rows)  # names what is no picture
+        stored = self._dataset.select_columns([column]).cast_column(column, Image(decode=False))
+
+        def content(row: Row) -> str:
+            value = stored[self._rows[row["id"]]][column] or {}
+            try:
+                return hashlib.sha256(value.get("bytes") or Path(value.get("path") or "").read_bytes()).hexdigest()
+            except OSError as error:
+                raise InputError(f"Image {row['id']} of dataset {self.dataset} cannot be read ({error}).") from error
+
+        return digest_of([row["id"] for row in rows], self._each(rows, content))
 
     def describe(self) -> dict[str, Any]:
         """Return the class, the options and the SHA-256 of ids and captions."""

@@ -6,25 +6,27 @@ import os
 import re
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Optional, Union
+from typing import TYPE_CHECKING, Any, TypeVar, Union
 
 from sdprune.errors import InputError, unknown
+from sdprune.identity import FileDigests
 
 if TYPE_CHECKING:  # `datasets` and PIL take seconds to import: at run time they are imported where they are used
     from datasets import Dataset
     from PIL.Image import Image
 
 Row = Mapping[str, Any]
+T = TypeVar("T")
 _LEAVES_DIRECTORY = re.compile(r"\.?$|[/\\]|[A-Za-z]:|(.*[/\\])?\.\.([/\\]|$)|.*\0", re.DOTALL)
 
 
 class CaptionSource(ABC):
     """A table of captions, one row per image, and the real images that belong to them, where there are any.
 
-    A subclass gives `load`, `image` and `describe`; `prepare` and `check` have defaults.
+    A subclass gives `load`, `image` and `describe`; `prepare`, `check` and `digest` have defaults.
     """
 
     def prepare(self) -> None:  # noqa: B027  an optional hook
@@ -59,17 +61,32 @@ class CaptionSource(ABC):
         Raises:
             InputError: Naming the images that are missing or damaged.
         """
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            problems = [problem for problem in pool.map(self._problem, rows) if problem]
-        if problems:
-            raise InputError(f"{len(problems)} real images cannot be used: {shown(problems, '; ')}. Restore them.")
+        self._each(rows, lambda row: self.image(row).close())
 
-    def _problem(self, row: Row) -> Optional[str]:
-        try:
-            self.image(row)
-        except InputError as error:
-            return str(error).rstrip(".")
-        return None
+    def digest(self, rows: Iterable[Row]) -> str:
+        """Return the SHA-256 of the images of `rows`, with their ids: what is compared with them depends on it.
+
+        Raises:
+            InputError: Naming the images that are missing or damaged.
+        """
+        rows = list(rows)
+        return digest_of([row["id"] for row in rows], self._each(rows, lambda row: pixel_digest(self.image(row))))
+
+    @staticmethod
+    def _each(rows: Iterable[Row], read: Callable[[Row], T]) -> list[T]:
+        """What `read` returns for each row; the problems with all of them in one error."""
+
+        def attempt(row: Row) -> Union[T, InputError]:
+            try:
+                return read(row)
+            except InputError as error:
+                return error
+
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            found = list(pool.map(attempt, rows))
+        if problems := [str(one).rstrip(".") for one in found if isinstance(one, InputError)]:
+            raise InputError(f"{len(problems)} real images cannot be used: {shown(problems, '; ')}. Restore them.")
+        return [one for one in found if not isinstance(one, InputError)]
 
 
 class CocoDirectory(CaptionSource):
@@ -101,7 +118,7 @@ class CocoDirectory(CaptionSource):
                 f"{file} is damaged or holds no captions ({type(error).__name__}: {error}): expected COCO's `images` "
                 "with `id` and `file_name`, and `annotations` with `image_id` and `caption`."
             ) from error
-        _check_images(file, names, captions, len(content["images"]))
+        _check_images(file, names, captions, [image["id"] for image in content["images"]])
         file_names = [names[image_id] for image_id in captions]
         directory = str(self.root.absolute() / self.split)
         paths = [os.path.join(directory, name) for name in file_names]
@@ -111,11 +128,7 @@ class CocoDirectory(CaptionSource):
         """Return the picture of a row, in RGB; refuses one that a link leads out of the image directory."""
         from PIL import Image
 
-        path = Path(row["path"])
-        if not path.resolve().is_relative_to(self._image_directory().resolve()):
-            raise InputError(f"{row['file_name']} leaves the image directory {self.root / self.split}.")
-        if not path.is_file():
-            raise InputError(f"{row['file_name']} is missing from {self.root / self.split}.")
+        path = self._path(row)
         try:
             with Image.open(path) as image:
                 return image.convert("RGB")
@@ -132,6 +145,28 @@ class CocoDirectory(CaptionSource):
         """Read the images of `rows` in full. See `CaptionSource.check`."""
         self._image_directory()
         super().check(rows)
+
+    def digest(self, rows: Iterable[Row]) -> str:
+        """Return the SHA-256 of the picture files; one that has not changed since the last time is not read again."""
+        rows = list(rows)
+        directory = self._image_directory().resolve()
+        found = FileDigests(str(directory)).of(self._each(rows, self._path))
+        problems = [
+            f"{row['file_name']} cannot be read ({one.strerror})"
+            for row, one in zip(rows, found, strict=True)
+            if isinstance(one, OSError)
+        ]
+        if problems:
+            raise InputError(f"{len(problems)} real images cannot be used: {shown(problems, '; ')}. Restore them.")
+        return digest_of([row["id"] for row in rows], [str(one) for one in found])
+
+    def _path(self, row: Row) -> Path:
+        path = Path(row["path"])
+        if not path.resolve().is_relative_to(self._image_directory().resolve()):
+            raise InputError(f"{row['file_name']} leaves the image directory {self.root / self.split}.")
+        if not path.is_file():
+            raise InputError(f"{row['file_name']} is missing from {self.root / self.split}.")
+        return path
 
     def _annotation_file(self) -> Path:
         expected = "expected COCO's layout, annotations/captions_<split>.json beside <split>/<images>"
@@ -186,6 +221,11 @@ class TextFile(CaptionSource):
         """Raise at once: there are no pictures in a text file."""
         self.image({})
 
+    def digest(self, rows: Iterable[Row]) -> str:
+        """Raise at once: there are no pictures in a text file."""
+        self.image({})
+        return ""
+
     def _bytes(self) -> bytes:
         try:
             return self.path.read_bytes()
@@ -200,7 +240,7 @@ def _read_json(file: Path) -> Any:
         raise InputError(f"{file} is not valid JSON ({error}): unpack or download it again.") from error
 
 
-def _check_images(file: Path, names: Mapping[Any, Any], captions: Mapping[Any, str], listed: int) -> None:
+def _check_images(file: Path, names: Mapping[Any, Any], captions: Mapping[Any, str], ids: list[Any]) -> None:
     """Refuse ids and file names under which images could be confused, lost, or read from elsewhere."""
     missing = [image_id for image_id in captions if image_id not in names]
     if missing:
@@ -211,13 +251,18 @@ def _check_images(file: Path, names: Mapping[Any, Any], captions: Mapping[Any, s
             f"{file} has file names that leave the image directory: {shown(map(repr, leaving))}. "
             "Expected paths relative to it, without '..'."
         )
-    repeated = [name for name, times in Counter(names.values()).items() if times > 1]
-    if repeated or len(names) < listed:
-        raise InputError(f"{file} lists images twice (ids or file names): {shown(repeated or ['ids'])}.")
+    for kind, values in (("ids", ids), ("file names", names.values())):
+        if repeated := [value for value, times in Counter(values).items() if times > 1]:
+            raise InputError(f"{file} lists {kind} of images twice: {shown(repeated)}. Give every image its own.")
 
 
 def caption_table(origin: str, ids: list[Any], names: list[str], captions: list[Any], paths: list[str]) -> "Dataset":
-    """Return the table of `CaptionSource.load`, refusing an empty one, mixed ids and empty captions."""
+    """Return the table of `CaptionSource.load`.
+
+    Raises:
+        InputError: It is empty, has ids of several types, an empty caption, or images whose drawn pictures would be
+            one file.
+    """
     from datasets import Dataset
 
     if not ids:
@@ -228,7 +273,39 @@ def caption_table(origin: str, ids: list[Any], names: list[str], captions: list[
     empty = [name for name, text in zip(names, captions, strict=True) if not isinstance(text, str) or not text.strip()]
     if empty:
         raise InputError(f"{origin} has empty captions for {shown(empty)}. Give each a text or remove the image.")
+    _check_drawn_names(origin, names)
     return Dataset.from_dict({"id": ids, "file_name": names, "caption": captions, "path": paths})
+
+
+def drawn_name(file_name: str) -> str:
+    """Return the name of the picture that is drawn for an image: its own, with .png for .jpg or after all else."""
+    return file_name.removesuffix(".jpg") + ".png"
+
+
+def _check_drawn_names(origin: str, names: Iterable[str]) -> None:
+    """Refuse the few names that would still meet: a.png beside a.png.jpg, or a.jpg beside a.png/b.jpg."""
+    drawn: dict[Path, str] = {}
+    for name in names:
+        path = Path(drawn_name(name))
+        if path in drawn:
+            raise InputError(f"{origin}: {drawn[path]} and {name} would both be drawn into {path}: rename one of them.")
+        drawn[path] = name
+    for path, name in drawn.items():
+        for folder in path.parents:
+            if folder in drawn:
+                raise InputError(
+                    f"{origin}: {drawn[folder]} would be drawn into {folder}, the folder of {name}: rename it."
+                )
+
+
+def digest_of(ids: Iterable[Any], digests: Iterable[str]) -> str:
+    """Return one SHA-256 over the ids of images and the digests of their contents."""
+    return hashlib.sha256(json.dumps([list(ids), list(digests)]).encode()).hexdigest()
+
+
+def pixel_digest(image: "Image") -> str:
+    """Return the SHA-256 of a picture's size, mode and pixels."""
+    return hashlib.sha256(f"{image.size}{image.mode}".encode() + image.tobytes()).hexdigest()
 
 
 def shown(values: Iterable[Any], separator: str = ", ") -> str:

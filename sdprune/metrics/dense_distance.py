@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sdprune.errors import InputError
+from sdprune.identity import facts_of
 from sdprune.metrics.base import PerImageMetric
 from sdprune.metrics.extractors import FeatureExtractor
 from sdprune.metrics.inference import exact_inference
@@ -100,7 +101,7 @@ class DenseDistance(PerImageMetric):
 
     def describe(self) -> dict[str, Any]:
         """Extractor, and whether LPIPS is among the distances."""
-        facts = {"class": "DenseDistance", "name": self.name, "extractor": self.extractor.describe()}
+        facts = {"class": "DenseDistance", "name": self.name, "extractor": facts_of(self.extractor)}
         return facts | ({"lpips": "alex"} if self.with_lpips else {})
 
 

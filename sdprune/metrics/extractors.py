@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sdprune.errors import InputError, unknown
+from sdprune.identity import facts_of
 from sdprune.metrics.clip import ClipModel
 from sdprune.metrics.inference import exact_inference
 from sdprune.metrics.preprocess import PROTOCOLS, check_images
@@ -56,8 +57,8 @@ class FeatureExtractor(ABC):
 
     @property
     def key(self) -> str:
-        """Tells features that are the same numbers from all others: the name and a hash of `describe`."""
-        canonical = json.dumps(self.describe(), sort_keys=True)
+        """Tells features that are the same numbers from all others: the name and a hash of `describe` and own code."""
+        canonical = json.dumps(facts_of(self), sort_keys=True)
         return f"{self.name}-{hashlib.sha256(canonical.encode()).hexdigest()[:8]}"
 
     def __call__(self, images: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sdprune.errors import InputError
+from sdprune.identity import facts_of
 from sdprune.metrics.base import PerImageMetric
 from sdprune.metrics.extractors import FeatureExtractor
 from sdprune.metrics.frechet import Statistics
@@ -78,7 +79,7 @@ class FeatureMetric(PerImageMetric):
 
     def describe(self) -> dict[str, Any]:
         """Name and extractor; the reference is a fact of the data."""
-        return {"class": type(self).__name__, "name": self.name, "extractor": self.extractor.describe()}
+        return {"class": type(self).__name__, "name": self.name, "extractor": facts_of(self.extractor)}
 
     def _reference(self) -> Statistics:
         if self.reference is None:

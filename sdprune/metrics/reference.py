@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sdprune.identity import facts_of
 from sdprune.metrics.extractors import FeatureExtractor
 from sdprune.metrics.frechet import Moments, Statistics
 
@@ -19,7 +20,7 @@ BATCH_SIZE = 32
 
 def reference_path(extractor: FeatureExtractor, cache_dir: str | Path, key: Mapping[str, Any]) -> Path:
     """Where the cache keeps the statistics of `key` under `extractor`: `<cache_dir>/fid-<fingerprint>.npz`."""
-    facts = {"images": dict(key), "extractor": extractor.describe()}
+    facts = {"images": dict(key), "extractor": facts_of(extractor)}
     canonical = json.dumps(facts, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return Path(cache_dir) / f"fid-{hashlib.sha256(canonical.encode()).hexdigest()[:16]}.npz"
 

@@ -63,7 +63,10 @@ class FrozenModule(LightningModule, ABC):
         Returns:
             To be released when the missing ones are gathered; empty if none are missing.
         """
-        missing = sorted({need.component for need in needs if need.facts not in store})
+        needs = [need for need in needs if need.facts not in store]
+        for path in dict.fromkeys(path for need in needs for path in store.damaged(need.facts)):
+            self.tell(f"{path} is damaged: its statistics are gathered again.")
+        missing = sorted({need.component for need in needs})
         claims = [self.claim(store.root, f"statistics-{name}") for name in self.trainer.strategy.broadcast(missing)]
         for claim in claims:
             claim.acquire(lambda: False)

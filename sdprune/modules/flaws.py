@@ -1,4 +1,4 @@
-"""Images that went wrong: counted and told, never left out."""
+"""What is kept of every drawn image's file: whether it went wrong, which is counted and told, and its digest."""
 
 from __future__ import annotations
 
@@ -12,18 +12,20 @@ from sdprune.metrics import PerImageRows
 
 
 class Flaws(PerImageRows):
-    """Which images are wholly black, and which came out of numbers that are not finite."""
+    """Which images are wholly black, which came out of numbers that are not finite, and the digests of their files."""
 
-    columns = ("black", "not_finite")
+    columns = ("black", "not_finite", "digest")
     name = "images"
 
-    def update(self, images: Tensor, finite: Sequence[bool], positions: Sequence[int]) -> None:
+    def update(self, images: Tensor, finite: Sequence[bool], digests: Sequence[int], positions: Sequence[int]) -> None:
         """Add uint8 images [b, 3, h, w]."""
-        self.append(positions, black=images.flatten(1).amax(1) == 0, not_finite=~torch.tensor(finite))
+        black = images.flatten(1).amax(1) == 0
+        self.append(positions, black=black, not_finite=~torch.tensor(finite), digest=torch.tensor(digests))
 
     def compute(self) -> dict[str, int]:
-        """How many there are; gathers."""
-        return {name: int(column.sum()) for name, column in self.rows().items()}
+        """How many went wrong in each way; gathers."""
+        rows = self.rows()
+        return {name: int(rows[name].sum()) for name in ("black", "not_finite")}
 
     def told(self, ids: Sequence[Any]) -> dict[str, Any]:
         """For the record: how many there are, and the ids of the first hundred."""

@@ -15,6 +15,7 @@ import torch
 
 from sdprune.data import Batch
 from sdprune.errors import InputError
+from sdprune.identity import facts_of, fingerprint, package_code
 from sdprune.metrics import PerImageMetric, share_extractors, verdict
 from sdprune.modules.base import FrozenModule
 from sdprune.modules.flaws import Flaws
@@ -27,10 +28,8 @@ from sdprune.pruning import Budget, PruneReport, PruneSpec
 from sdprune.record import (
     Picture,
     Record,
-    fingerprint,
     image_seed,
     label,
-    own_version,
     read_png,
     require_comparable,
     save_png,
@@ -115,15 +114,15 @@ class GenerationModule(FrozenModule):
     def prepare_record(self, data: CocoDataModule, precision: str) -> Record:
         """The run's directory, from everything that decides its results."""
         facts = {
-            "version": own_version(),
-            "pipeline": self.pipeline.describe(),
+            "version": package_code(),
+            "pipeline": facts_of(self.pipeline),
             "dtype": precision,
             "prune": self.plan.describe(),
             "calibration": self.plan.facts(data, precision),
-            "data": data.describe(),
+            "data": data.describe(reference=bool(self.references.metrics)),
             "sampling": self.sampling.describe(),
             "seed": self.seed,
-            "metrics": [metric.describe() for metric in self._metrics],
+            "metrics": [facts_of(metric) for metric in self._metrics],
             "samples": self.samples,
         }
         self.record = Record(self.output, label(self.plan.specs), facts)
@@ -133,7 +132,7 @@ class GenerationModule(FrozenModule):
         """A record that says why the budget cannot be met; nothing is drawn."""
         budget = {} if self.plan.budget is None else self.plan.budget.describe()
         specs = {name: spec.describe() for name, spec in self.plan.asked.items()}
-        facts = {"version": own_version(), "pipeline": self.pipeline.describe(), "budget": budget, "prune": specs}
+        facts = {"version": package_code(), "pipeline": facts_of(self.pipeline), "budget": budget, "prune": specs}
         name = f"infeasible-{budget['total']:g}-{budget['text_share']:g}"
         self.record = Record(self.output, name, facts)
         if not self.record.finished:
@@ -148,11 +147,7 @@ class GenerationModule(FrozenModule):
             if data.n < metric.minimum:
                 name = metric.name or type(metric).__name__
                 raise InputError(f"{name} needs at least {metric.minimum} images, and n is {data.n}: leave it out.")
-        if self.baseline is not None and self.baseline.finished and any(m.needs_dense for m in self._metrics):
-            for name in data.examples["file_name"]:
-                if not self.baseline.image_path(name).exists():
-                    read_png(self.baseline.image_path(name))  # says what to do
-        self.record.check()
+        self.record.check(data.examples["file_name"])
         images = self.references.check(data)
         self.facts_of_data = data.check(calibration=self.calibrates, images=images)
 
@@ -235,23 +230,23 @@ class GenerationModule(FrozenModule):
             return []
         if self.global_rank and os.getppid() != self._parent:
             raise RuntimeError("The process that started this one has died.")
-        images, finite = self._draw(batch)
+        drawn = self._draw(batch)
         start = time.perf_counter()
-        images = images.to(self.trainer.strategy.root_device)
+        images = _stacked(drawn).to(self.trainer.strategy.root_device)
         prompts, positions = batch.prompts[: batch.valid], batch.positions[: batch.valid]
         features = {key: extractor(images) for key, extractor in self._extractors.items()}
         dense = None
         if self.baseline is not None and any(metric.needs_dense for metric in self._metrics):
-            dense, _ = _stacked([read_png(path) for path in self._paths(self.baseline, batch)])
+            dense = _stacked([read_png(path) for path in self._paths(self.baseline, batch)])
         for metric in self._metrics:
             own = None if metric.extractor is None else features[metric.extractor.key]
             metric.update(images, prompts, positions, own, dense)
-        self._flaws.update(images, finite, positions)
+        self._flaws.update(images, [one.finite for one in drawn], [one.digest for one in drawn], positions)
         self.seconds["scoring"] += time.perf_counter() - start
         return batch.ids[: batch.valid]
 
-    def _draw(self, batch: Batch) -> tuple[torch.Tensor, list[bool]]:
-        """The batch's images, uint8 [valid, 3, h, w], and whether each came out of finite numbers."""
+    def _draw(self, batch: Batch) -> list[Picture]:
+        """The batch's images as they lie in their files."""
         paths = self._paths(self.record, batch)
         start = time.perf_counter()
         drawn = None
@@ -263,7 +258,7 @@ class GenerationModule(FrozenModule):
             if not path.exists():
                 save_png(path, image.permute(1, 2, 0).numpy(), good)
                 self.generated += 1
-        found = _stacked([read_png(path) for path in paths])  # what is scored is what lies there
+        found = [read_png(path) for path in paths]  # what is scored is what lies there
         self.seconds["generation"] += middle - start
         self.seconds["files"] += time.perf_counter() - middle
         return found
@@ -391,9 +386,9 @@ class GenerationModule(FrozenModule):
             logger.save()
 
 
-def _stacked(pictures: Sequence[Picture]) -> tuple[torch.Tensor, list[bool]]:
-    pixels = torch.from_numpy(np.stack([picture.pixels for picture in pictures])).permute(0, 3, 1, 2)
-    return pixels, [picture.finite for picture in pictures]
+def _stacked(pictures: Sequence[Picture]) -> torch.Tensor:
+    """uint8 [b, 3, h, w]."""
+    return torch.from_numpy(np.stack([picture.pixels for picture in pictures])).permute(0, 3, 1, 2)
 
 
 def _numbers(results: Mapping[str, Any]) -> dict[str, float]:

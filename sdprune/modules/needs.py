@@ -8,9 +8,9 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Optional
 
 from sdprune.errors import InputError
+from sdprune.identity import facts_of, package_code
 from sdprune.pipelines import PipelineFamily, Sampling
 from sdprune.pruning import PruneSpec, Timesteps
-from sdprune.record import own_version
 
 if TYPE_CHECKING:
     from sdprune.data import CocoDataModule
@@ -99,7 +99,7 @@ class Needs:
         return self.data.describe_calibration()  # may hash a large file
 
     def _common(self, component: str) -> dict[str, Any]:
-        common = {"version": own_version(), "pipeline": self.pipeline.describe(), "dtype": self.dtype}
+        common = {"version": package_code(), "pipeline": facts_of(self.pipeline), "dtype": self.dtype}
         common["prompts"] = self._prompts
         if is_text(component):
             return common | {"padding": self.calibration.padding}

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any, Dict, Optional
 
 from sdprune.data import Batch
 from sdprune.errors import InputError
+from sdprune.identity import facts_of, fingerprint, own_version, package_code
 from sdprune.modules.base import FrozenModule
 from sdprune.modules.calibrator import Calibrator, of_everyone
 from sdprune.modules.needs import Calibration, Need, Needs, is_text
 from sdprune.pipelines import PipelineFamily, Sampling
 from sdprune.pruning import Budget, InfeasibleError, PruneReport, PruneSpec, Size, account, apply, targets_of, wholes
-from sdprune.record import fingerprint, label, own_version, read_json, require_writable, write_json
+from sdprune.record import label, read_json, require_writable, write_json
 from sdprune.store import StatisticsStore
 
 if TYPE_CHECKING:
@@ -198,7 +199,7 @@ class PruningModule(FrozenModule):
     def directory(self, data: CocoDataModule, dtype: str) -> Path:
         """Where the pruned pipeline goes."""
         facts = {
-            "version": own_version(), "pipeline": self.pipeline.describe(), "prune": self.plan.describe(),
+            "version": package_code(), "pipeline": facts_of(self.pipeline), "prune": self.plan.describe(),
             "calibration": self.plan.facts(data, dtype), "dtype": dtype,
         }  # fmt: skip
         return Path(self.output) / f"pruned-{label(self.plan.specs)}-{fingerprint(facts)}"

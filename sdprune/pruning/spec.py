@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, List, Literal, Optional, Tuple, get_args
 
 from sdprune.errors import InputError, unknown
+from sdprune.identity import code_of
 from sdprune.pruning.allocation import Allocation
 from sdprune.pruning.allocation.uniform import Uniform
 from sdprune.pruning.criteria import Criterion
@@ -217,4 +218,4 @@ def _name(part: object) -> str:
 def _describe(part: object) -> dict[str, Any]:
     parameters = inspect.signature(type(part).__init__).parameters.values()
     options = [p.name for p in parameters if p.name != "self" and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-    return {"class": _name(part), "options": {option: getattr(part, option) for option in options}}
+    return {"class": _name(part), "options": {option: getattr(part, option) for option in options}, **code_of(part)}

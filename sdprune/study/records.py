@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sdprune.errors import InputError
+from sdprune.identity import fingerprint
 from sdprune.pruning import Budget, InfeasibleError, Size
-from sdprune.record import COMPARED, fingerprint, read_json
+from sdprune.record import COMPARED, read_json
 
 
 class Difference(NamedTuple):

@@ -100,10 +100,10 @@ DAMAGE = {
     "KeyError: 'images'": lambda content: content.pop("images"),
     "KeyError: 'caption'": lambda content: content["annotations"][3].pop("caption"),
     "KeyError: 'file_name'": lambda content: content["images"][3].pop("file_name"),
-    "lists images twice (ids or file names): 000000000014.jpg": lambda content: content["images"][0].update(
+    "lists file names of images twice: 000000000014.jpg": lambda content: content["images"][0].update(
         file_name="000000000014.jpg"
     ),
-    "lists images twice (ids or file names): ids": lambda content: content["images"].append(content["images"][0]),
+    "lists ids of images twice: 7": lambda content: content["images"].append(content["images"][0]),
     "holds no captions": lambda content: content["annotations"].clear(),
     "ids of type int, str": lambda content: [
         content["images"].append({"id": "x", "file_name": "x.jpg"}),

@@ -223,7 +223,7 @@ def test_a_lost_dense_image_is_told_before_drawing_with_what_to_do(sdprune, mini
     picture.unlink()
     told = sdprune(*predict(tmp_path, "--model.prune.unet.sparsity=0.2"))
     assert told.code == 2
-    assert f"{picture} is missing or damaged: delete it and {dense / 'results.json'}" in told.err
+    assert f"such as {picture}: delete {dense / 'results.json'}" in told.err
     assert not list(tmp_path.glob("*unet-magnitude-0.2*/images/*.png"))
     (dense / "results.json").unlink()
     assert sdprune(*predict(tmp_path, "--model.prune.unet.sparsity=0.2")).code == 0

@@ -118,7 +118,8 @@ def test_wanda(layer, sparsity, granularity):
 def naive_sparsegpt(weight, positions, samples, choose, widths, damping=0.01):
     """Optimal Brain Surgeon column by column: the inverse Hessian is eliminated one column at a time, in float64.
 
-    diag(U)_j^2 of the Cholesky factor of H^-1 is the j-th diagonal of the inverse after j eliminations.
+    diag(U)_j^2 of the Cholesky factor of H^-1 is the j-th diagonal of the inverse after j eliminations. The weights of an
+    input that is always 0 score 0.
     """
     weight = weight.double().clone()
     x = torch.tensor(positions, dtype=torch.float64)
@@ -127,7 +128,6 @@ def naive_sparsegpt(weight, positions, samples, choose, widths, damping=0.01):
     for j in range(len(hessian)):
         if dead[j]:
             hessian[j, j] = 1
-            weight[:, j] = 0
     hessian += damping * hessian.diagonal().mean() * torch.eye(len(hessian), dtype=torch.float64)
     inverse = torch.linalg.inv(hessian)
     diagonals, rows = [], []
@@ -140,6 +140,9 @@ def naive_sparsegpt(weight, positions, samples, choose, widths, damping=0.01):
     for number, width in enumerate(widths):
         stop = start + width
         scores = weight[:, start:stop].square() / torch.tensor(diagonals[start:stop])
+        for j in range(start, stop):
+            if dead[j]:
+                scores[:, j - start] = 0
         mask[:, start:stop] = choose(scores, number)
         for j in range(start, stop):
             for i in range(len(weight)):
@@ -217,6 +220,60 @@ def test_sparsegpt_n_of_m(name):
         mask, wanted = naive_sparsegpt(before.flatten(1)[part][:, order], reordered, len(x), choose, widths)
         assert not now[part][:, order][mask].any()
         torch.testing.assert_close(now[part][:, order].double(), wanted, rtol=2e-3, atol=2e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(("sparsity", "granularity"), [(0.1, "column_block"), (0.5, "column_block"), (0.25, "1:4")])
+def test_sparsegpt_counts_dead_columns_and_spares_those_that_are_not_pruned(dtype, sparsity, granularity):
+    torch.manual_seed(8)
+    net, x = nn.Sequential(nn.Linear(8, 9)).to(dtype), torch.randn(40, 8).to(dtype)
+    x[:, [1, 2, 6]] = 0
+    before = net[0].weight.detach().clone()
+    with torch.no_grad():
+        before[0, 1] = net[0].weight[0, 1] = 1e-30  # bits that a rounding would lose
+    report = prune(
+        net, sparsity=sparsity, granularity=granularity, block_width=4, criterion="SparseGPT", inputs=[x]
+    )
+    now = net[0].weight.detach()
+    counts = shares(math.floor(72 * sparsity + 0.5), [36, 36])
+    assert report.pruned == report.zeros == int((now == 0).sum()) == sum(counts)
+    for start, count in zip((0, 4), counts, strict=True):
+        dead = [(i, j) for i in range(9) for j in range(start, start + 4) if j in (1, 2, 6)]
+        gone = [(i, j) for i in range(9) for j in range(start, start + 4) if now[i, j] == 0]
+        assert len(gone) == count
+        if granularity == "1:4":
+            assert gone == [(i, {0: 1, 4: 6}[start]) for i in range(9)]
+        else:
+            assert set(gone) >= set(dead[:count])
+        assert all(now[i, j] == before[i, j] for i, j in dead if (i, j) not in gone)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
+def test_sparsegpt_at_0_leaves_a_layer_to_the_bit(dtype):
+    torch.manual_seed(8)
+    net, x = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4)).to(dtype), torch.randn(30, 6).to(dtype)
+    x[:, 2] = 0
+    with torch.no_grad():
+        net[0].weight[1, 1] = -0.0
+    before = net[0].weight.detach().clone()
+    report = prune(net, sparsity=0.5, criterion="SparseGPT", allocation=PerLayer({"0": 0.0}), inputs=[x])
+    assert [layer.pruned for layer in report.layers] == [0, 10]
+    assert torch.equal(net[0].weight, before)
+    assert torch.equal(net[0].weight.signbit(), before.signbit())
+
+
+@pytest.mark.parametrize("granularity", ["column_block", "1:4"])
+def test_original_sparsegpt_zeroes_dead_columns_and_says_so(granularity):
+    torch.manual_seed(8)
+    net, x = nn.Sequential(nn.Linear(8, 9)), torch.randn(40, 8)
+    x[:, [1, 2, 6]] = 0
+    (layer,) = prune(
+        net, sparsity=0.25, granularity=granularity, criterion="SparseGPT", mode="original", inputs=[x]
+    ).layers
+    now = net[0].weight.detach()
+    assert not now[:, [1, 2, 6]].any()
+    assert layer.notes == {"dead_columns": 3}
+    assert layer.pruned == layer.zeros == int((now == 0).sum()) == 27  # beyond int(72 * 0.25) + 1, and 2 * 9
 
 
 def test_sparsegpt_leaves_outputs_closer_than_magnitude_and_wanda():

@@ -153,7 +153,7 @@ class Plan:
             k = split(self.ranks[target.name][1], [rows * width for width in widths])
             counts = dict(zip(_starts(widths), k, strict=True))
         mask = torch.empty(target.shape, dtype=torch.bool, device=target.weight.device)
-        weight = torch.empty(target.shape, device=target.weight.device)
+        weight = torch.empty_like(target.matrix)
         notes: Dict[str, Any] = {}
         own = {name: self.statistics[name][target.name] for name in criterion.statistics}
         size = rows // target.groups
@@ -162,10 +162,12 @@ class Plan:
             shares = {start: split(k, [size] * target.groups)[group] for start, k in counts.items()}
             pick = partial(self._pick, target, shares)
             hessian = {name: value[group][order][:, order] for name, value in own.items()}  # a view without a pattern
-            mask_part, weight_part, told = criterion.reconstruct(target.matrix[part][:, order], hessian, pick, widths)
-            mask[part, order], weight[part, order] = mask_part, weight_part
-            notes |= told
-        return target, mask, weight, notes
+            mask_part, weight_part, told = criterion.reconstruct(
+                target.matrix[part][:, order], hessian, pick, widths, original=self.spec.mode == "original"
+            )
+            mask[part, order], weight[part, order] = mask_part, weight_part.to(weight.dtype)
+            notes |= {name: max(value, notes.get(name, value)) for name, value in told.items()}
+        return target, mask, weight if mask.any() else None, notes  # nothing pruned, nothing to make up for
 
     def _pick(self, target: Target, counts: Mapping[int, int], scores: Tensor, start: int, stop: int) -> Tensor:
         if self.spec.pattern:

@@ -21,6 +21,7 @@ from sdprune.pruning import (
     prune,
     statistic,
 )  # fmt: skip
+from sdprune.record import label
 
 LAYERS = {
     "linear": lambda: nn.Linear(11, 8),
@@ -118,8 +119,8 @@ def test_wanda(layer, sparsity, granularity):
 def naive_sparsegpt(weight, positions, samples, choose, widths, damping=0.01):
     """Optimal Brain Surgeon column by column: the inverse Hessian is eliminated one column at a time, in float64.
 
-    diag(U)_j^2 of the Cholesky factor of H^-1 is the j-th diagonal of the inverse after j eliminations. The weights of an
-    input that is always 0 score 0.
+    diag(U)_j^2 of the Cholesky factor of H^-1 is the j-th diagonal of the inverse after j eliminations. The weights
+    of an input that is always 0 score 0.
     """
     weight = weight.double().clone()
     x = torch.tensor(positions, dtype=torch.float64)
@@ -231,9 +232,7 @@ def test_sparsegpt_counts_dead_columns_and_spares_those_that_are_not_pruned(dtyp
     before = net[0].weight.detach().clone()
     with torch.no_grad():
         before[0, 1] = net[0].weight[0, 1] = 1e-30  # bits that a rounding would lose
-    report = prune(
-        net, sparsity=sparsity, granularity=granularity, block_width=4, criterion="SparseGPT", inputs=[x]
-    )
+    report = prune(net, sparsity=sparsity, granularity=granularity, block_width=4, criterion="SparseGPT", inputs=[x])
     now = net[0].weight.detach()
     counts = shares(math.floor(72 * sparsity + 0.5), [36, 36])
     assert report.pruned == report.zeros == int((now == 0).sum()) == sum(counts)
@@ -448,6 +447,29 @@ def test_n_of_m_runs_along_channels_at_each_position_of_the_kernel(layer, n, m, 
                     assert now[i, c, p] == (0 if place in gone else flat[i, c, p])
 
 
+@pytest.mark.parametrize("granularity", ["2:4", "1:3", "2:3", "3:3"])
+@pytest.mark.parametrize("given", ["nothing", "rounded", "exactly"])
+def test_n_of_m_sets_the_sparsity_by_itself(granularity, given):
+    n, m = map(int, granularity.split(":"))
+    sparsity = {"nothing": None, "rounded": round(n / m, 3), "exactly": n / m}[given]
+    net = nn.Sequential(nn.Linear(12, 5))
+    spec = PruneSpec(sparsity=sparsity, granularity=granularity)
+    assert (spec.sparsity, spec.nominal, spec.dense) == (n / m, n / m, False)
+    assert spec.describe() == PruneSpec(n / m, granularity=granularity).describe()
+    assert label({"unet": spec}) == f"unet-magnitude-{n / m:g}"
+    report = prune(net, spec)
+    assert report.nominal == n / m
+    assert report.pruned == report.zeros == 5 * 12 * n // m
+
+
+def test_n_of_m_at_a_given_sparsity_of_0_is_the_dense_model():
+    net = nn.Sequential(nn.Linear(12, 5))
+    spec = PruneSpec(0, granularity="2:4")
+    assert (spec.sparsity, spec.dense) == (0, True)
+    assert prune(net, spec).pruned == 0
+    assert PruneSpec().sparsity == 0
+
+
 # --- sequential -----------------------------------------------------------------------------------------------
 
 
@@ -558,7 +580,7 @@ def test_original_sparsegpt_prunes_one_more_a_block():
         ({"criterion": "SparseGPT", "band": (0.1, 0.2)}, "ranks no weights"),
         ({"granularity": "N:M"}, "as in 2:4"),
         ({"granularity": "5:4", "sparsity": 0.5}, "prunes 5 of every 4"),
-        ({"granularity": "2:4", "sparsity": 0.4}, "prunes 0.5, not 0.4: set sparsity to 0.5"),
+        ({"granularity": "2:4", "sparsity": 0.4}, "prunes 0.5, not 0.4: leave sparsity out, or set it to 0.5"),
         ({"granularity": "2:4", "sparsity": 0.5, "allocation": "OWL"}, "OWL has no effect under granularity 2:4"),
         ({"criterion": "Wanda", "granularity": "component", "order": "sequential"}, "sequential cannot rank a whole"),
         ({"order": "onepass"}, "Unknown order 'onepass'. Did you mean 'one_pass'"),

@@ -54,9 +54,9 @@ class Plan:
         )
         if spec.mode == "original":
             criterion = type(spec.criterion).__name__
-            self.sparsities = spec.allocation.original(targets, spec.sparsity, norms, criterion)
+            self.sparsities = spec.allocation.original(targets, spec.nominal, norms, criterion)
             return
-        self.sparsities = spec.allocation.sparsities(targets, spec.sparsity, norms)
+        self.sparsities = spec.allocation.sparsities(targets, spec.nominal, norms)
         groups = self._groups(targets)
         self.ranks = dict(zip(groups, self._ranks(list(groups.values())), strict=True))
 
@@ -85,12 +85,12 @@ class Plan:
         if spec.band is not None:
             return [(count(size, spec.band[0]), count(size, spec.band[1])) for size in sizes]
         if isinstance(spec.allocation, Uniform):
-            return [(0, count(size, spec.sparsity)) for size in sizes]
+            return [(0, count(size, spec.nominal)) for size in sizes]
         # Otherwise one count for the component, shared among the groups, so that rounding does not add up.
         unit = 1 << 52
         asked = [sum(t.weight.numel() * round(sparsities[t.name] * unit) for t in group) for group in groups]
-        kept = abs(sum(asked) / unit - sum(sizes) * spec.sparsity) < 0.01  # else the allocation meant another sum
-        return [(0, k) for k in apportion(asked, unit, count(sum(sizes), spec.sparsity) if kept else None)]
+        kept = abs(sum(asked) / unit - sum(sizes) * spec.nominal) < 0.01  # else the allocation meant another sum
+        return [(0, k) for k in apportion(asked, unit, count(sum(sizes), spec.nominal) if kept else None)]
 
     def _together(self, group: list[Target], low: int, high: int) -> Iterator[Worked]:
         widest = reduce(torch.promote_types, (target.weight.dtype for target in group))

@@ -15,6 +15,7 @@ from sdprune.pruning.statistics import Timesteps
 from sdprune.pruning.targets import LAYER_KINDS, Blocks
 
 GRANULARITIES = ("layer", "row", "column_block", "module_block", "component", "N:M")
+_AGREEMENT = 1e-3  # how far a given sparsity may be from that of a pattern: 1:3 is 0.333
 Order = Literal["one_pass", "sequential"]
 Mode = Literal["exact", "original"]
 
@@ -24,13 +25,14 @@ class PruneSpec:
     """How one component is to be pruned: independent choices that combine freely.
 
     Args:
-        sparsity: share of the targeted weights to prune, in [0, 1].
+        sparsity: share of the targeted weights to prune, in [0, 1]; 0, the default, prunes nothing. Granularity N:M
+            sets it to N / M: one that is given must agree with that, or be 0, which keeps the component dense.
         band: prune instead the weights whose rank within their group lies between these two shares, e.g. [0.1, 0.2].
         criterion: what ranks the weights: a Criterion or the name of one.
         allocation: how the sparsity is shared out among layers: an Allocation or the name of one.
         granularity: which weights are ranked against each other: layer, row, column_block, module_block, component, or
-            N:M such as 2:4, N pruned of every M neighbouring inputs. By default as published: layer for Magnitude, row
-            for Wanda, column_block for SparseGPT.
+            N:M such as '2:4' (in YAML with quotes), N pruned of every M neighbouring inputs. By default as published:
+            layer for Magnitude, row for Wanda, column_block for SparseGPT.
         block_width: columns of a column_block.
         layers: kinds of layer: Linear, Conv2d.
         include: shell patterns on layer names; what matches one of them is a target.
@@ -46,7 +48,7 @@ class PruneSpec:
         InputError: for a value out of range, an unknown name, or choices that cancel each other.
     """
 
-    sparsity: float = 0.0
+    sparsity: Optional[float] = None
     band: Optional[Tuple[float, float]] = None
     # Defaults are names, resolved below: a configuration file can hold a name, not an instance.
     criterion: Criterion = "Magnitude"  # type: ignore[assignment]
@@ -65,7 +67,8 @@ class PruneSpec:
         self.criterion = _instance("criterion", self.criterion, Criterion)
         self.allocation = _instance("allocation", self.allocation, Allocation)
         self.granularity = self.granularity or self.criterion.granularities[0]
-        _check_share("sparsity", self.sparsity)
+        if self.sparsity is not None:
+            _check_share("sparsity", self.sparsity)
         for option, choices in (("order", Order), ("timesteps", Timesteps), ("blocks", Blocks), ("mode", Mode)):
             if getattr(self, option) not in get_args(choices):
                 raise unknown(option, getattr(self, option), get_args(choices))
@@ -77,11 +80,14 @@ class PruneSpec:
         self._check_granularity(self.granularity)
         if self.mode == "original":
             self._check_original()
+        if self.pattern and self.sparsity != 0:
+            self.sparsity = self.pattern[0] / self.pattern[1]
+        self.sparsity = float(self.sparsity or 0)
 
     @property
     def nominal(self) -> float:
         """The share of the component that is asked for: the sparsity, or the width of the band."""
-        return self.sparsity if self.band is None else self.band[1] - self.band[0]
+        return float(self.sparsity or 0) if self.band is None else self.band[1] - self.band[0]
 
     @property
     def dense(self) -> bool:
@@ -106,7 +112,7 @@ class PruneSpec:
     def describe(self) -> dict[str, Any]:
         """Everything that decides which weights are pruned, as plain JSON values in a canonical form."""
         return {
-            "sparsity": float(self.sparsity),
+            "sparsity": self.sparsity,
             "band": None if self.band is None else [float(share) for share in self.band],
             "criterion": _describe(self.criterion),
             "allocation": _describe(self.allocation),
@@ -139,7 +145,7 @@ class PruneSpec:
             _check_share("band", share)
         if band[0] >= band[1]:
             raise InputError(f"band is {list(band)}: its first share must be below its second, as in [0.1, 0.2].")
-        if self.sparsity != 0:
+        if self.sparsity:
             raise InputError(f"band {list(band)} and sparsity {self.sparsity} exclude each other: set sparsity to 0.")
         if not isinstance(self.criterion, Ranking):
             raise InputError(f"{_name(self.criterion)} ranks no weights, so that there is no band of them: use Wanda.")
@@ -170,8 +176,11 @@ class PruneSpec:
             raise InputError(f"granularity {n}:{m} prunes {n} of every {m}: give 1 to {m} of {m}.")
         if self.band is not None:
             raise InputError(f"A band has no effect under granularity {n}:{m}: use another granularity.")
-        if self.sparsity not in (0, n / m):
-            raise InputError(f"granularity {n}:{m} prunes {n / m:g}, not {self.sparsity}: set sparsity to {n / m:g}.")
+        if self.sparsity and abs(self.sparsity - n / m) > _AGREEMENT:
+            given, wanted = f"{self.sparsity:g}", f"{n / m:g}"
+            raise InputError(
+                f"granularity {n}:{m} prunes {wanted}, not {given}: leave sparsity out, or set it to {wanted}."
+            )
 
     def _check_original(self) -> None:
         kind = "N:M" if self.pattern else self.granularity

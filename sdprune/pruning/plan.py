@@ -1,6 +1,8 @@
 """What every layer loses: how many weights, decided before scores are looked at, and then which."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
+from fractions import Fraction
 from functools import partial, reduce
 from itertools import chain
 from typing import Any, Dict, Optional, Tuple
@@ -9,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sdprune.errors import InputError
-from sdprune.pruning.allocation.uniform import Uniform
+from sdprune.pruning.allocation.base import Share
 from sdprune.pruning.criteria.base import Ranking, Reconstruction
 from sdprune.pruning.selection import (
     CHUNK,
@@ -17,6 +19,7 @@ from sdprune.pruning.selection import (
     apportion,
     column_blocks,
     count,
+    rational,
     select,
     select_column_blocks,
     select_pattern,
@@ -52,6 +55,7 @@ class Plan:
         norms = (
             {"input_norm": weigh(dense_statistics["input_norm"], spec.timesteps)} if spec.allocation.statistics else {}
         )
+        self.sparsities: Mapping[str, Share]
         if spec.mode == "original":
             criterion = type(spec.criterion).__name__
             self.sparsities = spec.allocation.original(targets, spec.nominal, norms, criterion)
@@ -84,13 +88,24 @@ class Plan:
         sizes = [sum(target.weight.numel() for target in group) for group in groups]
         if spec.band is not None:
             return [(count(size, spec.band[0]), count(size, spec.band[1])) for size in sizes]
-        if isinstance(spec.allocation, Uniform):
-            return [(0, count(size, spec.nominal)) for size in sizes]
-        # Otherwise one count for the component, shared among the groups, so that rounding does not add up.
-        unit = 1 << 52
-        asked = [sum(t.weight.numel() * round(sparsities[t.name] * unit) for t in group) for group in groups]
-        kept = abs(sum(asked) / unit - sum(sizes) * spec.nominal) < 0.01  # else the allocation meant another sum
-        return [(0, k) for k in apportion(asked, unit, count(sum(sizes), spec.nominal) if kept else None)]
+        if spec.allocation.explicit:
+            return [(0, self._count(group)) for group in groups]
+        quotas = [sum((t.weight.numel() * rational(sparsities[t.name]) for t in group), Fraction()) for group in groups]
+        total, shared = count(sum(sizes), spec.nominal), sum(quotas, Fraction())
+        if abs(shared - total) >= 1:
+            raise InputError(
+                f"Allocation {type(spec.allocation).__name__} prunes {float(shared):.1f} weights where sparsity "
+                f"{spec.nominal} means {total}: keep the mean, or set `explicit` in the class if that is meant."
+            )
+        return [(0, k) for k in apportion(quotas, total)]
+
+    def _count(self, group: list[Target]) -> int:
+        """What layers with explicit sparsities lose together."""
+        sizes: Dict[float, int] = {}  # by sparsity: a group of one sparsity loses count(size, sparsity) to the bit
+        for target in group:
+            share = float(self.sparsities[target.name])
+            sizes[share] = sizes.get(share, 0) + target.weight.numel()
+        return math.floor(sum(size * share for share, size in sizes.items()) + 0.5)
 
     def _together(self, group: list[Target], low: int, high: int) -> Iterator[Worked]:
         widest = reduce(torch.promote_types, (target.weight.dtype for target in group))

@@ -15,7 +15,8 @@ from sdprune.pruning.statistics import Timesteps
 from sdprune.pruning.targets import LAYER_KINDS, Blocks
 
 GRANULARITIES = ("layer", "row", "column_block", "module_block", "component", "N:M")
-_AGREEMENT = 1e-3  # how far a given sparsity may be from that of a pattern: 1:3 is 0.333
+AGREEMENT = 1e-3
+"""How far a given sparsity may be from one that is set otherwise: 1:3 is 0.333."""
 Order = Literal["one_pass", "sequential"]
 Mode = Literal["exact", "original"]
 
@@ -176,7 +177,7 @@ class PruneSpec:
             raise InputError(f"granularity {n}:{m} prunes {n} of every {m}: give 1 to {m} of {m}.")
         if self.band is not None:
             raise InputError(f"A band has no effect under granularity {n}:{m}: use another granularity.")
-        if self.sparsity and abs(self.sparsity - n / m) > _AGREEMENT:
+        if self.sparsity and abs(self.sparsity - n / m) > AGREEMENT:
             given, wanted = f"{self.sparsity:g}", f"{n / m:g}"
             raise InputError(
                 f"granularity {n}:{m} prunes {wanted}, not {given}: leave sparsity out, or set it to {wanted}."

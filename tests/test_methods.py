@@ -2,7 +2,9 @@
 
 import copy
 import math
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -18,6 +20,7 @@ from sdprune.pruning import (
     apply,
     find_targets,
     gather,
+    masks,
     prune,
     statistic,
 )  # fmt: skip
@@ -556,6 +559,72 @@ def test_original_owl_wanda_lifts_what_is_not_above_0():
         prune(blocks_and_inputs()[0], sparsity=0.05, allocation=OWL(m=3, lambda_=0.2), mode="original", inputs=batches)
     with pytest.raises(InputError, match="divides by 0"):
         prune(blocks_and_inputs()[0], sparsity=0.5, allocation=OWL(m=1e9), mode="original", inputs=batches)
+
+
+def published_shares(outliers, sparsity, lambda_):
+    """luuyin/OWL, lib/prune_all.py, line by line: D by block in percent -> sparsity by block, in float64."""
+    ratio = np.array(list(outliers.values()))
+    ratio = (ratio - ratio.min()) * (1 / (ratio.max() - ratio.min()) * lambda_ * 2)
+    ratio = ratio - np.mean(ratio) + (1 - sparsity)
+    return {block: 1 - share for block, share in zip(outliers, ratio, strict=True)}
+
+
+class TwoBlocks(nn.Module):
+    """Rows of 100 inputs, on which the last bit of a share like 0.7 shows."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(5)
+        self.layers = nn.ModuleList(nn.ModuleList([nn.Linear(100, 100)]) for _ in range(2))
+        with torch.no_grad():
+            self.layers[1][0].weight[0] *= 30
+
+    def forward(self, x):
+        for (layer,) in self.layers:
+            x = layer(x)
+        return x
+
+
+@pytest.mark.parametrize("sparsity", [round(0.01 * i, 2) for i in range(10, 90, 4)])
+def test_original_owl_shares_are_those_of_the_published_order_of_operations(sparsity):
+    net, batches = TwoBlocks(), [torch.randn(6, 100)]
+    shares = published_shares(naive_outliers(net, batches, 3), sparsity, 0.08)
+    report = prune(net, sparsity=sparsity, criterion="Wanda", allocation=OWL(m=3), mode="original", inputs=batches)
+    assert [layer.pruned for layer in report.layers] == [
+        100 * int(100 * shares[layer.block]) for layer in report.layers
+    ]
+
+
+def test_original_owl_sparsegpt_lifts_what_is_not_above_0():
+    net, batches = blocks_and_inputs()
+    shares = published_shares(naive_outliers(net, batches, 3), 0.05, 0.2)
+    assert min(shares.values()) < 0
+    allocation = OWL(m=3, lambda_=0.2)
+    report = prune(net, sparsity=0.05, criterion="SparseGPT", allocation=allocation, mode="original", inputs=batches)
+    for layer in report.layers:
+        share = shares[layer.block] if shares[layer.block] > 0 else 0.01
+        dead = layer.notes.get("dead_columns", 0) * net.get_submodule(layer.name).out_features  # behind a ReLU
+        assert layer.pruned == max(int(layer.weights * share) + 1, dead)  # one block of up to 128 columns
+
+
+@pytest.mark.parametrize("criterion", ["Magnitude", "SparseGPT"])
+def test_original_n_of_m_has_the_ties_of_topk(criterion):
+    torch.manual_seed(2)
+    net = nn.Sequential(nn.Linear(32, 30))
+    with torch.no_grad():
+        net[0].weight.copy_(torch.randint(-1, 2, (30, 32)))
+    scores = net[0].weight.detach().abs()
+    statistics = {"hessian": {"0": torch.eye(32)[None]}}  # inputs that have nothing to do with each other
+    wanted = torch.zeros(30, 32, dtype=torch.bool)
+    for start in range(0, 32, 4):  # as in lib/prune.py of Wanda
+        found = torch.topk(scores[:, start : start + 4], 2, dim=1, largest=False)[1]
+        wanted.scatter_(1, start + found, True)
+    spec = PruneSpec(granularity="2:4", criterion=criterion, mode="original")
+    ((_, mask),) = masks(find_targets(net), spec, statistics)
+    assert torch.equal(mask, wanted)
+    ((_, exact),) = masks(find_targets(net), replace(spec, mode="exact"), statistics)
+    assert not torch.equal(exact, wanted)
+    assert torch.equal(exact.sum(1), wanted.sum(1))
 
 
 def test_original_sparsegpt_prunes_one_more_a_block():

@@ -1,7 +1,7 @@
 """What every layer loses: how many weights, decided before scores are looked at, and then which."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from functools import partial, reduce
 from itertools import chain
@@ -24,6 +24,7 @@ from sdprune.pruning.selection import (
     select_column_blocks,
     select_pattern,
     select_rows,
+    select_topk,
     select_up_to,
     split,
 )
@@ -131,7 +132,7 @@ class Plan:
         if self.spec.pattern:
             order = target.channels_last
             mask = torch.empty(target.shape, dtype=torch.bool, device=scores.device)
-            mask[:, order] = _pattern(target, scores[:, order], self.spec.pattern)
+            mask[:, order] = self._pattern(target, scores[:, order], *self.spec.pattern)
         elif self.spec.mode == "original":
             mask = self._original(target, scores)
         else:
@@ -189,10 +190,24 @@ class Plan:
             n, m = self.spec.pattern
             if stop - start < m:  # a remainder stays dense
                 return torch.zeros_like(scores, dtype=torch.bool)
-            return select_pattern(target.name, scores, n)
+            return self._lowest_of_group(target.name, scores, n)
         if self.spec.mode == "original":
             return select_up_to(target.name, scores, int(scores.numel() * self.sparsities[target.name]))
         return select_column_blocks(target.name, scores, stop - start, [0], [counts[start]])
+
+    def _pattern(self, target: Target, scores: Tensor, n: int, m: int) -> Tensor:
+        """The N lowest of every M neighbouring channels; a remainder stays dense. Scores in channels-last order."""
+        by_position = scores.unflatten(1, (-1, target.channels))
+        whole = target.channels // m * m
+        mask = torch.zeros(by_position.shape, dtype=torch.bool, device=scores.device)
+        if whole:
+            groups = by_position[..., :whole].unflatten(2, (-1, m))
+            mask[..., :whole] = self._lowest_of_group(target.name, groups, n).flatten(2)
+        return mask.flatten(1)
+
+    @property
+    def _lowest_of_group(self) -> Callable[[str, Tensor, int], Tensor]:
+        return select_pattern if self.spec.mode == "exact" else select_topk
 
     def _parts(self, target: Target) -> list[slice]:
         """The rows that are scored at a time."""
@@ -226,18 +241,6 @@ def _stretches(target: Target, spec: PruneSpec) -> list[int]:
 
 def _starts(widths: list[int]) -> list[int]:
     return [sum(widths[:i]) for i in range(len(widths))]
-
-
-def _pattern(target: Target, scores: Tensor, pattern: Tuple[int, int]) -> Tensor:
-    """The N lowest of every M neighbouring channels; a remainder stays dense. Scores in channels-last order."""
-    n, m = pattern
-    by_position = scores.unflatten(1, (-1, target.channels))
-    whole = target.channels // m * m
-    mask = torch.zeros(by_position.shape, dtype=torch.bool, device=scores.device)
-    if whole:
-        groups = by_position[..., :whole].unflatten(2, (-1, m))
-        mask[..., :whole] = select_pattern(target.name, groups, n).flatten(2)
-    return mask.flatten(1)
 
 
 def _require(targets: Sequence[Target], part: Any, statistics: Statistics) -> None:

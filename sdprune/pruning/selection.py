@@ -151,6 +151,13 @@ def select_pattern(name: str, scores: Tensor, n: int) -> Tensor:
     return mask.view(keys.shape)
 
 
+def select_topk(name: str, scores: Tensor, n: int) -> Tensor:
+    """Select the n lowest of every group of the scores [..., m], with the ties of torch.topk: as published codes do."""
+    _keys(name, scores)
+    lowest = scores.float().topk(n, dim=-1, largest=False).indices
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, lowest, True)
+
+
 def select_up_to(name: str, scores: Tensor, rank: int) -> Tensor:
     """Select every score up to the one of that rank, ties included: the counting of published codes.
 

@@ -43,7 +43,10 @@ class PruneSpec:
         timesteps: how much the denoising steps count in a U-Net's statistics: uniform, linear, log_decrease,
             log_increase.
         blocks: what counts as a block of a U-Net: module (a down, mid or up block) or, finer, transformer.
-        mode: exact prunes what was asked, to the weight; original counts as the published code of the method does.
+        mode: exact prunes what was asked, to the weight; original counts as the published code of the method does, ties
+            of N:M as torch.topk on the same device. It does not follow Wanda's running fp32 mean of the squared norms,
+            whose last bits depend on device and batch: they are summed in fp64, and single pairs of nearly equal scores
+            may change places. Columns left over by N:M stay dense; published codes prune N of them, or fail.
 
     Raises:
         InputError: for a value out of range, an unknown name, or choices that cancel each other.

@@ -4,6 +4,8 @@ from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from sdprune.errors import InputError
@@ -47,23 +49,31 @@ class OWL(Allocation):
     def original(
         self, targets: Sequence[Target], sparsity: float, statistics: Norms, criterion: str
     ) -> dict[str, float]:
-        """Plain mean over blocks; on the Wanda path what is not above 0 becomes 0.01.
+        """As in luuyin/OWL: float64 shares in its order of operations, the plain mean over blocks, and for Wanda and
+        SparseGPT 0.01 where a share is not above 0.
 
         Raises:
             InputError: where the published code divides by zero, or leaves [0, 1].
         """
         blocks = by_block(targets)
-        deviations = self._deviations(blocks, statistics)
-        if deviations is None:
+        outliers = np.array([self._published(members, statistics) for members in blocks.values()])
+        low, high = outliers.min(), outliers.max()
+        if low == high:
             raise InputError("mode original: all blocks have equal outliers, where OWL divides by 0. Use mode exact.")
-        mean = sum(deviations.values()) / len(deviations)
-        chosen = {block: sparsity - (d - mean) for block, d in deviations.items()}
-        if criterion == "Wanda":
+        kept = (outliers - low) * (1 / (high - low) * self.lambda_ * 2)
+        kept = kept - np.mean(kept) + (1 - sparsity)
+        chosen = {block: 1 - float(share) for block, share in zip(blocks, kept, strict=True)}
+        if criterion in ("Wanda", "SparseGPT"):
             chosen = {block: share if share > 0 else 0.01 for block, share in chosen.items()}
         for block, share in chosen.items():
             if not 0 <= share <= 1:
                 raise InputError(f"mode original: OWL gives block {block} the sparsity {share:.4f}. Use mode exact.")
         return {target.name: chosen[target.block] for target in targets}
+
+    def _published(self, members: list[Target], statistics: Norms) -> float:
+        """D_l in percent, from the fp32 mean of the block's scores in one piece, on the CPU."""
+        scores = torch.cat([_scores(target, statistics).flatten().cpu() for target in members])
+        return float((scores > scores.mean() * self.m).sum().item()) / scores.numel() * 100
 
     def _deviations(self, blocks: dict[str, list[Target]], statistics: Norms) -> dict[str, Fraction] | None:
         """d_l by block; None if all blocks are alike."""

@@ -13,7 +13,8 @@ from typing import Any, get_args, get_type_hints
 from sdprune.errors import unknown
 from sdprune.pruning.spec import subclasses
 
-_KINDS = {"float": "a number", "int": "a whole number", "bool": "true or false", "list": "a list, as in [a, b]"}
+_KINDS = {"float": "a number", "int": "a whole number", "bool": "true or false", "list": "a list, as in [a, b]",
+          "str": "text, in quotes where YAML takes it for a number, as in '2:4'"}  # fmt: skip
 _NEXT = "See --help, or --print_config for all options."
 
 

@@ -83,6 +83,30 @@ def test_saved_in_half_precision(sdprune, miniature, tmp_path):
     counts_are_exact(saved(tmp_path), miniature / "pipeline", torch.float16)
 
 
+def test_n_of_m_needs_no_sparsity(sdprune, miniature, tmp_path):
+    told = sdprune(*fit("prune", tmp_path, "--model.prune={unet: {sparsity: null, granularity: '2:4'}}"))
+    assert (told.code, told.err) == (0, "")
+    directory = saved(tmp_path)
+    assert directory.name.startswith("pruned-unet-magnitude-0.5-")
+    before = weights(miniature / "pipeline", "unet")
+    for layer in json.loads((directory / "pruning_report.json").read_text())["layers"]["unet"]:
+        weight = before[f"{layer['name']}.weight"]
+        assert layer["pruned"] == weight.shape[0] * (weight.shape[1] // 4) * 2
+    told = sdprune(*fit("prune", tmp_path, "--model.prune.unet.granularity=2:4"))  # the configuration gives 0.35
+    assert told.code == 2
+    line = "granularity 2:4 prunes 0.5, not 0.35: leave sparsity out, or set it to 0.5."
+    assert told.err == f"sdprune: error: {line}\n"
+
+
+def test_n_of_m_without_quotes_is_explained(sdprune, tmp_path):
+    config = tmp_path / "config.yaml"
+    config.write_text("model: {class_path: PruningModule, init_args: {prune: {unet: {granularity: 2:4}}}}")
+    told = sdprune(*fit("prune", tmp_path, "--config", str(config)))  # YAML reads 2 * 60 + 4
+    assert told.code == 2
+    assert "granularity is 124: give text, in quotes" in told.err
+    assert told.err.count("\n") == 1
+
+
 def test_a_saved_pipeline_is_left_as_it_is(sdprune, miniature, tmp_path):
     assert sdprune(*fit("prune", tmp_path)).code == 0
     directory = saved(tmp_path)

@@ -2,7 +2,9 @@
 
 import copy
 import math
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -18,9 +20,11 @@ from sdprune.pruning import (
     apply,
     find_targets,
     gather,
+    masks,
     prune,
     statistic,
 )  # fmt: skip
+from sdprune.record import label
 
 LAYERS = {
     "linear": lambda: nn.Linear(11, 8),
@@ -118,7 +122,8 @@ def test_wanda(layer, sparsity, granularity):
 def naive_sparsegpt(weight, positions, samples, choose, widths, damping=0.01):
     """Optimal Brain Surgeon column by column: the inverse Hessian is eliminated one column at a time, in float64.
 
-    diag(U)_j^2 of the Cholesky factor of H^-1 is the j-th diagonal of the inverse after j eliminations.
+    diag(U)_j^2 of the Cholesky factor of H^-1 is the j-th diagonal of the inverse after j eliminations. The weights
+    of an input that is always 0 score 0.
     """
     weight = weight.double().clone()
     x = torch.tensor(positions, dtype=torch.float64)
@@ -127,7 +132,6 @@ def naive_sparsegpt(weight, positions, samples, choose, widths, damping=0.01):
     for j in range(len(hessian)):
         if dead[j]:
             hessian[j, j] = 1
-            weight[:, j] = 0
     hessian += damping * hessian.diagonal().mean() * torch.eye(len(hessian), dtype=torch.float64)
     inverse = torch.linalg.inv(hessian)
     diagonals, rows = [], []
@@ -140,6 +144,9 @@ def naive_sparsegpt(weight, positions, samples, choose, widths, damping=0.01):
     for number, width in enumerate(widths):
         stop = start + width
         scores = weight[:, start:stop].square() / torch.tensor(diagonals[start:stop])
+        for j in range(start, stop):
+            if dead[j]:
+                scores[:, j - start] = 0
         mask[:, start:stop] = choose(scores, number)
         for j in range(start, stop):
             for i in range(len(weight)):
@@ -217,6 +224,58 @@ def test_sparsegpt_n_of_m(name):
         mask, wanted = naive_sparsegpt(before.flatten(1)[part][:, order], reordered, len(x), choose, widths)
         assert not now[part][:, order][mask].any()
         torch.testing.assert_close(now[part][:, order].double(), wanted, rtol=2e-3, atol=2e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(("sparsity", "granularity"), [(0.1, "column_block"), (0.5, "column_block"), (0.25, "1:4")])
+def test_sparsegpt_counts_dead_columns_and_spares_those_that_are_not_pruned(dtype, sparsity, granularity):
+    torch.manual_seed(8)
+    net, x = nn.Sequential(nn.Linear(8, 9)).to(dtype), torch.randn(40, 8).to(dtype)
+    x[:, [1, 2, 6]] = 0
+    before = net[0].weight.detach().clone()
+    with torch.no_grad():
+        before[0, 1] = net[0].weight[0, 1] = 1e-30  # bits that a rounding would lose
+    report = prune(net, sparsity=sparsity, granularity=granularity, block_width=4, criterion="SparseGPT", inputs=[x])
+    now = net[0].weight.detach()
+    counts = shares(math.floor(72 * sparsity + 0.5), [36, 36])
+    assert report.pruned == report.zeros == int((now == 0).sum()) == sum(counts)
+    for start, count in zip((0, 4), counts, strict=True):
+        dead = [(i, j) for i in range(9) for j in range(start, start + 4) if j in (1, 2, 6)]
+        gone = [(i, j) for i in range(9) for j in range(start, start + 4) if now[i, j] == 0]
+        assert len(gone) == count
+        if granularity == "1:4":
+            assert gone == [(i, {0: 1, 4: 6}[start]) for i in range(9)]
+        else:
+            assert set(gone) >= set(dead[:count])
+        assert all(now[i, j] == before[i, j] for i, j in dead if (i, j) not in gone)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
+def test_sparsegpt_at_0_leaves_a_layer_to_the_bit(dtype):
+    torch.manual_seed(8)
+    net, x = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4)).to(dtype), torch.randn(30, 6).to(dtype)
+    x[:, 2] = 0
+    with torch.no_grad():
+        net[0].weight[1, 1] = -0.0
+    before = net[0].weight.detach().clone()
+    report = prune(net, sparsity=0.5, criterion="SparseGPT", allocation=PerLayer({"0": 0.0}), inputs=[x])
+    assert [layer.pruned for layer in report.layers] == [0, 10]
+    assert torch.equal(net[0].weight, before)
+    assert torch.equal(net[0].weight.signbit(), before.signbit())
+
+
+@pytest.mark.parametrize("granularity", ["column_block", "1:4"])
+def test_original_sparsegpt_zeroes_dead_columns_and_says_so(granularity):
+    torch.manual_seed(8)
+    net, x = nn.Sequential(nn.Linear(8, 9)), torch.randn(40, 8)
+    x[:, [1, 2, 6]] = 0
+    (layer,) = prune(
+        net, sparsity=0.25, granularity=granularity, criterion="SparseGPT", mode="original", inputs=[x]
+    ).layers
+    now = net[0].weight.detach()
+    assert not now[:, [1, 2, 6]].any()
+    assert layer.notes == {"dead_columns": 3}
+    assert layer.pruned == layer.zeros == int((now == 0).sum()) == 27  # beyond int(72 * 0.25) + 1, and 2 * 9
 
 
 def test_sparsegpt_leaves_outputs_closer_than_magnitude_and_wanda():
@@ -391,6 +450,29 @@ def test_n_of_m_runs_along_channels_at_each_position_of_the_kernel(layer, n, m, 
                     assert now[i, c, p] == (0 if place in gone else flat[i, c, p])
 
 
+@pytest.mark.parametrize("granularity", ["2:4", "1:3", "2:3", "3:3"])
+@pytest.mark.parametrize("given", ["nothing", "rounded", "exactly"])
+def test_n_of_m_sets_the_sparsity_by_itself(granularity, given):
+    n, m = map(int, granularity.split(":"))
+    sparsity = {"nothing": None, "rounded": round(n / m, 3), "exactly": n / m}[given]
+    net = nn.Sequential(nn.Linear(12, 5))
+    spec = PruneSpec(sparsity=sparsity, granularity=granularity)
+    assert (spec.sparsity, spec.nominal, spec.dense) == (n / m, n / m, False)
+    assert spec.describe() == PruneSpec(n / m, granularity=granularity).describe()
+    assert label({"unet": spec}) == f"unet-magnitude-{n / m:g}"
+    report = prune(net, spec)
+    assert report.nominal == n / m
+    assert report.pruned == report.zeros == 5 * 12 * n // m
+
+
+def test_n_of_m_at_a_given_sparsity_of_0_is_the_dense_model():
+    net = nn.Sequential(nn.Linear(12, 5))
+    spec = PruneSpec(0, granularity="2:4")
+    assert (spec.sparsity, spec.dense) == (0, True)
+    assert prune(net, spec).pruned == 0
+    assert PruneSpec().sparsity == 0
+
+
 # --- sequential -----------------------------------------------------------------------------------------------
 
 
@@ -479,6 +561,72 @@ def test_original_owl_wanda_lifts_what_is_not_above_0():
         prune(blocks_and_inputs()[0], sparsity=0.5, allocation=OWL(m=1e9), mode="original", inputs=batches)
 
 
+def published_shares(outliers, sparsity, lambda_):
+    """luuyin/OWL, lib/prune_all.py, line by line: D by block in percent -> sparsity by block, in float64."""
+    ratio = np.array(list(outliers.values()))
+    ratio = (ratio - ratio.min()) * (1 / (ratio.max() - ratio.min()) * lambda_ * 2)
+    ratio = ratio - np.mean(ratio) + (1 - sparsity)
+    return {block: 1 - share for block, share in zip(outliers, ratio, strict=True)}
+
+
+class TwoBlocks(nn.Module):
+    """Rows of 100 inputs, on which the last bit of a share like 0.7 shows."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(5)
+        self.layers = nn.ModuleList(nn.ModuleList([nn.Linear(100, 100)]) for _ in range(2))
+        with torch.no_grad():
+            self.layers[1][0].weight[0] *= 30
+
+    def forward(self, x):
+        for (layer,) in self.layers:
+            x = layer(x)
+        return x
+
+
+@pytest.mark.parametrize("sparsity", [round(0.01 * i, 2) for i in range(10, 90, 4)])
+def test_original_owl_shares_are_those_of_the_published_order_of_operations(sparsity):
+    net, batches = TwoBlocks(), [torch.randn(6, 100)]
+    shares = published_shares(naive_outliers(net, batches, 3), sparsity, 0.08)
+    report = prune(net, sparsity=sparsity, criterion="Wanda", allocation=OWL(m=3), mode="original", inputs=batches)
+    assert [layer.pruned for layer in report.layers] == [
+        100 * int(100 * shares[layer.block]) for layer in report.layers
+    ]
+
+
+def test_original_owl_sparsegpt_lifts_what_is_not_above_0():
+    net, batches = blocks_and_inputs()
+    shares = published_shares(naive_outliers(net, batches, 3), 0.05, 0.2)
+    assert min(shares.values()) < 0
+    allocation = OWL(m=3, lambda_=0.2)
+    report = prune(net, sparsity=0.05, criterion="SparseGPT", allocation=allocation, mode="original", inputs=batches)
+    for layer in report.layers:
+        share = shares[layer.block] if shares[layer.block] > 0 else 0.01
+        dead = layer.notes.get("dead_columns", 0) * net.get_submodule(layer.name).out_features  # behind a ReLU
+        assert layer.pruned == max(int(layer.weights * share) + 1, dead)  # one block of up to 128 columns
+
+
+@pytest.mark.parametrize("criterion", ["Magnitude", "SparseGPT"])
+def test_original_n_of_m_has_the_ties_of_topk(criterion):
+    torch.manual_seed(2)
+    net = nn.Sequential(nn.Linear(32, 30))
+    with torch.no_grad():
+        net[0].weight.copy_(torch.randint(-1, 2, (30, 32)))
+    scores = net[0].weight.detach().abs()
+    statistics = {"hessian": {"0": torch.eye(32)[None]}}  # inputs that have nothing to do with each other
+    wanted = torch.zeros(30, 32, dtype=torch.bool)
+    for start in range(0, 32, 4):  # as in lib/prune.py of Wanda
+        found = torch.topk(scores[:, start : start + 4], 2, dim=1, largest=False)[1]
+        wanted.scatter_(1, start + found, True)
+    spec = PruneSpec(granularity="2:4", criterion=criterion, mode="original")
+    ((_, mask),) = masks(find_targets(net), spec, statistics)
+    assert torch.equal(mask, wanted)
+    ((_, exact),) = masks(find_targets(net), replace(spec, mode="exact"), statistics)
+    assert not torch.equal(exact, wanted)
+    assert torch.equal(exact.sum(1), wanted.sum(1))
+
+
 def test_original_sparsegpt_prunes_one_more_a_block():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(12, 10))
@@ -501,7 +649,7 @@ def test_original_sparsegpt_prunes_one_more_a_block():
         ({"criterion": "SparseGPT", "band": (0.1, 0.2)}, "ranks no weights"),
         ({"granularity": "N:M"}, "as in 2:4"),
         ({"granularity": "5:4", "sparsity": 0.5}, "prunes 5 of every 4"),
-        ({"granularity": "2:4", "sparsity": 0.4}, "prunes 0.5, not 0.4: set sparsity to 0.5"),
+        ({"granularity": "2:4", "sparsity": 0.4}, "prunes 0.5, not 0.4: leave sparsity out, or set it to 0.5"),
         ({"granularity": "2:4", "sparsity": 0.5, "allocation": "OWL"}, "OWL has no effect under granularity 2:4"),
         ({"criterion": "Wanda", "granularity": "component", "order": "sequential"}, "sequential cannot rank a whole"),
         ({"order": "onepass"}, "Unknown order 'onepass'. Did you mean 'one_pass'"),

@@ -1,7 +1,9 @@
 """The specification, the criteria and allocations, and `prune` as a whole."""
 
+import copy
 import json
 import math
+from fractions import Fraction
 
 import pytest
 import torch
@@ -11,9 +13,11 @@ from torch import nn
 import sdprune.pruning
 from sdprune.errors import InputError
 from sdprune.pruning import (
+    OWL,
     Allocation,
     Criterion,
     Magnitude,
+    PerLayer,
     PruneSpec,
     Ranking,
     Reconstruction,
@@ -172,19 +176,56 @@ def test_sparsity_0_touches_nothing_needs_nothing_and_reports(net):
 
 
 class Ramp(Allocation):
-    """Earlier layers lose more: 0.9, 0.5, 0.1 and so on, not keeping any mean."""
+    """Earlier layers lose more: 0.9, 0.5, 0.1 and so on, whatever the mean."""
+
+    explicit = True
 
     def sparsities(self, targets, sparsity, statistics):
         return {target.name: 0.9 - 0.4 * i for i, target in enumerate(targets)}
 
 
-def test_unequal_sparsities_share_one_count_by_largest_remainder(net):
-    # Quotas 43.2, 24 and 3.2 add up to 70.4: 70 in all, none left over for a remainder of 0.2.
+class Implicit(Ramp):
+    """The same, to be shared out in one count."""
+
+    explicit = False
+
+
+def test_unequal_sparsities_share_one_count_by_largest_remainder():
+    # Quotas 4.5, 2.5 and 0.5 add up to 7.5, which rounds to 8: of three equal remainders the first two are rounded up.
+    net = nn.Sequential(nn.Linear(5, 1), nn.Linear(5, 1), nn.Linear(5, 1))
+    assert [layer.pruned for layer in prune(net, PruneSpec(0.5, allocation=Implicit())).layers] == [5, 3, 0]
+
+
+def test_sparsities_that_miss_the_overall_one_are_refused(net):
+    before = copy.deepcopy(net.state_dict())
+    with pytest.raises(InputError, match=r"Implicit prunes 70\.4 weights where sparsity 0\.5 means 64.*`explicit`"):
+        prune(net, PruneSpec(0.5, allocation=Implicit()))
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+
+def test_explicit_sparsities_are_exact_layer_by_layer(net):
     report = prune(net, PruneSpec(0.5, allocation=Ramp()))
     assert [layer.pruned for layer in report.layers] == [43, 24, 3]
     net = nn.Sequential(nn.Linear(3, 1), nn.Linear(3, 1), nn.Linear(3, 1))
-    # Quotas 2.7, 1.5 and 0.3 add up to 4.5, which rounds to 5: the two largest remainders are rounded up.
     assert [layer.pruned for layer in prune(net, PruneSpec(0.5, allocation=Ramp())).layers] == [3, 2, 0]
+    for written in ({"*": 0.25}, {"0": 0.25, "1": 0.25}):
+        net = nn.Sequential(nn.Linear(5, 2), nn.Linear(5, 2))
+        assert [layer.pruned for layer in prune(net, allocation=PerLayer(written)).layers] == [3, 3]
+
+
+@pytest.mark.parametrize("sparsity", [0.1, 0.145, 0.3, 0.35, 0.7, 0.9])
+@pytest.mark.parametrize("sizes", [[5] * 40, [5, 15, 25] * 20, [15, 5] * 30, [7, 13, 20, 1, 10] * 9])
+def test_equal_remainders_go_to_earlier_layers(sparsity, sizes):
+    net = nn.Sequential(*(nn.Linear(size, 1) for size in sizes))
+    norms = {"input_norm": {t.name: torch.ones(1, 1, t.shape[1]) for t in find_targets(net)}}
+    report = prune(net, PruneSpec(sparsity, allocation=OWL(m=1e9)), norms)  # no outliers: uniform
+    quotas = [size * Fraction(str(sparsity)) for size in sizes]
+    counts = [math.floor(quota) for quota in quotas]
+    wanted = math.floor(sum(sizes) * sparsity + 0.5)
+    while sum(counts) < wanted:
+        best = max(range(len(sizes)), key=lambda i: (quotas[i] - counts[i], -i))
+        counts[best] += 1
+    assert [layer.pruned for layer in report.layers] == counts
 
 
 @pytest.mark.parametrize("granularity", ["row", "column_block"])

@@ -7,10 +7,15 @@ from pathlib import Path
 
 import pytest
 import yaml
-from command_lines import ROOT, predict, runs, the_run
+from command_lines import ROOT, fit, predict, runs, the_run
+from lightning import Trainer
 
 import sdprune.study
+from sdprune.data import CocoDataModule
 from sdprune.errors import InputError
+from sdprune.mini.source import EmbeddedWorld
+from sdprune.modules import PruningModule
+from sdprune.pipelines import StableDiffusion
 from sdprune.pruning import Budget, InfeasibleError, Size
 from sdprune.study.sweep import cells, command
 
@@ -88,6 +93,50 @@ def test_an_infeasible_budget_ends_well_with_a_record(sdprune, tmp_path):
         run = the_run(tmp_path, "infeasible-0.6-0.75")
         assert json.loads((run / "results.json").read_text())["infeasible"] in told.out
     assert not list(tmp_path.rglob("*.png"))
+
+
+def test_fit_refuses_an_infeasible_budget(sdprune, tmp_path):
+    nothing = ["--model.prune.text_encoder.sparsity=0", "--model.prune.unet.sparsity=0"]
+    told = sdprune(*fit("prune", tmp_path, *nothing, "--model.budget.total=0.6", "--model.budget.text_share=0.75"))
+    assert told.code == 2
+    assert told.err.startswith(
+        "sdprune: error: The budget is infeasible: a total of 0.6 with 75% of it in text_encoder"
+    )
+    assert told.err.count("\n") == 1
+    assert not list(tmp_path.glob("pruned-*"))
+
+
+def test_an_infeasible_budget_is_an_error_without_the_command_line_too(miniature, tmp_path):
+    module = PruningModule(
+        StableDiffusion(model="miniature"),
+        {},
+        budget=Budget(0.6, 0.75),
+        output=str(tmp_path),
+        store=str(tmp_path / "s"),
+    )
+    data = CocoDataModule(source=EmbeddedWorld(images=20), calibration_n=5)
+    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    with pytest.raises(InfeasibleError, match=r"a total of 0\.6 with 75% of it in text_encoder"):
+        trainer.fit(module, datamodule=data)
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("given", "component", "amounts"),
+    [
+        (["text_encoder.sparsity=0", "unet.sparsity=0.35"], "unet", ("0.11", "0.35")),
+        (["text_encoder.sparsity=0.475", "unet.sparsity=0"], "text_encoder", ("0.83", "0.475")),
+        (["text_encoder.sparsity=0", "unet.sparsity=0.5", "unet.granularity=2:4"], "unet", ("0.11", "0.5")),
+    ],
+)
+def test_a_budget_and_a_components_other_sparsity_exclude_each_other(sdprune, tmp_path, given, component, amounts):
+    options = [f"--model.prune.{option}" for option in given]
+    for line in (predict(tmp_path, *options), fit("prune", tmp_path, *options)):
+        told = sdprune(*line, "--model.budget.total=0.2", "--model.budget.text_share=0.5")
+        assert told.code == 2
+        assert told.err.count("\n") == 1
+        assert f"gives {component} a sparsity of {amounts[0]}, and prune.{component} has {amounts[1]}" in told.err
+    assert not list(tmp_path.glob("*-*"))
 
 
 # --- sweeps ---------------------------------------------------------------------------------------------------

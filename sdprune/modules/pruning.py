@@ -17,6 +17,7 @@ from sdprune.modules.calibrator import Calibrator, of_everyone
 from sdprune.modules.needs import Calibration, Need, Needs, is_text
 from sdprune.pipelines import PipelineFamily, Sampling
 from sdprune.pruning import Budget, InfeasibleError, PruneReport, PruneSpec, Size, account, apply, targets_of, wholes
+from sdprune.pruning.spec import AGREEMENT
 from sdprune.record import label, read_json, require_writable, write_json
 from sdprune.store import StatisticsStore
 
@@ -34,7 +35,7 @@ class PruningPlan:
         calibration: what counts there.
         seed: of the calibration's noise.
         store: where statistics are kept.
-        budget: decides the components' sparsities, if given.
+        budget: decides the components' sparsities, if given; those of `prune` then are 0 or agree with it.
     """
 
     def __init__(
@@ -50,29 +51,42 @@ class PruningPlan:
         """Whether anything is to be pruned; needs no look at the model."""
         return self.budget is not None or any(not spec.dense for spec in self.asked.values())
 
-    @property
+    @cached_property
     def specs(self) -> dict[str, PruneSpec]:
-        """What is pruned, by component; nothing where the budget is infeasible."""
-        return self._resolved[0]
+        """What is pruned, by component.
+
+        Raises:
+            InfeasibleError: the budget cannot be met.
+            InputError: the budget gives a component another sparsity than its specification.
+        """
+        specs = self.asked if self.budget is None else self._budgeted(self.budget)
+        return {name: spec for name, spec in specs.items() if not spec.dense}
 
     @property
     def infeasible(self) -> Optional[str]:
         """Why the budget cannot be met, if it cannot."""
-        return self._resolved[1]
+        try:
+            _ = self.specs
+        except InfeasibleError as error:
+            return error.reason
+        return None
 
-    @cached_property
-    def _resolved(self) -> tuple[dict[str, PruneSpec], Optional[str]]:
-        specs = self.asked
-        if self.budget is not None:
-            self.pipeline.require(list(specs))
-            specs = {name: specs.get(name, PruneSpec()) for name in self.pipeline.prunable}
-            sizes = {name: self._size(name, spec) for name, spec in specs.items()}
-            try:
-                sparsities = self.budget.sparsities(sizes, [name for name in sizes if is_text(name)])
-            except InfeasibleError as reason:
-                return {}, str(reason)
-            specs = {name: replace(spec, sparsity=sparsities[name]) for name, spec in specs.items()}
-        return {name: spec for name, spec in specs.items() if not spec.dense}, None
+    def _budgeted(self, budget: Budget) -> dict[str, PruneSpec]:
+        """All prunable components at the sparsities that the budget gives them."""
+        self.pipeline.require(list(self.asked))
+        specs = {name: self.asked.get(name, PruneSpec()) for name in self.pipeline.prunable}
+        sizes = {name: self._size(name, spec) for name, spec in specs.items()}
+        sparsities = budget.sparsities(sizes, [name for name in sizes if is_text(name)])
+        for name, spec in specs.items():
+            if spec.nominal and abs(spec.nominal - sparsities[name]) > AGREEMENT:
+                raise InputError(
+                    f"budget.total {budget.total:g} gives {name} a sparsity of {sparsities[name]:g}, and prune.{name} "
+                    f"has {spec.nominal:g} (granularity {spec.granularity}): give one of them. A sparsity of 0 leaves "
+                    "it to the budget."
+                )
+        return {
+            name: spec if spec.nominal else replace(spec, sparsity=sparsities[name]) for name, spec in specs.items()
+        }
 
     def _size(self, name: str, spec: PruneSpec) -> Size:
         skeleton = self.pipeline.skeleton(name)
@@ -81,8 +95,8 @@ class PruningPlan:
 
     @property
     def calibrates(self) -> bool:
-        """Whether any criterion or allocation needs statistics."""
-        return any(spec.statistics for spec in self.specs.values())
+        """Whether any criterion or allocation needs statistics; none does under an infeasible budget."""
+        return self.infeasible is None and any(spec.statistics for spec in self.specs.values())
 
     def describe(self) -> dict[str, Any]:
         """What the pruned weights depend on, statistics apart."""
@@ -161,7 +175,8 @@ class PruningModule(FrozenModule):
         seed: of the calibration's noise.
         output: directory of all results.
         store: directory of calibration statistics.
-        budget: one sparsity for the whole model, which decides those of its components.
+        budget: one sparsity for the whole model, which decides those of its components: those of `prune` then are 0 or
+            agree with it.
     """
 
     def __init__(
@@ -185,8 +200,6 @@ class PruningModule(FrozenModule):
 
     def check(self, data: CocoDataModule, dtype: str) -> None:
         """Everything that can be told before the model is loaded."""
-        if self.plan.infeasible is not None:
-            raise InputError(f"The budget is infeasible: {self.plan.infeasible}. Choose another total or text_share.")
         self.plan.check(data, dtype)
         require_writable(Path(self.output), "--model.output")
         self._finished(self.directory(data, dtype))
@@ -206,8 +219,9 @@ class PruningModule(FrozenModule):
 
     def on_fit_start(self) -> None:
         """Load the model and see what has to be gathered."""
+        needs = self.plan.needs(self.data, self.precision_name)  # an infeasible budget ends here
         self.load()
-        self.claims = self.claim_statistics(self.plan.store, self.plan.needs(self.data, self.precision_name))
+        self.claims = self.claim_statistics(self.plan.store, needs)
         self.calibrator = self.plan.calibrator(self.data, self.precision_name)
         self.train_for_as_many_passes_as_it_takes()
 

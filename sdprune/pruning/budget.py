@@ -16,8 +16,12 @@ class Size(NamedTuple):
     targets: int
 
 
-class InfeasibleError(ValueError):
-    """A component would have to lose more than it has."""
+class InfeasibleError(InputError):
+    """A component would have to lose more than it has; `reason` says which."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"The budget is infeasible: {reason}. Choose another total or text_share.")
+        self.reason = reason
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,8 @@
 """What every layer loses: how many weights, decided before scores are looked at, and then which."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from fractions import Fraction
 from functools import partial, reduce
 from itertools import chain
 from typing import Any, Dict, Optional, Tuple
@@ -9,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sdprune.errors import InputError
-from sdprune.pruning.allocation.uniform import Uniform
+from sdprune.pruning.allocation.base import Share
 from sdprune.pruning.criteria.base import Ranking, Reconstruction
 from sdprune.pruning.selection import (
     CHUNK,
@@ -17,10 +19,12 @@ from sdprune.pruning.selection import (
     apportion,
     column_blocks,
     count,
+    rational,
     select,
     select_column_blocks,
     select_pattern,
     select_rows,
+    select_topk,
     select_up_to,
     split,
 )
@@ -52,11 +56,12 @@ class Plan:
         norms = (
             {"input_norm": weigh(dense_statistics["input_norm"], spec.timesteps)} if spec.allocation.statistics else {}
         )
+        self.sparsities: Mapping[str, Share]
         if spec.mode == "original":
             criterion = type(spec.criterion).__name__
-            self.sparsities = spec.allocation.original(targets, spec.sparsity, norms, criterion)
+            self.sparsities = spec.allocation.original(targets, spec.nominal, norms, criterion)
             return
-        self.sparsities = spec.allocation.sparsities(targets, spec.sparsity, norms)
+        self.sparsities = spec.allocation.sparsities(targets, spec.nominal, norms)
         groups = self._groups(targets)
         self.ranks = dict(zip(groups, self._ranks(list(groups.values())), strict=True))
 
@@ -84,13 +89,24 @@ class Plan:
         sizes = [sum(target.weight.numel() for target in group) for group in groups]
         if spec.band is not None:
             return [(count(size, spec.band[0]), count(size, spec.band[1])) for size in sizes]
-        if isinstance(spec.allocation, Uniform):
-            return [(0, count(size, spec.sparsity)) for size in sizes]
-        # Otherwise one count for the component, shared among the groups, so that rounding does not add up.
-        unit = 1 << 52
-        asked = [sum(t.weight.numel() * round(sparsities[t.name] * unit) for t in group) for group in groups]
-        kept = abs(sum(asked) / unit - sum(sizes) * spec.sparsity) < 0.01  # else the allocation meant another sum
-        return [(0, k) for k in apportion(asked, unit, count(sum(sizes), spec.sparsity) if kept else None)]
+        if spec.allocation.explicit:
+            return [(0, self._count(group)) for group in groups]
+        quotas = [sum((t.weight.numel() * rational(sparsities[t.name]) for t in group), Fraction()) for group in groups]
+        total, shared = count(sum(sizes), spec.nominal), sum(quotas, Fraction())
+        if abs(shared - total) >= 1:
+            raise InputError(
+                f"Allocation {type(spec.allocation).__name__} prunes {float(shared):.1f} weights where sparsity "
+                f"{spec.nominal} means {total}: keep the mean, or set `explicit` in the class if that is meant."
+            )
+        return [(0, k) for k in apportion(quotas, total)]
+
+    def _count(self, group: list[Target]) -> int:
+        """What layers with explicit sparsities lose together."""
+        sizes: Dict[float, int] = {}  # by sparsity: a group of one sparsity loses count(size, sparsity) to the bit
+        for target in group:
+            share = float(self.sparsities[target.name])
+            sizes[share] = sizes.get(share, 0) + target.weight.numel()
+        return math.floor(sum(size * share for share, size in sizes.items()) + 0.5)
 
     def _together(self, group: list[Target], low: int, high: int) -> Iterator[Worked]:
         widest = reduce(torch.promote_types, (target.weight.dtype for target in group))
@@ -116,7 +132,7 @@ class Plan:
         if self.spec.pattern:
             order = target.channels_last
             mask = torch.empty(target.shape, dtype=torch.bool, device=scores.device)
-            mask[:, order] = _pattern(target, scores[:, order], self.spec.pattern)
+            mask[:, order] = self._pattern(target, scores[:, order], *self.spec.pattern)
         elif self.spec.mode == "original":
             mask = self._original(target, scores)
         else:
@@ -153,7 +169,7 @@ class Plan:
             k = split(self.ranks[target.name][1], [rows * width for width in widths])
             counts = dict(zip(_starts(widths), k, strict=True))
         mask = torch.empty(target.shape, dtype=torch.bool, device=target.weight.device)
-        weight = torch.empty(target.shape, device=target.weight.device)
+        weight = torch.empty_like(target.matrix)
         notes: Dict[str, Any] = {}
         own = {name: self.statistics[name][target.name] for name in criterion.statistics}
         size = rows // target.groups
@@ -162,20 +178,36 @@ class Plan:
             shares = {start: split(k, [size] * target.groups)[group] for start, k in counts.items()}
             pick = partial(self._pick, target, shares)
             hessian = {name: value[group][order][:, order] for name, value in own.items()}  # a view without a pattern
-            mask_part, weight_part, told = criterion.reconstruct(target.matrix[part][:, order], hessian, pick, widths)
-            mask[part, order], weight[part, order] = mask_part, weight_part
-            notes |= told
-        return target, mask, weight, notes
+            mask_part, weight_part, told = criterion.reconstruct(
+                target.matrix[part][:, order], hessian, pick, widths, original=self.spec.mode == "original"
+            )
+            mask[part, order], weight[part, order] = mask_part, weight_part.to(weight.dtype)
+            notes |= {name: max(value, notes.get(name, value)) for name, value in told.items()}
+        return target, mask, weight if mask.any() else None, notes  # nothing pruned, nothing to make up for
 
     def _pick(self, target: Target, counts: Mapping[int, int], scores: Tensor, start: int, stop: int) -> Tensor:
         if self.spec.pattern:
             n, m = self.spec.pattern
             if stop - start < m:  # a remainder stays dense
                 return torch.zeros_like(scores, dtype=torch.bool)
-            return select_pattern(target.name, scores, n)
+            return self._lowest_of_group(target.name, scores, n)
         if self.spec.mode == "original":
             return select_up_to(target.name, scores, int(scores.numel() * self.sparsities[target.name]))
         return select_column_blocks(target.name, scores, stop - start, [0], [counts[start]])
+
+    def _pattern(self, target: Target, scores: Tensor, n: int, m: int) -> Tensor:
+        """The N lowest of every M neighbouring channels; a remainder stays dense. Scores in channels-last order."""
+        by_position = scores.unflatten(1, (-1, target.channels))
+        whole = target.channels // m * m
+        mask = torch.zeros(by_position.shape, dtype=torch.bool, device=scores.device)
+        if whole:
+            groups = by_position[..., :whole].unflatten(2, (-1, m))
+            mask[..., :whole] = self._lowest_of_group(target.name, groups, n).flatten(2)
+        return mask.flatten(1)
+
+    @property
+    def _lowest_of_group(self) -> Callable[[str, Tensor, int], Tensor]:
+        return select_pattern if self.spec.mode == "exact" else select_topk
 
     def _parts(self, target: Target) -> list[slice]:
         """The rows that are scored at a time."""
@@ -209,18 +241,6 @@ def _stretches(target: Target, spec: PruneSpec) -> list[int]:
 
 def _starts(widths: list[int]) -> list[int]:
     return [sum(widths[:i]) for i in range(len(widths))]
-
-
-def _pattern(target: Target, scores: Tensor, pattern: Tuple[int, int]) -> Tensor:
-    """The N lowest of every M neighbouring channels; a remainder stays dense. Scores in channels-last order."""
-    n, m = pattern
-    by_position = scores.unflatten(1, (-1, target.channels))
-    whole = target.channels // m * m
-    mask = torch.zeros(by_position.shape, dtype=torch.bool, device=scores.device)
-    if whole:
-        groups = by_position[..., :whole].unflatten(2, (-1, m))
-        mask[..., :whole] = select_pattern(target.name, groups, n).flatten(2)
-    return mask.flatten(1)
 
 
 def _require(targets: Sequence[Target], part: Any, statistics: Statistics) -> None:

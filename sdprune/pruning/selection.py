@@ -9,6 +9,7 @@ parts, so a group of any size needs the scores of a few rows at a time.
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from fractions import Fraction
 from functools import cache, partial
 from itertools import chain, groupby
 from typing import NamedTuple
@@ -55,24 +56,32 @@ def count(n: int, fraction: float) -> int:
     return math.floor(n * fraction + 0.5)
 
 
-def apportion(numerators: Sequence[int], denominator: int, total: int | None = None) -> list[int]:
-    """Round the quotas numerator / denominator to whole numbers by largest remainder, earlier first.
+def rational(number: float | Fraction) -> Fraction:
+    """The number as it is written: 0.9 is 9/10, not the float next to it, so that equal remainders come out equal."""
+    return number if isinstance(number, Fraction) else Fraction(repr(float(number)))
 
-    They add up to the rounded sum of the quotas, or to a given total less than 1 away from that sum, and none exceeds
-    its quota rounded up.
+
+def apportion(quotas: Sequence[Fraction], total: int) -> list[int]:
+    """Round quotas to whole numbers by largest remainder, earlier first.
+
+    They add up to the total, which is less than 1 away from the sum of the quotas; none exceeds its quota rounded up.
     """
-    whole = [numerator // denominator for numerator in numerators]
-    if total is None:
-        total = (2 * sum(numerators) + denominator) // (2 * denominator)
-    by_remainder = sorted(range(len(whole)), key=lambda i: -(numerators[i] % denominator))
-    for i in by_remainder[: total - sum(whole)]:
-        whole[i] += 1
-    return whole
+    denominator = math.lcm(*(quota.denominator for quota in quotas))
+    return _apportion([quota.numerator * (denominator // quota.denominator) for quota in quotas], denominator, total)
 
 
 def split(k: int, sizes: Sequence[int]) -> list[int]:
     """Share k among groups in proportion to their sizes, by largest remainder, earlier first."""
-    return apportion([k * size for size in sizes], sum(sizes))
+    return _apportion([k * size for size in sizes], sum(sizes), k)
+
+
+def _apportion(numerators: Sequence[int], denominator: int, total: int) -> list[int]:
+    """`apportion` of quotas over one denominator: whole numbers sort faster than fractions."""
+    whole = [numerator // denominator for numerator in numerators]
+    by_remainder = sorted(range(len(whole)), key=lambda i: -(numerators[i] % denominator))
+    for i in by_remainder[: total - sum(whole)]:
+        whole[i] += 1
+    return whole
 
 
 def select(layers: Sequence[Layer], low: int, high: int) -> Iterator[Tensor]:
@@ -140,6 +149,13 @@ def select_pattern(name: str, scores: Tensor, n: int) -> Tensor:
             before = (part[:j] <= part[j]).sum(0) + (part[j + 1 :] < part[j]).sum(0)
             mask[start : start + part.shape[1], j] = before < n
     return mask.view(keys.shape)
+
+
+def select_topk(name: str, scores: Tensor, n: int) -> Tensor:
+    """Select the n lowest of every group of the scores [..., m], with the ties of torch.topk: as published codes do."""
+    _keys(name, scores)
+    lowest = scores.float().topk(n, dim=-1, largest=False).indices
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, lowest, True)
 
 
 def select_up_to(name: str, scores: Tensor, rank: int) -> Tensor:

@@ -16,6 +16,8 @@ from sdprune.pruning.statistics import Timesteps
 from sdprune.pruning.targets import LAYER_KINDS, Blocks
 
 GRANULARITIES = ("layer", "row", "column_block", "module_block", "component", "N:M")
+AGREEMENT = 1e-3
+"""How far a given sparsity may be from one that is set otherwise: 1:3 is 0.333."""
 Order = Literal["one_pass", "sequential"]
 Mode = Literal["exact", "original"]
 
@@ -25,13 +27,14 @@ class PruneSpec:
     """How one component is to be pruned: independent choices that combine freely.
 
     Args:
-        sparsity: share of the targeted weights to prune, in [0, 1].
+        sparsity: share of the targeted weights to prune, in [0, 1]; 0, the default, prunes nothing. Granularity N:M
+            sets it to N / M: one that is given must agree with that, or be 0, which keeps the component dense.
         band: prune instead the weights whose rank within their group lies between these two shares, e.g. [0.1, 0.2].
         criterion: what ranks the weights: a Criterion or the name of one.
         allocation: how the sparsity is shared out among layers: an Allocation or the name of one.
         granularity: which weights are ranked against each other: layer, row, column_block, module_block, component, or
-            N:M such as 2:4, N pruned of every M neighbouring inputs. By default as published: layer for Magnitude, row
-            for Wanda, column_block for SparseGPT.
+            N:M such as '2:4' (in YAML with quotes), N pruned of every M neighbouring inputs. By default as published:
+            layer for Magnitude, row for Wanda, column_block for SparseGPT.
         block_width: columns of a column_block.
         layers: kinds of layer: Linear, Conv2d.
         include: shell patterns on layer names; what matches one of them is a target.
@@ -41,13 +44,16 @@ class PruneSpec:
         timesteps: how much the denoising steps count in a U-Net's statistics: uniform, linear, log_decrease,
             log_increase.
         blocks: what counts as a block of a U-Net: module (a down, mid or up block) or, finer, transformer.
-        mode: exact prunes what was asked, to the weight; original counts as the published code of the method does.
+        mode: exact prunes what was asked, to the weight; original counts as the published code of the method does, ties
+            of N:M as torch.topk on the same device. It does not follow Wanda's running fp32 mean of the squared norms,
+            whose last bits depend on device and batch: they are summed in fp64, and single pairs of nearly equal scores
+            may change places. Columns left over by N:M stay dense; published codes prune N of them, or fail.
 
     Raises:
         InputError: for a value out of range, an unknown name, or choices that cancel each other.
     """
 
-    sparsity: float = 0.0
+    sparsity: Optional[float] = None
     band: Optional[Tuple[float, float]] = None
     # Defaults are names, resolved below: a configuration file can hold a name, not an instance.
     criterion: Criterion = "Magnitude"  # type: ignore[assignment]
@@ -66,7 +72,8 @@ class PruneSpec:
         self.criterion = _instance("criterion", self.criterion, Criterion)
         self.allocation = _instance("allocation", self.allocation, Allocation)
         self.granularity = self.granularity or self.criterion.granularities[0]
-        _check_share("sparsity", self.sparsity)
+        if self.sparsity is not None:
+            _check_share("sparsity", self.sparsity)
         for option, choices in (("order", Order), ("timesteps", Timesteps), ("blocks", Blocks), ("mode", Mode)):
             if getattr(self, option) not in get_args(choices):
                 raise unknown(option, getattr(self, option), get_args(choices))
@@ -78,11 +85,14 @@ class PruneSpec:
         self._check_granularity(self.granularity)
         if self.mode == "original":
             self._check_original()
+        if self.pattern and self.sparsity != 0:
+            self.sparsity = self.pattern[0] / self.pattern[1]
+        self.sparsity = float(self.sparsity or 0)
 
     @property
     def nominal(self) -> float:
         """The share of the component that is asked for: the sparsity, or the width of the band."""
-        return self.sparsity if self.band is None else self.band[1] - self.band[0]
+        return float(self.sparsity or 0) if self.band is None else self.band[1] - self.band[0]
 
     @property
     def dense(self) -> bool:
@@ -107,7 +117,7 @@ class PruneSpec:
     def describe(self) -> dict[str, Any]:
         """Everything that decides which weights are pruned, as plain JSON values in a canonical form."""
         return {
-            "sparsity": float(self.sparsity),
+            "sparsity": self.sparsity,
             "band": None if self.band is None else [float(share) for share in self.band],
             "criterion": _describe(self.criterion),
             "allocation": _describe(self.allocation),
@@ -140,7 +150,7 @@ class PruneSpec:
             _check_share("band", share)
         if band[0] >= band[1]:
             raise InputError(f"band is {list(band)}: its first share must be below its second, as in [0.1, 0.2].")
-        if self.sparsity != 0:
+        if self.sparsity:
             raise InputError(f"band {list(band)} and sparsity {self.sparsity} exclude each other: set sparsity to 0.")
         if not isinstance(self.criterion, Ranking):
             raise InputError(f"{_name(self.criterion)} ranks no weights, so that there is no band of them: use Wanda.")
@@ -171,8 +181,11 @@ class PruneSpec:
             raise InputError(f"granularity {n}:{m} prunes {n} of every {m}: give 1 to {m} of {m}.")
         if self.band is not None:
             raise InputError(f"A band has no effect under granularity {n}:{m}: use another granularity.")
-        if self.sparsity not in (0, n / m):
-            raise InputError(f"granularity {n}:{m} prunes {n / m:g}, not {self.sparsity}: set sparsity to {n / m:g}.")
+        if self.sparsity and abs(self.sparsity - n / m) > AGREEMENT:
+            given, wanted = f"{self.sparsity:g}", f"{n / m:g}"
+            raise InputError(
+                f"granularity {n}:{m} prunes {wanted}, not {given}: leave sparsity out, or set it to {wanted}."
+            )
 
     def _check_original(self) -> None:
         kind = "N:M" if self.pattern else self.granularity

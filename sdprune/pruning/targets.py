@@ -159,6 +159,8 @@ def _layers(component: nn.Module, kinds: Sequence[str]) -> Iterator[tuple[str, n
         if not isinstance(module, classes):
             continue
         weight = cast(nn.Parameter, module.weight)
+        if not weight.numel():  # nothing to prune
+            continue
         storage = weight.data_ptr()  # 0 on the meta device
         key = ("storage", storage) if storage else ("parameter", id(weight))
         if key not in seen:

@@ -2,7 +2,8 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from fractions import Fraction
+from typing import ClassVar, Union
 
 from torch import Tensor
 
@@ -10,6 +11,7 @@ from sdprune.errors import InputError
 from sdprune.pruning.targets import Target
 
 Norms = Mapping[str, Mapping[str, Tensor]]
+Share = Union[float, Fraction]
 
 
 class Allocation(ABC):
@@ -22,13 +24,17 @@ class Allocation(ABC):
     statistics: ClassVar[frozenset[str]] = frozenset()
     """Names of the statistics of the dense model's layer inputs that `sparsities` reads."""
 
+    explicit: ClassVar[bool] = False
+    """Whether every layer loses just what `sparsities` says of it, rounded by itself. Otherwise the component loses the
+    overall sparsity, and that count is shared out among the layers, so that rounding does not add up."""
+
     @property
     def prunes(self) -> bool:
         """Whether layers can lose weights although the overall sparsity is 0."""
         return False
 
     @abstractmethod
-    def sparsities(self, targets: Sequence[Target], sparsity: float, statistics: Norms) -> dict[str, float]:
+    def sparsities(self, targets: Sequence[Target], sparsity: float, statistics: Norms) -> Mapping[str, Share]:
         """Choose each layer's sparsity.
 
         Args:
@@ -38,7 +44,8 @@ class Allocation(ABC):
                 [groups, columns].
 
         Returns:
-            By layer name, each in [0, 1], with the mean weighted by the layers' sizes equal to `sparsity`.
+            By layer name, each in [0, 1]; unless they are explicit, their mean weighted by the layers' sizes is
+            `sparsity`. Fractions where ties matter: a float stands for the decimal number that it is written as.
         """
 
     def original(

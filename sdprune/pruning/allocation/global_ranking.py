@@ -1,12 +1,13 @@
 """Layer sparsities from one ranking of all weights."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
 from functools import partial
 
 from torch import Tensor
 
 from sdprune.errors import InputError, unknown
-from sdprune.pruning.allocation.base import Allocation, Norms
+from sdprune.pruning.allocation.base import Allocation, Norms, Share
 from sdprune.pruning.criteria.base import Ranking
 from sdprune.pruning.criteria.magnitude import Magnitude
 from sdprune.pruning.criteria.wanda import Wanda
@@ -36,7 +37,7 @@ class GlobalRanking(Allocation):
         """Those of the ranking criterion."""
         return _RANKINGS[self.by].statistics
 
-    def sparsities(self, targets: Sequence[Target], sparsity: float, statistics: Norms) -> dict[str, float]:  # noqa: D102
+    def sparsities(self, targets: Sequence[Target], sparsity: float, statistics: Norms) -> Mapping[str, Share]:  # noqa: D102
         layers = [
             Layer(target.name, target.shape, target.weight.device, [partial(self._scores, target, statistics)])
             for target in targets
@@ -45,7 +46,9 @@ class GlobalRanking(Allocation):
             raise InputError("GlobalRanking wants layers of one dtype: load the model in one.")
         total = sum(target.weight.numel() for target in targets)
         masks = select(layers, 0, count(total, sparsity))
-        return {target.name: int(mask.sum()) / mask.numel() for target, mask in zip(targets, masks, strict=True)}
+        return {
+            target.name: Fraction(int(mask.sum()), mask.numel()) for target, mask in zip(targets, masks, strict=True)
+        }
 
     def _scores(self, target: Target, statistics: Norms) -> Tensor:
         ranking = _RANKINGS[self.by]()

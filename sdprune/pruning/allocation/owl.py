@@ -1,12 +1,17 @@
 """Less sparsity where there are more outliers."""
 
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from sdprune.errors import InputError
-from sdprune.pruning.allocation.base import Allocation, Norms
+from sdprune.pruning.allocation.base import Allocation, Norms, Share
 from sdprune.pruning.criteria.wanda import Wanda
+from sdprune.pruning.selection import rational
 from sdprune.pruning.targets import Target, by_block
 
 
@@ -32,67 +37,76 @@ class OWL(Allocation):
             )
         self.m, self.lambda_ = m, lambda_
 
-    def sparsities(self, targets: Sequence[Target], sparsity: float, statistics: Norms) -> dict[str, float]:  # noqa: D102
+    def sparsities(self, targets: Sequence[Target], sparsity: float, statistics: Norms) -> Mapping[str, Share]:  # noqa: D102
         blocks = by_block(targets)
         deviations = self._deviations(blocks, statistics)
         if deviations is None:
             return {target.name: sparsity for target in targets}
         sizes = {block: sum(target.weight.numel() for target in members) for block, members in blocks.items()}
-        chosen = _fill(deviations, sizes, sparsity)
+        chosen = _fill(deviations, sizes, rational(sparsity))
         return {target.name: chosen[target.block] for target in targets}
 
     def original(
         self, targets: Sequence[Target], sparsity: float, statistics: Norms, criterion: str
     ) -> dict[str, float]:
-        """Plain mean over blocks; on the Wanda path what is not above 0 becomes 0.01.
+        """As in luuyin/OWL: float64 shares in its order of operations, the plain mean over blocks, and for Wanda and
+        SparseGPT 0.01 where a share is not above 0.
 
         Raises:
             InputError: where the published code divides by zero, or leaves [0, 1].
         """
         blocks = by_block(targets)
-        deviations = self._deviations(blocks, statistics)
-        if deviations is None:
+        outliers = np.array([self._published(members, statistics) for members in blocks.values()])
+        low, high = outliers.min(), outliers.max()
+        if low == high:
             raise InputError("mode original: all blocks have equal outliers, where OWL divides by 0. Use mode exact.")
-        mean = sum(deviations.values()) / len(deviations)
-        chosen = {block: sparsity - (d - mean) for block, d in deviations.items()}
-        if criterion == "Wanda":
+        kept = (outliers - low) * (1 / (high - low) * self.lambda_ * 2)
+        kept = kept - np.mean(kept) + (1 - sparsity)
+        chosen = {block: 1 - float(share) for block, share in zip(blocks, kept, strict=True)}
+        if criterion in ("Wanda", "SparseGPT"):
             chosen = {block: share if share > 0 else 0.01 for block, share in chosen.items()}
         for block, share in chosen.items():
             if not 0 <= share <= 1:
                 raise InputError(f"mode original: OWL gives block {block} the sparsity {share:.4f}. Use mode exact.")
         return {target.name: chosen[target.block] for target in targets}
 
-    def _deviations(self, blocks: dict[str, list[Target]], statistics: Norms) -> dict[str, float] | None:
+    def _published(self, members: list[Target], statistics: Norms) -> float:
+        """D_l in percent, from the fp32 mean of the block's scores in one piece, on the CPU."""
+        scores = torch.cat([_scores(target, statistics).flatten().cpu() for target in members])
+        return float((scores > scores.mean() * self.m).sum().item()) / scores.numel() * 100
+
+    def _deviations(self, blocks: dict[str, list[Target]], statistics: Norms) -> dict[str, Fraction] | None:
         """d_l by block; None if all blocks are alike."""
         outliers = {block: self._outliers(members, statistics) for block, members in blocks.items()}
         low, high = min(outliers.values()), max(outliers.values())
         if low == high:
             return None
-        return {block: (d - low) / (high - low) * 2 * self.lambda_ for block, d in outliers.items()}
+        return {block: (d - low) / (high - low) * 2 * rational(self.lambda_) for block, d in outliers.items()}
 
-    def _outliers(self, members: list[Target], statistics: Norms) -> float:
-        """D_l."""
+    def _outliers(self, members: list[Target], statistics: Norms) -> Fraction:
+        """D_l, as a share."""
         size = sum(target.weight.numel() for target in members)
         mean = sum(float(_scores(target, statistics).double().sum()) for target in members) / size
-        return 100 * sum(int((_scores(target, statistics) > self.m * mean).sum()) for target in members) / size
+        return Fraction(sum(int((_scores(target, statistics) > self.m * mean).sum()) for target in members), size)
 
 
 def _scores(target: Target, statistics: Norms) -> Tensor:
     return Wanda().score(target.matrix, {"input_norm": target.by_row(statistics["input_norm"][target.name])})
 
 
-def _fill(deviations: dict[str, float], sizes: dict[str, int], sparsity: float) -> dict[str, float]:
-    """min(1, max(0, c - d_l)) with the c whose mean, weighted by sizes, is the sparsity."""
-    total = sum(sizes.values())
+def _fill(deviations: dict[str, Fraction], sizes: dict[str, int], sparsity: Fraction) -> dict[str, Fraction]:
+    """min(1, max(0, c - d_l)) with the c whose mean, weighted by sizes, is the sparsity: exact, so that ties stay."""
+    total = sparsity * sum(sizes.values())
 
-    def shares(c: float) -> dict[str, float]:
-        return {block: min(1.0, max(0.0, c - d)) for block, d in deviations.items()}
+    def shares(c: Fraction) -> dict[str, Fraction]:
+        return {block: min(Fraction(1), max(Fraction(0), c - d)) for block, d in deviations.items()}
 
-    def mean(c: float) -> float:
-        return sum(shares(c)[block] * size for block, size in sizes.items()) / total
+    def pruned(c: Fraction) -> Fraction:
+        return sum((share * sizes[block] for block, share in shares(c).items()), Fraction(0))
 
-    low, high = min(deviations.values()), max(deviations.values()) + 1
-    for _ in range(100):  # the mean grows with c
-        middle = (low + high) / 2
-        low, high = (middle, high) if mean(middle) < sparsity else (low, middle)
-    return shares(high)
+    # What is pruned grows with c, in straight lines between the points where a block meets 0 or 1.
+    points = sorted({point for d in deviations.values() for point in (d, d + 1)})
+    number = max(1, bisect_left(points, total, key=pruned))
+    before, after = points[number - 1 : number + 1]
+    low, high = pruned(before), pruned(after)
+    return shares(before + (after - before) * (total - low) / (high - low))

@@ -16,6 +16,8 @@ class PerLayer(Allocation):
         layers: sparsities by shell pattern on layer names; of several that match a layer the first counts.
     """
 
+    explicit = True
+
     def __init__(self, layers: Optional[Dict[str, float]] = None) -> None:
         self.layers = dict(layers or {})
         for pattern, share in self.layers.items():

@@ -9,6 +9,8 @@ from sdprune.pruning.targets import Target
 class Uniform(Allocation):
     """Every layer gets the overall sparsity."""
 
+    explicit = True
+
     def sparsities(self, targets: Sequence[Target], sparsity: float, statistics: Norms) -> dict[str, float]:  # noqa: D102
         return {target.name: sparsity for target in targets}
 

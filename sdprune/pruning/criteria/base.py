@@ -51,7 +51,7 @@ class Reconstruction(Criterion):
 
     @abstractmethod
     def reconstruct(
-        self, weight: Tensor, statistics: Mapping[str, Tensor], pick: Pick, widths: list[int]
+        self, weight: Tensor, statistics: Mapping[str, Tensor], pick: Pick, widths: list[int], original: bool = False
     ) -> tuple[Tensor, Tensor, dict[str, Any]]:
         """Prune one layer.
 
@@ -60,7 +60,8 @@ class Reconstruction(Criterion):
             statistics: this layer's, by name: at least those the class names. `hessian` is [columns, columns].
             pick: chooses among scores; it is asked for every column once, in order.
             widths: of the stretches of columns that `pick` wants to see at a time.
+            original: do as the published code does, also where that prunes more than was picked.
 
         Returns:
-            The mask, True = pruned; the new weight, float32, 0 where pruned; notes for the report.
+            The mask, True = pruned; the new weight, 0 where pruned; notes for the report, numbers.
         """

@@ -16,8 +16,9 @@ _ESCALATIONS = 6  # a damping of ten thousand mean diagonals leaves nothing of H
 class SparseGPT(Reconstruction):
     """W_ij^2 / diag(U)_j^2, U the upper Cholesky factor of H^-1 (Frantar & Alistarh 2023, eqs. 3 and 4, Algorithm 1).
 
-    Columns go from first to last; the error that pruning one of them makes is spread over those after it. Inputs that
-    are always 0 lose their weights first of all.
+    Columns go from first to last; the error that pruning one of them makes is spread over those after it. Weights of
+    inputs that are always 0 (dead columns) score 0, count like any other and keep their bits unless they are pruned.
+    The published code zeroes them all, beyond its count: so does mode original, and notes `dead_columns`.
 
     Args:
         damping: added to the diagonal of H, as a share of its mean. Where H still cannot be factorised it is raised
@@ -33,7 +34,7 @@ class SparseGPT(Reconstruction):
         self.damping = damping
 
     def reconstruct(  # noqa: D102
-        self, weight: Tensor, statistics: Mapping[str, Tensor], pick: Pick, widths: list[int]
+        self, weight: Tensor, statistics: Mapping[str, Tensor], pick: Pick, widths: list[int], original: bool = False
     ) -> tuple[Tensor, Tensor, dict[str, Any]]:
         hessian = statistics["hessian"]
         if hessian.shape != (weight.shape[1], weight.shape[1]):
@@ -44,8 +45,8 @@ class SparseGPT(Reconstruction):
         hessian = hessian.to(weight.device, torch.float32, copy=True)
         dead = hessian.diagonal() == 0
         hessian.diagonal()[dead] = 1
-        weight = weight.to(torch.float32, copy=True)
-        weight[:, dead] = 0
+        dense, weight = weight, weight.to(torch.float32, copy=True)
+        weight[:, dead] = 0  # they score 0, and have no error to spread
         factor, damping = _factor(hessian, self.damping)
         del hessian
         mask = torch.zeros(weight.shape, dtype=torch.bool, device=weight.device)
@@ -59,7 +60,11 @@ class SparseGPT(Reconstruction):
                     errors[:, j - start] = torch.where(mask[:, j], weight[:, j] / factor[j, j], 0)
                     weight[:, j:stop] -= errors[:, j - start, None] * factor[j, j:stop]
             weight[:, stop:] -= errors @ factor[start:stop, stop:]
-        return mask, weight.masked_fill_(mask, 0), {"damping": damping} if damping != self.damping else {}
+        notes = {"damping": damping} if damping != self.damping else {}
+        if original and dead.any():
+            mask[:, dead] = True
+            notes["dead_columns"] = int(dead.sum())
+        return mask, torch.where(dead, dense, weight).masked_fill_(mask, 0), notes
 
 
 def _blocks(widths: list[int]) -> Iterator[list[tuple[int, int]]]:

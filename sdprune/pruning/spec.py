@@ -32,11 +32,12 @@ class PruneSpec:
             N:M such as 2:4, N pruned of every M neighbouring inputs. By default as published: layer for Magnitude, row
             for Wanda, column_block for SparseGPT.
         block_width: columns of a column_block.
-        layers: kinds of layer: Linear, Conv2d.
+        layers: kinds of layer: Linear, Conv2d, Conv1D (GPT-2's Linear in transformers).
         include: shell patterns on layer names; what matches one of them is a target.
         exclude: shell patterns on layer names; what matches one of them is not.
         order: one_pass takes every layer's statistics from the dense model, and they serve any other pruning too;
-            sequential prunes block after block, each with the statistics that the pruned blocks before it give.
+            sequential prunes block after block, in the order in which they run, each with the statistics that the
+            pruned blocks before it give.
         timesteps: how much the denoising steps count in a U-Net's statistics: uniform, linear, log_decrease,
             log_increase.
         blocks: what counts as a block of a U-Net: module (a down, mid or up block) or, finer, transformer.

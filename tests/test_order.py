@@ -206,7 +206,7 @@ def stage_by_stage(prompts, seeds):
         steps = {name: [] for name in here}
         hooks = [
             layer.register_forward_pre_hook(
-                lambda layer, args, name=name: steps[name].append(columns(layer, args[0]).double().square().sum(0))
+                lambda layer, args, seen=steps[name]: seen.append(columns(layer, args[0]).double().square().sum(0))
             )
             for name, layer in here.items()
         ]

@@ -7,6 +7,7 @@ from typing import Any, Optional
 from torch import nn
 
 from sdprune.errors import InputError, unknown
+from sdprune.pruning.calls import listed
 from sdprune.pruning.engine import PruneReport, apply
 from sdprune.pruning.gathering import gather
 from sdprune.pruning.plan import Statistics
@@ -24,7 +25,7 @@ def prune(
     """Prune a module in place.
 
     Args:
-        module: any torch module with Linear or Conv2d layers.
+        module: any torch module with Linear, Conv2d or Conv1D layers.
         spec: what to prune and how; or give its fields as options: `sparsity=0.5, criterion="Wanda"`.
         statistics: of the layers' inputs, from `gather`, for criteria that need them; or give
         inputs: to gather them from, in evaluation mode. Each element is the input of one call: a tensor, a tuple of
@@ -45,7 +46,7 @@ def prune(
         raise InputError("Give statistics or the inputs to gather them from, not both.")
     if not spec.statistics:
         return apply(module, spec)
-    batches = list(inputs)
+    batches = listed(inputs)
     if not spec.sequential:
         return apply(module, spec, gather(module, batches, spec, spec.statistics))
     dense_spec = PruneSpec(layers=spec.layers, include=spec.include, exclude=spec.exclude, blocks=spec.blocks)

@@ -33,13 +33,7 @@ def calls_of(module: nn.Module, inputs: Iterable[Any]) -> list[Call]:
     Raises:
         InputError: no inputs, or one that `forward` does not take.
     """
-    if isinstance(inputs, (str, Mapping)) or not isinstance(inputs, Iterable):
-        raise InputError(
-            f"inputs is a {type(inputs).__name__}: give a list with the input of each call, as in [batch, batch]."
-        )
-    calls = [_call_of(one) for one in inputs]
-    if not calls:
-        raise InputError("inputs is empty: give the input of at least one call.")
+    calls = [_call_of(one) for one in listed(inputs)]
     signature = inspect.signature(module.forward)
     for i, call in enumerate(calls):
         try:
@@ -50,6 +44,22 @@ def calls_of(module: nn.Module, inputs: Iterable[Any]) -> list[Call]:
                 "of arguments, a dict of keyword arguments, or both as (tuple, dict)."
             ) from error
     return calls
+
+
+def listed(inputs: Iterable[Any]) -> list[Any]:
+    """The inputs, to be gone through several times.
+
+    Raises:
+        InputError: there are none, or they are no series of inputs.
+    """
+    if isinstance(inputs, (str, Mapping)) or not isinstance(inputs, Iterable):
+        raise InputError(
+            f"inputs is a {type(inputs).__name__}: give a list with the input of each call, as in [batch, batch]."
+        )
+    batches = list(inputs)
+    if not batches:
+        raise InputError("inputs is empty: give the input of at least one call.")
+    return batches
 
 
 def _call_of(one: Any) -> Call:

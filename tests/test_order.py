@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import sdprune
+from sdprune.errors import InputError
 from sdprune.pipelines import Sampling, StableDiffusion
 from sdprune.pruning import PruneSpec
 from sdprune.record import image_seed
@@ -119,7 +120,7 @@ def test_gathering_leaves_the_mode_and_the_buffers_of_every_submodule_alone():
         torch.testing.assert_close(once[name].flatten().double(), wanted[name], rtol=1e-5, atol=1e-7)
     assert [module.training for module in net.modules()] == modes
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
-    with pytest.raises(RuntimeError):
+    with pytest.raises(InputError, match=r"'conv_in' sees inputs of shape \[2, 99\], but has 6 inputs"):
         sdprune.gather(net, [torch.randn(2, 99)], spec, ["input_norm"])
     assert [module.training for module in net.modules()] == modes
 

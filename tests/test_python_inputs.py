@@ -128,6 +128,8 @@ def test_inputs_may_have_positional_and_keyword_arguments_together():
         ([torch.ones(2, 8)], r"inputs\[0\] does not fit Mixed\.forward\(x, scale, \*, shift=0\.0\): missing.*'scale'"),
         ([(torch.ones(2, 8), 1.0), {"y": 3}], r"inputs\[1\] does not fit"),
         ([((torch.ones(2, 8), 1.0), {"x": 3})], "multiple values for argument 'x'"),
+        ([(np.ones((2, 8), np.float32), 1.0)], "sees a ndarray: give inputs that are tensors"),
+        ([(torch.ones(2, 9), 1.0)], r"'layer' sees inputs of shape \[2, 9\], but has 8 inputs"),
         ([], "inputs is empty"),
         ({"x": 1}, "inputs is a dict: give a list"),
         ("batches", "inputs is a str: give a list"),
@@ -151,6 +153,33 @@ def test_a_convolution_may_see_single_images(criterion):
         net = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1))
         hashes.add(sdprune.prune(net, sparsity=0.5, criterion=criterion, layers=["Conv2d"], inputs=inputs).mask_hash)
     assert len(hashes) == 1
+
+
+@pytest.mark.parametrize(
+    ("criterion", "statistics", "words"),
+    [
+        ("Wanda", {"input_norm": {"0": torch.ones(8)}}, r"input_norm has shape \[8\], not \[steps, groups, columns\]"),
+        ("Wanda", {"input_norm": {"0": torch.ones(1, 1, 9)}}, r"input_norm has shape \[9\] for a weight"),
+        ("SparseGPT", {"hessian": {"0": torch.eye(8)}}, r"hessian of layer '0' has shape \[8, 8\], not \[groups"),
+        ("Wanda", [torch.ones(8)], "statistics is a list: give what sdprune.gather returns"),
+    ],
+)
+def test_statistics_of_another_shape_are_told(criterion, statistics, words):
+    with pytest.raises(InputError, match=words):
+        sdprune.prune(linear(), sparsity=0.5, criterion=criterion, statistics=statistics)
+
+
+def test_statistics_are_gathered_by_their_names():
+    batches = [torch.ones(2, 8)]
+    assert set(sdprune.gather(linear(), batches, PruneSpec(0.5), "input_norm")) == {"input_norm"}
+    with pytest.raises(InputError, match=r"Unknown statistic 'inputnorm'\. Did you mean 'input_norm'"):
+        sdprune.gather(linear(), batches, PruneSpec(0.5), ["inputnorm"])
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.5])
+def test_weights_without_numbers_are_told(sparsity):
+    with pytest.raises(InputError, match="'0' is on the meta device"):
+        sdprune.prune(linear().to("meta"), sparsity=sparsity)
 
 
 def test_statistics_and_inputs_exclude_each_other():

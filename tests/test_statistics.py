@@ -118,7 +118,7 @@ def test_convolutions_see_what_their_kernel_covers(options):
 
 def test_hooks_are_gone_afterwards_even_after_an_error(net):
     listener = Listener(find_targets(net), InputNorm())
-    with pytest.raises(RuntimeError), listener.listening():
+    with pytest.raises(InputError, match=r"'0' sees inputs of shape \[2, 99\]"), listener.listening():
         net(torch.ones(2, 99))
     listener.take()
     net(torch.ones(2, 5))

@@ -1,7 +1,7 @@
 """Pruning any module in one call."""
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Optional
 
 from torch import nn
@@ -40,6 +40,8 @@ def prune(
             that the module does not take and missing statistics.
     """
     spec = _spec(spec, options)
+    if statistics is not None and not isinstance(statistics, Mapping):
+        raise InputError(f"statistics is a {type(statistics).__name__}: give what sdprune.gather returns.")
     if inputs is None:
         return apply(module, spec, statistics)
     if statistics is not None:

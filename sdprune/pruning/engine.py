@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from sdprune.errors import InputError
 from sdprune.pruning.plan import Plan, Statistics
 from sdprune.pruning.prunable import require_prunable
 from sdprune.pruning.spec import PruneSpec
@@ -78,6 +79,9 @@ def apply(
             earlier layers may have been pruned already.
     """
     targets = targets_of(component, spec)
+    for target in targets:
+        if target.weight.is_meta:
+            raise InputError(f"Layer {target.name!r} is on the meta device, where it has no numbers: load the weights.")
     plan = Plan(targets, spec, statistics or {}, dense_statistics or statistics or {})
     return prune_targets(targets, plan)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -27,13 +28,17 @@ def order_of_calls(component: nn.Module, targets: Sequence[Target], run: Callabl
     """
     order: dict[str, None] = {}
 
+    def called(target: Target, module: nn.Module, args: Any, kwargs: Any) -> None:
+        target.inputs(args, kwargs)  # before the layer itself fails on them
+        order.setdefault(target.name)
+
     def stop(*_: Any) -> None:
         raise Stop
 
     with ExitStack() as stack:
         for target in targets:
             for one in target.calls:
-                hook = one.module.register_forward_pre_hook(lambda *_, name=target.name: order.setdefault(name))
+                hook = one.module.register_forward_pre_hook(partial(called, one), with_kwargs=True)
                 stack.callback(hook.remove)
         stack.callback(component.register_forward_hook(stop).remove)
         stack.enter_context(evaluating(component))

@@ -10,14 +10,14 @@ from typing import Any, Optional
 import torch
 from torch import Tensor, nn
 
-from sdprune.errors import InputError
+from sdprune.errors import InputError, unknown
 from sdprune.pruning.calls import Call, calls_of
 from sdprune.pruning.engine import prune_targets, targets_of
 from sdprune.pruning.execution import evaluating, order_of_calls, stages
 from sdprune.pruning.plan import Plan, Statistics
 from sdprune.pruning.replay import Replay
 from sdprune.pruning.spec import PruneSpec
-from sdprune.pruning.statistics import Hessian, InputNorm, Listener, Statistic, Sums, Timesteps, Totals
+from sdprune.pruning.statistics import STATISTICS, Hessian, InputNorm, Listener, Statistic, Sums, Timesteps, Totals
 from sdprune.pruning.statistics import timestep_weights as weights_of
 from sdprune.pruning.targets import Target
 
@@ -25,7 +25,13 @@ HESSIAN_BYTES = 8 << 30
 
 
 def statistic(name: str, steps: int = 1, timesteps: Timesteps = "uniform") -> Statistic:
-    """A statistic by name, over so many denoising steps; input norms keep the steps apart and are weighted later."""
+    """A statistic by name, over so many denoising steps; input norms keep the steps apart and are weighted later.
+
+    Raises:
+        InputError: for an unknown name.
+    """
+    if name not in STATISTICS:
+        raise unknown("statistic", name, STATISTICS)
     return Hessian(weights_of(timesteps, steps)) if name == "hessian" else InputNorm(steps)
 
 
@@ -144,7 +150,7 @@ def gather(
     component: nn.Module,
     inputs: Iterable[Any],
     spec: PruneSpec,
-    names: Iterable[str],
+    names: Iterable[str] | str,
     dense: Optional[Statistics] = None,
 ) -> dict[str, dict[str, Tensor]]:
     """Statistics of a module's layers from inputs to the module, by name, then by layer.
@@ -156,7 +162,7 @@ def gather(
         inputs: each element is the input of one call: a tensor, a tuple of arguments, a dict of keyword arguments, or
             both as (tuple, dict). The first axis of the first tensor in it counts samples.
         spec: says which layers, and in sequential order how they are pruned.
-        names: of the statistics.
+        names: of the statistics, or the name of one.
         dense: in sequential order, what the allocation reads.
 
     Raises:
@@ -164,7 +170,7 @@ def gather(
     """
     batches = calls_of(component, inputs)
     targets = targets_of(component, spec)
-    wanted = [statistic(name) for name in sorted(names)]
+    wanted = [statistic(name) for name in sorted([names] if isinstance(names, str) else names)]
     if spec.sequential:
         order = order_of_calls(component, targets, partial(_call, component, batches[0], ()))
         # Without knowing the module's structure every pass runs all of it.

@@ -156,6 +156,12 @@ class Plan:
         weight = torch.empty(target.shape, device=target.weight.device)
         notes: Dict[str, Any] = {}
         own = {name: self.statistics[name][target.name] for name in criterion.statistics}
+        for name, value in own.items():
+            if value.dim() != 3:
+                raise InputError(
+                    f"Statistic {name} of layer {target.name!r} has shape {list(value.shape)}, not [groups, columns, "
+                    "columns]: gather it with sdprune.gather."
+                )
         size = rows // target.groups
         for group in range(target.groups):
             part = slice(group * size, (group + 1) * size)

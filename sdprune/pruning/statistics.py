@@ -226,9 +226,7 @@ class Listener:
 
     @torch.no_grad()
     def _hear(self, target: Target, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        inputs = args[0] if args else next(iter(kwargs.values()))
-        if target.kind == "Conv2d" and inputs.dim() == 3:  # one image, without an axis for more
-            inputs = inputs[None]
+        inputs = target.inputs(args, kwargs)
         with torch.autocast(inputs.device.type, enabled=False):
             term = self._term(target, inputs)
         self._sums.calls.setdefault(target.name, Counter())[self.step] += 1
@@ -301,5 +299,10 @@ def weigh(norms: Mapping[str, Tensor], timesteps: Timesteps) -> dict[str, Tensor
 
 
 def _weighted(norm: Tensor, timesteps: Timesteps) -> Tensor:
+    if norm.dim() != 3:
+        raise InputError(
+            f"Statistic input_norm has shape {list(norm.shape)}, not [steps, groups, columns]: gather it with "
+            "sdprune.gather."
+        )
     weights = torch.tensor(timestep_weights(timesteps, len(norm)), dtype=torch.float64, device=norm.device)
     return ((weights[:, None, None] * norm.double()).sum(0) / weights.sum()).float()

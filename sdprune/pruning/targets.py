@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -83,6 +83,25 @@ class Target:
     def groups(self) -> int:
         """Groups of a grouped convolution: each has its own inputs. 1 otherwise."""
         return self.module.groups if isinstance(self.module, nn.Conv2d) else 1
+
+    def inputs(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
+        """The layer's inputs, out of the arguments of a call; one image of a convolution as a batch of one.
+
+        Raises:
+            InputError: they do not fit the weight.
+        """
+        inputs = args[0] if args else next(iter(kwargs.values()), None)
+        if not isinstance(inputs, Tensor):
+            raise InputError(f"Layer {self.name!r} sees a {type(inputs).__name__}: give inputs that are tensors.")
+        conv = self.kind == "Conv2d"
+        batch = inputs[None] if conv and inputs.dim() == 3 else inputs
+        axis, width = (1, self.channels * self.groups) if conv else (-1, self.shape[1])
+        if batch.dim() < (4 if conv else 1) or batch.shape[axis] != width:
+            raise InputError(
+                f"Layer {self.name!r} sees inputs of shape {list(inputs.shape)}, but has {width} inputs: give the "
+                "module inputs of the shape that it was made for."
+            )
+        return batch
 
     def columns(self, inputs: Tensor) -> Tensor:
         """What the matrix is multiplied with: the layer's inputs as [groups, positions, columns].

@@ -12,6 +12,10 @@ if TYPE_CHECKING:
 __all__ = ["PruneReport", "PruneSpec", "gather", "prune"]
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
 def __getattr__(name: str) -> Any:
     if name not in __all__:  # torch takes seconds to import: `sdprune --version` does without
         raise AttributeError(f"module 'sdprune' has no attribute {name!r}")

@@ -28,7 +28,12 @@ METHODS = {
     "wanda": each("criterion=Wanda"),
     "wanda-owl-conv": [*each("criterion=Wanda"), *each("allocation=OWL"), "--model.prune.unet.layers=[Linear, Conv2d]"],
     "sparsegpt": [*each("criterion=SparseGPT"), "--model.prune.unet.timesteps=log_decrease"],
-    "sequential": [*each("criterion=Wanda"), *each("allocation=OWL"), *each("order=sequential")],
+    "sequential": [
+        *each("criterion=Wanda"),
+        *each("allocation=OWL"),
+        *each("order=sequential"),
+        "--model.prune.unet.layers=[Linear, Conv2d]",
+    ],
 }
 
 

@@ -13,7 +13,17 @@ from torch import Tensor
 from sdprune.data import Batch
 from sdprune.modules.needs import Calibration, Need, is_text
 from sdprune.pipelines import PipelineFamily, Sampling
-from sdprune.pruning import Gathering, Listener, Sums, Totals, find_targets, statistic, targets_of
+from sdprune.pruning import (
+    Gathering,
+    Listener,
+    Sums,
+    Target,
+    Totals,
+    find_targets,
+    order_of_calls,
+    statistic,
+    targets_of,
+)
 from sdprune.record import image_seed
 from sdprune.store import StatisticsStore
 
@@ -176,7 +186,7 @@ class Calibrator:
 
     def _start_jobs(self) -> None:
         for component, groups in self._queues.items():
-            while groups and component not in self._jobs:
+            while groups and self._may_start(component, groups[0]):
                 needs = groups.pop(0)
                 job = Job(needs, self._gathering(component, needs), self.store)
                 if not job.done:
@@ -185,18 +195,39 @@ class Calibrator:
                     for need in needs:  # interrupted after the last pass
                         self.store.finish(need.facts)
 
+    def _may_start(self, component: str, needs: Sequence[Need]) -> bool:
+        """Whoever prunes its component runs alone: the others' statistics are those of a dense pipeline."""
+        if needs[0].spec is not None:
+            return not self._jobs
+        return component not in self._jobs and not any(job.gathering.plan for job in self._jobs.values())
+
     def _gathering(self, component: str, needs: Sequence[Need]) -> Gathering:
         module, spec = self.pipeline.components[component], needs[0].spec
         steps = 1 if is_text(component) else self.sampling.steps
+        targets = targets_of(module, spec) if spec else find_targets(module, needs[0].layers)
         return Gathering(
             module,
-            targets_of(module, spec) if spec else find_targets(module, needs[0].layers),
+            targets,
             [statistic(need.statistic, steps, need.timesteps) for need in needs],
             spec,
+            self._order(component, targets) if spec else (),
             {need.statistic: self.store.load(need.facts) for need in needs[0].allocation},
             replay=is_text(component),
             hessian_bytes=int(self.calibration.hessian_gib * 2**30),
         )
+
+    def _order(self, component: str, targets: Sequence[Target]) -> list[str]:
+        """In which order the layers run; the prompt is always the same, and so is what all processes find."""
+        prompts = ["a picture"]
+
+        def run() -> None:
+            if is_text(component):
+                self.pipeline.encode(prompts)
+            else:
+                self.pipeline.generate(prompts, [0], self.sampling, decode=False)
+
+        with torch.inference_mode(False):
+            return order_of_calls(self.pipeline.components[component], targets, run)
 
     def _visit(self, component: str, gathering: Gathering, number: int, batch: Batch) -> dict[str, Sums]:
         text = is_text(component)
@@ -219,7 +250,7 @@ class Calibrator:
         def run(listeners: Sequence[Listener]) -> None:
             def at(step: int) -> None:
                 for listener in listeners:
-                    listener.step = min(step, self.sampling.steps - 1)  # some schedulers take one more
+                    listener.step = step
 
             self.pipeline.generate(batch.prompts, seeds, self.sampling, decode=False, before_step=at)
 

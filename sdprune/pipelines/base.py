@@ -55,6 +55,21 @@ class Drawn(NamedTuple):
     """Whether each image came out of finite numbers; one that did not is black where they were not."""
 
 
+def step_of(timesteps: Tensor, call: int, steps: int) -> int:
+    """The denoising step, from 0, that a call of the denoiser belongs to.
+
+    Schedulers of second order call it several times a step: at one timestep (Heun), or at others in between.
+
+    Args:
+        timesteps: of all calls, [calls], noisiest first.
+        call: number of the call, from 0.
+        steps: how many steps there are.
+    """
+    distinct = timesteps.unique()
+    noisier = int((distinct > timesteps[call]).sum())
+    return noisier if len(distinct) <= steps else noisier * steps // len(distinct)
+
+
 class PipelineFamily(ABC):
     """A pipeline that is loaded late: constructing one reads nothing."""
 
@@ -109,7 +124,8 @@ class PipelineFamily(ABC):
             seeds: one an image.
             sampling: how.
             decode: whether latents become pictures.
-            before_step: called with the number of each denoising step, from 0, before it runs.
+            before_step: called before each call of the denoiser with the number of its step, from 0 to steps - 1; some
+                schedulers call it several times a step.
         """
 
     @abstractmethod

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
 
 from sdprune.errors import InputError, unknown
-from sdprune.pipelines.base import Drawn, PipelineFamily, Sampling
+from sdprune.pipelines.base import Drawn, PipelineFamily, Sampling, step_of
 from sdprune.pipelines.resolve import resolve
 
 if TYPE_CHECKING:
@@ -177,8 +177,9 @@ class StableDiffusion(PipelineFamily):
         finite = torch.ones(len(prompts), dtype=torch.bool)
 
         def after(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-            if before_step is not None:
-                before_step(step + 1)
+            timesteps = pipe.scheduler.timesteps
+            if before_step is not None and step + 1 < len(timesteps):
+                before_step(step_of(timesteps, step + 1, sampling.steps))
             finite.logical_and_(tensors["latents"].isfinite().flatten(1).all(1).cpu())
             return tensors
 

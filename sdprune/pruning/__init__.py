@@ -10,6 +10,7 @@ from sdprune.pruning.criteria.base import Ranking, Reconstruction
 from sdprune.pruning.criteria.magnitude import Magnitude
 from sdprune.pruning.criteria.wanda import Wanda
 from sdprune.pruning.engine import LayerReport, PruneReport, apply, masks, targets_of
+from sdprune.pruning.execution import order_of_calls
 from sdprune.pruning.gathering import Gathering, gather, statistic
 from sdprune.pruning.spec import PruneSpec, subclasses
 from sdprune.pruning.statistics import STATISTICS, Hessian, InputNorm, Listener, Sums, Timesteps, Totals, weigh
@@ -44,6 +45,7 @@ __all__ = [
     "gather",
     "masks",
     "module_block",
+    "order_of_calls",
     "prune",
     "statistic",
     "subclasses",

@@ -9,7 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from sdprune.errors import InputError
 from sdprune.pruning.plan import Plan, Statistics
+from sdprune.pruning.prunable import require_prunable
 from sdprune.pruning.spec import PruneSpec
 from sdprune.pruning.targets import Target, find_targets
 
@@ -25,6 +27,8 @@ class LayerReport:
     pruned: int
     zeros: int
     notes: Dict[str, Any] = field(default_factory=dict)
+    tied: List[str] = field(default_factory=list)
+    """Further names of the same weight."""
 
 
 @dataclass
@@ -75,13 +79,22 @@ def apply(
             earlier layers may have been pruned already.
     """
     targets = targets_of(component, spec)
+    for target in targets:
+        if target.weight.is_meta:
+            raise InputError(f"Layer {target.name!r} is on the meta device, where it has no numbers: load the weights.")
     plan = Plan(targets, spec, statistics or {}, dense_statistics or statistics or {})
     return prune_targets(targets, plan)
 
 
 def targets_of(component: nn.Module, spec: PruneSpec) -> list[Target]:
-    """The layers that a specification chooses."""
-    return find_targets(component, spec.layers, spec.include, spec.exclude, spec.blocks)
+    """The layers that a specification chooses.
+
+    Raises:
+        InputError: also for a chosen layer whose weight cannot be pruned, by name.
+    """
+    targets = find_targets(component, spec.layers, spec.include, spec.exclude, spec.blocks)
+    require_prunable(component, targets)
+    return targets
 
 
 @torch.no_grad()
@@ -90,10 +103,13 @@ def prune_targets(targets: Sequence[Target], plan: Plan) -> PruneReport:
     reports: dict[str, LayerReport] = {}
     digests: dict[str, bytes] = {}
     for target, mask, weight, notes in plan.work(targets):
-        pruned = 0 if plan.spec.dense else _zero(target, mask, weight)
-        weights = target.weight.numel()
+        if not plan.spec.dense:
+            target.write(mask, weight)
+        weights, pruned = target.weight.numel(), int(mask.count_nonzero())
         zeros = weights - int(target.weight.count_nonzero())
-        reports[target.name] = LayerReport(target.name, target.kind, target.block, weights, pruned, zeros, notes)
+        reports[target.name] = LayerReport(
+            target.name, target.kind, target.block, weights, pruned, zeros, notes, target.names[1:]
+        )
         digests[target.name] = hashlib.sha256(np.packbits(mask.cpu().numpy()).data).digest()
         del mask, weight  # before the next one is made
     in_order = b"".join(digests[target.name] for target in targets)
@@ -111,11 +127,3 @@ def masks(
     """
     plan = Plan(targets, spec, statistics or {}, statistics or {})
     return ((target, mask) for target, mask, _, _ in plan.work(targets))
-
-
-def _zero(target: Target, mask: Tensor, weight: Optional[Tensor]) -> int:
-    own = target.weight
-    if weight is not None:
-        own.copy_(weight.view(own.shape))
-    own.masked_fill_(mask.view(own.shape), 0)
-    return int(mask.count_nonzero())

@@ -62,7 +62,7 @@ class Plan:
             self.sparsities = spec.allocation.original(targets, spec.nominal, norms, criterion)
             return
         self.sparsities = spec.allocation.sparsities(targets, spec.nominal, norms)
-        groups = self._groups(targets)
+        groups = self.groups(targets)
         self.ranks = dict(zip(groups, self._ranks(list(groups.values())), strict=True))
 
     def work(self, targets: Sequence[Target]) -> Iterator[Worked]:
@@ -71,11 +71,11 @@ class Plan:
             return ((target, torch.zeros(target.shape, dtype=torch.bool), None, {}) for target in targets)
         _require(targets, self.spec.criterion, self.statistics)
         if self.spec.mode == "exact" and self.spec.granularity in ("layer", "module_block", "component"):
-            groups = self._groups(targets)
+            groups = self.groups(targets)
             return chain.from_iterable(self._together(group, *self.ranks[key]) for key, group in groups.items())
         return (self._alone(target) for target in targets)
 
-    def _groups(self, targets: Sequence[Target]) -> dict[str, list[Target]]:
+    def groups(self, targets: Sequence[Target]) -> dict[str, list[Target]]:
         """The targets that are ranked together; what is ranked in parts of a layer comes layer by layer."""
         groups: dict[str, list[Target]] = {}
         for target in targets:
@@ -172,6 +172,12 @@ class Plan:
         weight = torch.empty_like(target.matrix)
         notes: Dict[str, Any] = {}
         own = {name: self.statistics[name][target.name] for name in criterion.statistics}
+        for name, value in own.items():
+            if value.dim() != 3:
+                raise InputError(
+                    f"Statistic {name} of layer {target.name!r} has shape {list(value.shape)}, not [groups, columns, "
+                    "columns]: gather it with sdprune.gather."
+                )
         size = rows // target.groups
         for group in range(target.groups):
             part = slice(group * size, (group + 1) * size)
@@ -226,7 +232,7 @@ class Plan:
             if name == "input_norm":
                 statistic = weigh({target.name: statistic}, self.spec.timesteps)[target.name]
             own[name] = target.by_row(statistic, rows)
-        scores = criterion.score(target.weight.detach()[rows].flatten(1), own)
+        scores = criterion.score(target.rows(rows), own)
         return scores.to(torch.promote_types(scores.dtype, dtype)) if scores.is_floating_point() else scores
 
 

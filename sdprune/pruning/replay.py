@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import nn
 
+from sdprune.pruning.execution import Stop
 from sdprune.pruning.statistics import Listener
-from sdprune.pruning.targets import Target, by_block
+from sdprune.pruning.targets import Target
 
 
 class Replay:
@@ -17,23 +18,26 @@ class Replay:
 
     Args:
         component: holds the blocks, which its forward calls one after another.
-        targets: its layers; their blocks make the chain.
+        stages: its layers, stage by stage in the order in which they run; their blocks make the chain.
     """
 
-    def __init__(self, component: nn.Module, targets: Sequence[Target]) -> None:
-        prefix = "text_model." if any(t.name.startswith("text_model.") for t in targets) else ""
+    def __init__(self, component: nn.Module, stages: Sequence[Sequence[Target]]) -> None:
+        prefix = "text_model." if any(t.name.startswith("text_model.") for stage in stages for t in stage) else ""
         self.blocks: list[nn.Module] = []
-        self.index: dict[str, int] = {}  # how many blocks come before; the stem's layers lie before or after all
-        for name in by_block(targets):
-            self.index[name] = len(self.blocks)
-            if name != "stem":
-                self.blocks.append(component.get_submodule(prefix + name))
+        self.index: dict[str, int] = {}  # by layer, how many blocks come before
+        numbers: dict[str, int] = {}
+        for stage in stages:
+            block = stage[0].block
+            if block != "stem" and block not in numbers:
+                numbers[block] = len(self.blocks)
+                self.blocks.append(component.get_submodule(prefix + block))
+            self.index |= {target.name: numbers.get(block, len(self.blocks)) for target in stage}
         self.outputs: dict[int, tuple[int, Any]] = {}  # by batch: number of a block, what it gave
 
     def run(self, key: int, listeners: Sequence[Listener], run: Callable[[], Any]) -> None:
         """Run a batch up to the last layer that is listened to."""
         listened = [target for listener in listeners for target in listener.targets.values()]
-        current = max(self.index[target.block] for target in listened)
+        current = max(self.index[target.name] for target in listened)
         done, output = self.outputs.get(key, (-1, None))
         with ExitStack() as stack:
             for block in self.blocks[: done + 1]:
@@ -41,7 +45,7 @@ class Replay:
             if current - 1 > done:
                 stack.enter_context(self._recording(key, current - 1))
             stack.enter_context(_stopping_after(listened))
-            with suppress(_Stop):
+            with suppress(Stop):
                 run()
 
     @contextmanager
@@ -56,10 +60,6 @@ class Replay:
             handle.remove()
 
 
-class _Stop(Exception):  # noqa: N818  no error
-    pass
-
-
 @contextmanager
 def _answering(block: nn.Module, output: Any) -> Iterator[None]:
     block.forward = lambda *args, **kwargs: output
@@ -72,17 +72,15 @@ def _answering(block: nn.Module, output: Any) -> Iterator[None]:
 @contextmanager
 def _stopping_after(targets: Sequence[Target]) -> Iterator[None]:
     """End the run when every layer has heard its input; nothing after that is of use."""
-    waiting = {target.name for target in targets}
+    modules = [one.module for target in targets for one in target.calls]
+    waiting = {id(module) for module in modules}
 
-    def heard(name: str) -> None:
-        waiting.discard(name)
+    def heard(module: nn.Module, args: Any) -> None:
+        waiting.discard(id(module))
         if not waiting:
-            raise _Stop
+            raise Stop
 
-    handles = [
-        target.module.register_forward_pre_hook(lambda module, args, name=target.name: heard(name))
-        for target in targets
-    ]
+    handles = [module.register_forward_pre_hook(heard) for module in modules]
     try:
         yield
     finally:

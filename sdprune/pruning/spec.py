@@ -2,9 +2,12 @@
 
 import inspect
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import Any, List, Literal, Optional, Tuple, get_args
+
+import numpy as np
 
 from sdprune.errors import InputError, unknown
 from sdprune.identity import code_of
@@ -36,11 +39,12 @@ class PruneSpec:
             N:M such as '2:4' (in YAML with quotes), N pruned of every M neighbouring inputs. By default as published:
             layer for Magnitude, row for Wanda, column_block for SparseGPT.
         block_width: columns of a column_block.
-        layers: kinds of layer: Linear, Conv2d.
+        layers: kinds of layer: Linear, Conv2d, Conv1D (GPT-2's Linear in transformers).
         include: shell patterns on layer names; what matches one of them is a target.
         exclude: shell patterns on layer names; what matches one of them is not.
         order: one_pass takes every layer's statistics from the dense model, and they serve any other pruning too;
-            sequential prunes block after block, each with the statistics that the pruned blocks before it give.
+            sequential prunes block after block, in the order in which they run, each with the statistics that the
+            pruned blocks before it give.
         timesteps: how much the denoising steps count in a U-Net's statistics: uniform, linear, log_decrease,
             log_increase.
         blocks: what counts as a block of a U-Net: module (a down, mid or up block) or, finer, transformer.
@@ -71,14 +75,14 @@ class PruneSpec:
     def __post_init__(self) -> None:
         self.criterion = _instance("criterion", self.criterion, Criterion)
         self.allocation = _instance("allocation", self.allocation, Allocation)
-        self.granularity = self.granularity or self.criterion.granularities[0]
+        self.granularity = str(self.granularity or self.criterion.granularities[0])
         if self.sparsity is not None:
-            _check_share("sparsity", self.sparsity)
+            self.sparsity = _share("sparsity", self.sparsity)
         for option, choices in (("order", Order), ("timesteps", Timesteps), ("blocks", Blocks), ("mode", Mode)):
             if getattr(self, option) not in get_args(choices):
                 raise unknown(option, getattr(self, option), get_args(choices))
-        if self.block_width < 1:
-            raise InputError(f"block_width is {self.block_width}: give the number of columns, 1 or more.")
+        if not isinstance(self.block_width, Integral) or self.block_width < 1:
+            raise InputError(f"block_width is {self.block_width!r}: give the number of columns, 1 or more.")
         self._check_lists()
         if self.band is not None:
             self._check_band(self.band)
@@ -122,7 +126,7 @@ class PruneSpec:
             "criterion": _describe(self.criterion),
             "allocation": _describe(self.allocation),
             "granularity": self.granularity,
-            "block_width": self.block_width if self.granularity == "column_block" else None,
+            "block_width": int(self.block_width) if self.granularity == "column_block" else None,
             "layers": sorted(set(self.layers)),
             "include": sorted(set(self.include)),
             "exclude": sorted(set(self.exclude)),
@@ -137,6 +141,8 @@ class PruneSpec:
             value = getattr(self, option)
             if isinstance(value, str):
                 raise InputError(f"{option} is the text {value!r}: give a list, [{value!r}].")
+            if not isinstance(value, (list, tuple)) or not all(isinstance(one, str) for one in value):
+                raise InputError(f"{option} is {value!r}: give a list of texts, as in ['*'].")
         for kind in self.layers:
             if kind not in LAYER_KINDS:
                 raise unknown("layer kind", kind, LAYER_KINDS)
@@ -144,10 +150,9 @@ class PruneSpec:
             raise InputError(f"layers is empty: choose from {', '.join(LAYER_KINDS)}.")
 
     def _check_band(self, band: Sequence[float]) -> None:
-        if len(band) != 2:
-            raise InputError(f"band is {list(band)}: give two shares, as in [0.1, 0.2].")
-        for share in band:
-            _check_share("band", share)
+        if not isinstance(band, (list, tuple)) or len(band) != 2:
+            raise InputError(f"band is {band!r}: give two shares, as in [0.1, 0.2].")
+        self.band = band = (_share("band", band[0]), _share("band", band[1]))
         if band[0] >= band[1]:
             raise InputError(f"band is {list(band)}: its first share must be below its second, as in [0.1, 0.2].")
         if self.sparsity:
@@ -209,7 +214,7 @@ def _instance(kind: str, value: Any, base: type) -> Any:
     if isinstance(value, base):
         return value
     choices = subclasses(base)
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise unknown(kind, value, sorted(choices))
     return choices[value]()
 
@@ -219,9 +224,13 @@ def _pattern(granularity: str) -> Optional[Tuple[int, int]]:
     return (int(found[1]), int(found[2])) if found else None
 
 
-def _check_share(option: str, value: float) -> None:
-    if not 0 <= value <= 1:  # also catches NaN
+def _share(option: str, value: Any) -> float:
+    """A number of any library as a float."""
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise InputError(f"{option} is {value!r}: give a number between 0 and 1, as in 0.35.")
+    if not 0 <= float(value) <= 1:  # also catches NaN
         raise InputError(f"{option} is {value}: give a share between 0 and 1, as in 0.35.")
+    return float(value)
 
 
 def _name(part: object) -> str:
@@ -231,4 +240,14 @@ def _name(part: object) -> str:
 def _describe(part: object) -> dict[str, Any]:
     parameters = inspect.signature(type(part).__init__).parameters.values()
     options = [p.name for p in parameters if p.name != "self" and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-    return {"class": _name(part), "options": {option: getattr(part, option) for option in options}, **code_of(part)}
+    values = {option: _plain(getattr(part, option)) for option in options}
+    return {"class": _name(part), "options": values, **code_of(part)}
+
+
+def _plain(value: Any) -> Any:
+    """Numbers of numpy as those of Python, which JSON knows."""
+    if isinstance(value, Mapping):
+        return {key: _plain(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(one) for one in value]
+    return value.item() if isinstance(value, np.generic) else value

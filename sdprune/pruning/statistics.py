@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -62,6 +63,15 @@ class Statistic(ABC):
         """Add a contribution of one denoising step, in place."""
 
     @abstractmethod
+    def average(self, total: Tensor, calls: Mapping[int, int]) -> None:
+        """Bring a sum over one batch to one call of the layer a denoising step, in place.
+
+        Args:
+            total: the sum.
+            calls: how often the layer was called, by step.
+        """
+
+    @abstractmethod
     def finish(self, total: Tensor, samples: int) -> Tensor:
         """The statistic, float32, from the sum over `samples` prompts."""
 
@@ -69,7 +79,9 @@ class Statistic(ABC):
 class InputNorm(Statistic):
     """`input_norm`: the sum of x_j^2 over all positions, by denoising step: float64 [steps, groups, columns].
 
-    Divided by the number of samples it is what Wanda's running statistic ends with.
+    Divided by the number of samples it is what Wanda's running statistic ends with. As there, every call adds its
+    samples to that number: a layer that is called k times in a step has the mean over its calls, not their sum, so that
+    it can be ranked beside layers that are called once.
     """
 
     name = "input_norm"
@@ -83,17 +95,23 @@ class InputNorm(Statistic):
 
     def term(self, target: Target, inputs: Tensor) -> Tensor:  # noqa: D102
         # In fp64 a square of fp32 is exact, and millions of positions add up without loss.
-        flat = inputs.reshape(-1, inputs.shape[-1]) if isinstance(target.module, nn.Linear) else inputs.flatten(1)
+        conv = target.kind == "Conv2d"
+        flat = inputs.flatten(1) if conv else inputs.reshape(-1, inputs.shape[-1])
         sums = torch.zeros(flat.shape[1], dtype=torch.float64, device=flat.device)
         for part in flat.split(max(1, _CHUNK // max(1, flat.shape[1]))):
             sums += part.to(torch.float64, copy=True).square_().sum(0)
-        if isinstance(target.module, nn.Linear):
+        if not conv:
             return sums[None]
         # Unfolding only copies, so that it may follow the sum over items.
         return target.columns(sums.view(1, *inputs.shape[1:])).sum(1)
 
     def add(self, total: Tensor, term: Tensor, step: int) -> None:  # noqa: D102
         total[step] += term
+
+    def average(self, total: Tensor, calls: Mapping[int, int]) -> None:  # noqa: D102
+        for step, n in calls.items():
+            if n > 1:
+                total[step] /= n
 
     def finish(self, total: Tensor, samples: int) -> Tensor:  # noqa: D102
         return (total / samples).float()
@@ -102,7 +120,8 @@ class InputNorm(Statistic):
 class Hessian(Statistic):
     """`hessian`: 2 * sum_i a_i X_i^T X_i / sum_i a_i over denoising steps i, float32 [groups, columns, columns].
 
-    X_i are the inputs [positions, columns] of step i and a_i the step's weight; divided by the number of samples.
+    X_i are the inputs [positions, columns] of step i and a_i the step's weight; divided by the number of samples. Where
+    a layer is called several times in a step, i runs over the calls, here and in the divisor.
     (Frantar & Alistarh 2023, SparseGPT; the weights are those of OBS-Diff, 2025.)
 
     Args:
@@ -125,8 +144,7 @@ class Hessian(Statistic):
 
     def term(self, target: Target, inputs: Tensor) -> Tensor:  # noqa: D102
         total = self.empty(target)
-        linear = isinstance(target.module, nn.Linear)
-        rows = inputs.reshape(-1, inputs.shape[-1]) if linear else inputs
+        rows = inputs if target.kind == "Conv2d" else inputs.reshape(-1, inputs.shape[-1])
         per_row = max(1, target.columns(rows[:1]).numel()) if len(rows) else 1
         for part in rows.split(max(1, _UNFOLDED // per_row)):
             x = target.columns(part.float())
@@ -135,6 +153,12 @@ class Hessian(Statistic):
 
     def add(self, total: Tensor, term: Tensor, step: int) -> None:  # noqa: D102
         total.add_(term, alpha=self.weights[step])
+
+    def average(self, total: Tensor, calls: Mapping[int, int]) -> None:  # noqa: D102
+        once = sum(self.weights)
+        counted = sum(weight * max(1, calls.get(step, 0)) for step, weight in enumerate(self.weights))
+        if counted != once:
+            total *= once / counted
 
     def finish(self, total: Tensor, samples: int) -> Tensor:  # noqa: D102
         return total * (2 / (samples * sum(self.weights)))
@@ -145,14 +169,16 @@ STATISTICS: dict[str, type[Statistic]] = {cls.name: cls for cls in (InputNorm, H
 
 @dataclass
 class Sums:
-    """The sums over some batches: by layer, with how often each layer ran."""
+    """The sums over a batch: by layer, with how often each layer was called, by denoising step."""
 
     totals: dict[str, Tensor] = field(default_factory=dict)
-    calls: dict[str, int] = field(default_factory=dict)
+    calls: dict[str, Counter[int]] = field(default_factory=dict)
 
 
 class Listener:
     """Sums one statistic over the inputs of some layers while their component runs.
+
+    Layers that share a weight count as one layer that is called several times.
 
     Args:
         targets: the layers.
@@ -178,16 +204,19 @@ class Listener:
         self._last: tuple[Any, ...] = ()
 
     def take(self) -> Sums:
-        """The sums since the last take, on the layers' devices; starts again from 0."""
+        """The sums since the last take, averaged over a layer's calls in a step; starts again from 0."""
         sums, self._sums, self._last = self._sums, Sums(), ()
+        for name, total in sums.totals.items():
+            self.statistic.average(total, sums.calls[name])
         return sums
 
     @contextmanager
     def listening(self) -> Iterator[Listener]:
         """Hooks on every layer, removed at the end."""
         handles = [
-            target.module.register_forward_pre_hook(partial(self._hear, target), with_kwargs=True)
+            one.module.register_forward_pre_hook(partial(self._hear, one), with_kwargs=True)
             for target in self.targets.values()
+            for one in target.calls
         ]
         try:
             yield self
@@ -197,18 +226,18 @@ class Listener:
 
     @torch.no_grad()
     def _hear(self, target: Target, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        inputs = args[0] if args else kwargs["input"]
+        inputs = target.inputs(args, kwargs)
         with torch.autocast(inputs.device.type, enabled=False):
             term = self._term(target, inputs)
+        self._sums.calls.setdefault(target.name, Counter())[self.step] += 1
         if target.name not in self._sums.totals:
             self._sums.totals[target.name] = self.statistic.empty(target)
         self.statistic.add(self._sums.totals[target.name], term, self.step)
-        self._sums.calls[target.name] = self._sums.calls.get(target.name, 0) + 1
 
     def _term(self, target: Target, inputs: Tensor) -> Tensor:
         """The contribution; query, key and value get the very same tensor one after another, and share it."""
         key = (id(inputs), None if inputs.is_inference() else inputs._version)
-        linear = isinstance(target.module, nn.Linear)
+        linear = target.kind != "Conv2d"
         if linear and key[1] is not None and self._last and self._last[0] == key:
             return self._last[2]
         term = self.statistic.term(target, self._counted(target.name, inputs))
@@ -270,5 +299,10 @@ def weigh(norms: Mapping[str, Tensor], timesteps: Timesteps) -> dict[str, Tensor
 
 
 def _weighted(norm: Tensor, timesteps: Timesteps) -> Tensor:
+    if norm.dim() != 3:
+        raise InputError(
+            f"Statistic input_norm has shape {list(norm.shape)}, not [steps, groups, columns]: gather it with "
+            "sdprune.gather."
+        )
     weights = torch.tensor(timestep_weights(timesteps, len(norm)), dtype=torch.float64, device=norm.device)
     return ((weights[:, None, None] * norm.double()).sum(0) / weights.sum()).float()

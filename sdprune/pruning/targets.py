@@ -1,20 +1,23 @@
 """Which weights of a component can be pruned, each as a matrix, with the block it belongs to."""
 
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
-from typing import Literal, cast
+from typing import Any, Literal, Optional, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.parameter import is_lazy
 
 from sdprune.errors import InputError, unknown
+from sdprune.pruning.memory import region
 
 Blocks = Literal["module", "transformer"]
-LAYER_KINDS: dict[str, type[nn.Module]] = {"Linear": nn.Linear, "Conv2d": nn.Conv2d}
+LAYER_KINDS = ("Linear", "Conv2d", "Conv1D")
 
 # The outermost numbered part, or the one block that has no number. Older text encoders wrap theirs in `text_model`.
 _BLOCK = re.compile(r"(?:text_model\.)?(.*?(?:\bmid_block|\.\d+))(?=\.|$)")
@@ -24,11 +27,24 @@ _FINE_BLOCK = re.compile(r".*?\.transformer_blocks\.\d+(?=\.)|.*?\bmid_block\.\w
 
 @dataclass(frozen=True)
 class Target:
-    """One prunable layer of a component."""
+    """One prunable layer of a component, or several that share one weight."""
 
     name: str
     module: nn.Module
     block: str
+    tied: tuple[tuple[str, nn.Module], ...] = ()
+    """Further layers with the very same weight, by name; a module that has two names is here too."""
+
+    @property
+    def names(self) -> list[str]:
+        """All names of the weight's layers, first to last."""
+        return [self.name, *(name for name, _ in self.tied)]
+
+    @property
+    def calls(self) -> "list[Target]":
+        """The target seen from each module that uses its weight: inputs differ, and so may a convolution's stride."""
+        modules = {id(module): module for module in (self.module, *(module for _, module in self.tied))}
+        return [replace(self, module=module) for module in modules.values()]
 
     @property
     def weight(self) -> nn.Parameter:
@@ -36,26 +52,64 @@ class Target:
         return cast(nn.Parameter, self.module.weight)
 
     @property
+    def _by_output(self) -> Tensor:
+        """The weight with the outputs first, as a view."""
+        weight = self.weight.detach()
+        return weight.T if self.kind == "Conv1D" else weight
+
+    @property
     def matrix(self) -> Tensor:
         """The weight as [rows = outputs, columns = inputs]; a convolution's columns are in/groups * kh * kw."""
-        return self.weight.detach().flatten(1)
+        return self.rows(slice(None))
+
+    def rows(self, rows: slice) -> Tensor:
+        """Some rows of the matrix."""
+        return self._by_output[rows].flatten(1)
+
+    @torch.no_grad()
+    def write(self, mask: Tensor, weight: Optional[Tensor] = None) -> None:
+        """Set what the mask covers to 0, and the rest to a new weight if there is one; both [rows, columns]."""
+        stored = self._by_output
+        if weight is not None:
+            stored.copy_(weight.view(stored.shape))
+        stored.masked_fill_(mask.view(stored.shape), 0)
 
     @property
     def shape(self) -> tuple[int, int]:
         """Rows and columns of the matrix."""
-        return len(self.weight), self.weight[0].numel()
+        shape = self._by_output.shape
+        return shape[0], shape[1:].numel()
 
     @property
     def groups(self) -> int:
         """Groups of a grouped convolution: each has its own inputs. 1 otherwise."""
         return self.module.groups if isinstance(self.module, nn.Conv2d) else 1
 
+    def inputs(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
+        """The layer's inputs, out of the arguments of a call; one image of a convolution as a batch of one.
+
+        Raises:
+            InputError: they do not fit the weight.
+        """
+        inputs = args[0] if args else next(iter(kwargs.values()), None)
+        if not isinstance(inputs, Tensor):
+            raise InputError(f"Layer {self.name!r} sees a {type(inputs).__name__}: give inputs that are tensors.")
+        conv = self.kind == "Conv2d"
+        batch = inputs[None] if conv and inputs.dim() == 3 else inputs
+        axis, width = (1, self.channels * self.groups) if conv else (-1, self.shape[1])
+        if batch.dim() < (4 if conv else 1) or batch.shape[axis] != width:
+            raise InputError(
+                f"Layer {self.name!r} sees inputs of shape {list(inputs.shape)}, but has {width} inputs: give the "
+                "module inputs of the shape that it was made for."
+            )
+        return batch
+
     def columns(self, inputs: Tensor) -> Tensor:
         """What the matrix is multiplied with: the layer's inputs as [groups, positions, columns].
 
         Args:
-            inputs: of a Linear [..., columns]; of a convolution [items, channels, height, width], whose columns are
-                unfolded with its kernel, stride, padding and dilation.
+            inputs: of a Linear or Conv1D [..., columns]; of a convolution [items, channels, height, width], whose
+                columns are unfolded with its kernel, stride, padding and dilation.
         """
         if not isinstance(self.module, nn.Conv2d):
             return inputs.reshape(1, -1, inputs.shape[-1])
@@ -69,7 +123,7 @@ class Target:
     @property
     def channels(self) -> int:
         """Input channels of one group: columns at one position of the kernel."""
-        return self.weight.shape[1]
+        return self._by_output.shape[1]
 
     @property
     def channels_last(self) -> Tensor:
@@ -85,8 +139,8 @@ class Target:
 
     @property
     def kind(self) -> str:
-        """`Linear` or `Conv2d`, also for subclasses of these."""
-        return next(kind for kind, cls in LAYER_KINDS.items() if isinstance(self.module, cls))
+        """`Linear`, `Conv2d` or `Conv1D`, also for subclasses of these."""
+        return str(layer_kind(self.module))
 
 
 def find_targets(
@@ -100,31 +154,36 @@ def find_targets(
 
     Args:
         component: a text encoder, a U-Net or any other module.
-        layers: kinds of layer, of `Linear` and `Conv2d`.
+        layers: kinds of layer: `Linear`, `Conv2d`, and `Conv1D`, the Linear layer of GPT-2 in transformers, whose
+            weight is transposed.
         include: shell patterns on dotted module names; a layer that matches one of them is a target ...
-        exclude: ... unless it matches one of these.
+        exclude: ... unless it matches one of these. Layers that share a weight are one target: it is included, or
+            excluded, under any of their names.
         blocks: what counts as a block, see `module_block`.
 
     Raises:
         InputError: for an unknown kind, a pattern that matches no layer, or when no target is left.
     """
-    candidates = dict(_layers(component, layers))
+    if not isinstance(component, nn.Module):
+        raise InputError(f"{component!r:.80} is no module: give a torch.nn.Module, as in pipe.unet.")
+    candidates = _layers(component, layers, blocks)
     if not candidates:
         raise InputError(
-            f"{type(component).__name__} has no {' or '.join(layers) or 'chosen'} layer: choose other layers."
+            f"{type(component).__name__} has no {' or '.join(layers) or 'chosen'} layer: choose other layers"
+            f"{_other_kinds(component, layers)}."
         )
+    names = [name for target in candidates for name in target.names]
     for option, patterns in (("include", include), ("exclude", exclude)):
         for pattern in patterns:
-            _check_pattern(option, pattern, list(candidates))
+            _check_pattern(option, pattern, names)
     targets = [
-        Target(name, module, module_block(name, blocks))
-        for name, module in candidates.items()
-        if _matches(name, include) and not _matches(name, exclude)
+        target for target in candidates if _matches(target.names, include) and not _matches(target.names, exclude)
     ]
     if not targets:
         raise InputError(
             f"No layer is left to prune: include {list(include)} minus exclude {list(exclude)} is empty, "
-            f"of {len(candidates)} layers such as {next(iter(candidates))!r}. Widen include or shorten exclude."
+            f"of {len(candidates)} layers such as {candidates[0].name!r}. Widen include or shorten exclude"
+            f"{_other_kinds(component, layers)}."
         )
     return targets
 
@@ -149,27 +208,57 @@ def module_block(name: str, blocks: Blocks = "module") -> str:
     return found[1] if found else "stem"
 
 
-def _layers(component: nn.Module, kinds: Sequence[str]) -> Iterator[tuple[str, nn.Module]]:
+def layer_kind(module: nn.Module) -> Optional[str]:
+    """Which of LAYER_KINDS a module is, if any."""
+    if isinstance(module, nn.Linear):
+        return "Linear"
+    if isinstance(module, nn.Conv2d):
+        return "Conv2d"
+    # By name: whoever has such a layer has imported transformers, and nobody else should have to.
+    names = [(cls.__module__, cls.__name__) for cls in type(module).__mro__]
+    return "Conv1D" if ("transformers.pytorch_utils", "Conv1D") in names else None
+
+
+def stored_weight(module: nn.Module) -> Optional[Tensor]:
+    """The weight as the module stores it; None where it is computed from others, which happens on every look at it."""
+    stored = module._parameters.get("weight")
+    return module._buffers.get("weight") if stored is None else stored
+
+
+def _layers(component: nn.Module, kinds: Sequence[str], blocks: Blocks) -> list[Target]:
     for kind in kinds:
         if kind not in LAYER_KINDS:
             raise unknown("layer kind", kind, LAYER_KINDS)
-    classes = tuple(LAYER_KINDS[kind] for kind in kinds)
-    seen: set[tuple[str, int]] = set()
-    for name, module in component.named_modules():
-        if not isinstance(module, classes):
-            continue
-        weight = cast(nn.Parameter, module.weight)
-        if not weight.numel():  # nothing to prune
-            continue
-        storage = weight.data_ptr()  # 0 on the meta device
-        key = ("storage", storage) if storage else ("parameter", id(weight))
-        if key not in seen:
-            seen.add(key)
-            yield name, module
+    layers: dict[Any, list[tuple[str, nn.Module]]] = {}
+    for name, module in component.named_modules(remove_duplicate=False):
+        if layer_kind(module) in kinds and not _is_empty(module):
+            layers.setdefault(_identity(module), []).append((name, module))
+    return [Target(*members[0], module_block(members[0][0], blocks), tuple(members[1:])) for members in layers.values()]
 
 
-def _matches(name: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in patterns)
+def _is_empty(module: nn.Module) -> bool:
+    """Whether there is nothing to prune; a lazy weight has no size yet."""
+    weight = stored_weight(module)
+    return weight is not None and not is_lazy(weight) and not weight.numel()
+
+
+def _identity(module: nn.Module) -> Any:
+    """Equal for layers with the very same weight, seen in the same way."""
+    weight = stored_weight(module)
+    place = None if weight is None else region(weight)
+    if weight is None or place is None:
+        return id(module) if weight is None else id(weight)
+    return place, weight.shape, weight.stride(), weight.dtype, layer_kind(module), getattr(module, "groups", 1)
+
+
+def _other_kinds(component: nn.Module, kinds: Sequence[str]) -> str:
+    """`; it has 12 Conv1D`, for the end of an error."""
+    found = Counter(kind for module in component.modules() if (kind := layer_kind(module)) and kind not in kinds)
+    return "".join(f"; it has {n} {kind}, as in layers=[{kind!r}]" for kind, n in found.items())
+
+
+def _matches(names: Sequence[str], patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for name in names for pattern in patterns)
 
 
 def _check_pattern(option: str, pattern: str, names: list[str]) -> None:

@@ -179,6 +179,10 @@ class PerImageMetric(PerImageRows):
     def compare(self, dense_rows: Mapping[str, Tensor]) -> dict[str, float]:
         """Differences to a dense model's rows on the same prompts and noise, with 95 % intervals over images."""
 
+    def remarks(self, scores: Mapping[str, float]) -> list[str]:
+        """What a reader should know of these scores, which `compute` gave: one sentence or two each."""
+        return []
+
     @abstractmethod
     def describe(self) -> dict[str, Any]:
         """JSON-able facts that the score depends on, for fingerprints; needs no loaded weights."""

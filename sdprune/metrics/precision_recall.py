@@ -122,11 +122,17 @@ class _Distances:
         return near
 
     def smallest(self, k: int) -> Tensor:
-        """The k-th smallest of each row, [n]."""
-        columns = self.squared.topk(min(k + _TIES, len(self.b) - 1), largest=False).indices
-        rows = torch.arange(len(self.a), device=columns.device)
-        exact = torch.stack([self._exact(rows, column) for column in columns.T], 1)
-        return exact.kthvalue(k, dim=1).values
+        """The k-th smallest of each row, [n]; what is infinite is left out."""
+        nearest = self.squared.topk(min(k + _TIES, len(self.b) - 1), largest=False)
+        rows = torch.arange(len(self.a), device=self.a.device)
+        exact = torch.stack([self._exact(rows, column) for column in nearest.indices.T], 1)
+        found = exact.kthvalue(k, dim=1).values
+        if exact.shape[1] < len(self.b) - 1:
+            others = nearest.values[:, -1] - self.rounding.amax(1)  # are at least as far
+            for row in ((others <= found) & (found > 0)).nonzero().flatten():
+                distances = (self.a[row] - self.b).square().sum(1)
+                found[row] = distances[self.squared[row].isfinite()].kthvalue(k).values
+        return found
 
     def _exact(self, i: Tensor, j: Tensor) -> Tensor:
         return (self.a[i] - self.b[j]).square().sum(1)

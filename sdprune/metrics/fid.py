@@ -56,7 +56,7 @@ class FrechetInceptionDistance(FeatureMetric):
             InputError: fewer than two images.
             RuntimeError: no reference was given.
         """
-        return {self.name: self._to_reference()(self._features())}
+        return {self.name: self._value()}
 
     def compare(self, dense_rows: Mapping[str, Tensor]) -> dict[str, float]:
         """FID minus the dense model's FID: `<name>_diff`, and `_low`, `_high` and `_se` over pairs of images.
@@ -70,11 +70,14 @@ class FrechetInceptionDistance(FeatureMetric):
         if self.resamples:
             interval = paired_bootstrap(own, dense, distance, self.resamples, centered=True)
             return interval.as_dict(title) | {f"{title}_resamples": float(self.resamples)}
-        difference = distance(own) - distance(dense)
+        difference = self._value() - distance(dense)
         if self.resamples == 0 or len(own) < 3:
             return {title: difference}
         without = self._once("without", lambda: distance.without_each(own)) - distance.without_each(dense)
         return jackknife_interval(difference, without).as_dict(title)
+
+    def _value(self) -> float:
+        return self._once("value", lambda: self._to_reference()(self._features()))
 
 
 class FrechetDistanceAtInfinity(FeatureMetric):
@@ -113,12 +116,12 @@ class FrechetDistanceAtInfinity(FeatureMetric):
         Raises:
             InputError: fewer than four images.
         """
-        return {self.name: self._own()}
+        return {self.name: self._value()}
 
     def compare(self, dense_rows: Mapping[str, Tensor]) -> dict[str, float]:
         """`<name>_diff` to the dense model's, on the same subsets. FID's own interval tells what it is worth."""
         dense = self._dense_features(dense_rows)
-        return {f"{self.name}_diff": self._own() - self._at_infinity(dense)}
+        return {f"{self.name}_diff": self._value() - self._at_infinity(dense)}
 
     def remarks(self, scores: Mapping[str, float]) -> list[str]:
         """A distance below 0, which no distance can be."""
@@ -130,7 +133,7 @@ class FrechetDistanceAtInfinity(FeatureMetric):
             f"{n} images with {d} features each, and missed. Read it as 0, or draw more images."
         ]
 
-    def _own(self) -> float:
+    def _value(self) -> float:
         return self._once("value", lambda: self._at_infinity(self._features()))
 
     def _at_infinity(self, rows: Tensor) -> float:

@@ -51,7 +51,7 @@ class FrechetTo:
         fixed = self.sigma.trace()
         values = [
             _shift_and_trace(centered, counts) + fixed - 2 * _cross_term(rotated, gram, counts)
-            for counts in (torch.bincount(index.to(rows.device), minlength=len(rows)).double() for index in indices)
+            for counts in (torch.bincount(index.to(self.mu.device), minlength=len(rows)).double() for index in indices)
         ]
         return torch.stack(values).clamp(min=0).cpu()
 

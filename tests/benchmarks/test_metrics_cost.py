@@ -103,14 +103,9 @@ def test_every_score_of_one_model():
             seconds.append(time.perf_counter() - start)
         total, cpu = total + sum(seconds), cpu + time.process_time() - used
         peaks[metric.name] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        line = ", ".join(
-            f"{name} {value:.4f}" for name, value in scores.items() if not name.endswith(("_low", "_high"))
-        )
-        print(
-            f"\n{metric.name or type(metric).__name__}, {d} features: {seconds[0]:.1f} s, compared in {seconds[1]:.1f} s; "
-            f"{peaks[metric.name]:.1f} GiB so far; {line}",
-            flush=True,
-        )
+        name = metric.name or type(metric).__name__
+        line = ", ".join(f"{key} {value:.4f}" for key, value in scores.items() if not key.endswith(("_low", "_high")))
+        print(f"\n{name}, {d} features: {seconds[0]:.1f} s, compared in {seconds[1]:.1f} s; {line}", flush=True)
         found |= scores
     print(
         f"{N} images: {total:.0f} s ({cpu:.0f} s of CPU) on {torch.get_num_threads()} threads, at most "

@@ -2,8 +2,8 @@
 
     SDPRUNE_BENCHMARK=1 pytest -n 0 -s tests/benchmarks/test_fid_interval.py
 
-repeats it for 64 and 512 features with n from half as many images as features to twenty times as many, half an hour on
-one core. Otherwise it is 16 features, and coverage and width are checked.
+repeats it for 64 and 512 features with n from half as many images as features to twenty times as many, an hour on one
+core. Otherwise it is 16 features, and coverage and width are checked.
 
 Prompts are vectors; a real, a dense and a pruned image are each partly their prompt and partly noise, with covariances
 that fall like 1 / k and lengths that vary by a factor of six. Dense and pruned share nearly all of their noise.
@@ -20,7 +20,7 @@ from sdprune.metrics.paired import jackknife_interval
 
 FULL = os.environ.get("SDPRUNE_BENCHMARK") == "1"
 # features: (experiments, those with a bootstrap too)
-EXPERIMENTS = {64: (300, 60), 512: (80, 8)} if FULL else {16: (300, 30)}
+EXPERIMENTS = {64: (300, 60), 512: (60, 6)} if FULL else {16: (300, 15)}
 RATIOS = (0.5, 1, 4, 20) if FULL else (0.5, 1, 8)
 RESAMPLES = 100
 
@@ -33,6 +33,9 @@ class World:
         axes = torch.linalg.qr(torch.randn(d, d, generator=self.generator))[0]
         self.map = axes / (torch.arange(d) + 1).sqrt()
 
+    def lengths(self, n):
+        return 0.3 + 1.5 * torch.rand(n, 1, generator=self.generator)
+
     def noise(self, n):
         return torch.randn(n, len(self.map), generator=self.generator)
 
@@ -40,9 +43,8 @@ class World:
         prompts = 0.6 * self.noise(n)
         real, dense = (prompts + 0.8 * self.noise(n) for _ in range(2))
         pruned = 0.97 * dense + 0.24 * self.noise(n)
-        lengths = 0.3 + 1.5 * torch.rand(n, 1, generator=self.generator)
-        shift = self.map[:, 0]
-        features = (real * lengths, 0.9 * dense * lengths, 0.95 * pruned * lengths)
+        lengths, shift = self.lengths(n), self.map[:, 0]
+        features = (real * self.lengths(n), 0.9 * dense * lengths, 0.95 * pruned * lengths)
         real, dense, pruned = (rows @ self.map.T for rows in features)
         return real, dense + 0.2 * shift, pruned + 0.3 * shift
 
@@ -78,5 +80,5 @@ def test_coverage(d, ratio):
     line = "; ".join(f"{name} {held:.1%}, se / sd {width:.2f}" for name, (held, width) in told.items())
     print(f"\nd {d}, n {n}, {experiments} experiments ({bootstraps} of the bootstrap): {line}", flush=True)
     held, width = told["jackknife"]
-    assert held > (0.86 if FULL else 0.91)
-    assert 0.9 < width < 1.35
+    assert held > (0.85 if FULL else 0.91)  # of 60 experiments
+    assert (0.75 if FULL else 0.9) < width < 1.35

@@ -162,8 +162,10 @@ class SdpruneCLI(LightningCLI):
             self.trainer.predict(runs[0], datamodule=self.datamodule, return_predictions=False)
 
     def after_predict(self) -> None:
-        """Log and print what came out."""
+        """Compare, log and print what came out, on the first process alone: none waits for it."""
+        _part()
         if self.trainer.is_global_zero:
+            self.model.compare()
             self.model.log_record()
             if self.summary:
                 show(self.model.record)

@@ -17,7 +17,6 @@ import os
 import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -102,9 +101,9 @@ class Record:
         """Whether the results are there."""
         return (self.directory / "results.json").exists()
 
-    @cached_property
+    @property
     def results(self) -> dict[str, Any]:
-        """The finished run's results.
+        """The finished run's results, as they lie there now.
 
         Raises:
             InputError: results.json is damaged.
@@ -204,7 +203,6 @@ class Record:
     def finish(self, results: Mapping[str, Any]) -> None:
         """Write the results; the run is finished."""
         write_json(self.directory / "results.json", results)
-        self.__dict__.pop("results", None)  # read before
 
 
 def require_writable(directory: Path, option: str) -> None:

@@ -23,6 +23,8 @@ def show(record: Record, console: Console | None = None) -> None:
         console.print(_sparsities(results["sparsity"]))
     if distances := _distances(results):
         console.print(f"distance to the dense model's images: {distances}", highlight=False)
+    for remark in results.get("remarks", ()):
+        console.print(remark, style="bold red", highlight=False)
     flaws = results["images"]
     if flaws["flawed"]:
         console.print(

@@ -115,6 +115,58 @@ def test_two_runs_of_one_command_make_it_once(whole, tmp_path):
     assert len(generated) == 2  # the dense and the pruned ones, each by one of the two
 
 
+def slowly_compared(output, *options):
+    """The main job with one metric, whose comparison takes as long as SLOW_COMPARISON says."""
+    metric = {"class_path": "slow_comparison.SlowComparison", "init_args": {"model": "miniature"}}
+    config = output / "slow.yaml"
+    config.write_text(json.dumps({"model": {"init_args": {"metrics": [metric]}}}))
+    arguments = predict(output / "runs", *options)
+    arguments[3:3] = ["--config", str(config)]
+    return arguments
+
+
+def in_tests(seconds):
+    """Where processes find the metric, and how slow it is."""
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    return os.environ | {"PYTHONPATH": path, "SLOW_COMPARISON": str(seconds)}
+
+
+def test_a_comparison_may_take_longer_than_processes_wait(miniature, tmp_path):
+    running = start(slowly_compared(tmp_path, "--trainer.devices=2"), env=in_tests(12))
+    told, _ = running.communicate(timeout=300)
+    assert running.returncode == 0, told
+    found = json.loads((the_run(tmp_path / "runs", "text_encoder") / "results.json").read_text())
+    assert "clip_score_diff_low" in found["comparison"]
+    assert found["verdicts"]["clip_score"]["tolerance"] == 0.002
+    assert "clip_score (cosine" in told
+
+
+def test_a_killed_comparison_is_picked_up_without_drawing(sdprune, miniature, tmp_path, monkeypatch):
+    from sdprune.metrics import ClipModel
+    from sdprune.pipelines import StableDiffusion
+
+    running = start(slowly_compared(tmp_path), env=in_tests(1000))
+    for _ in range(1200):
+        time.sleep(0.1)
+        if list(tmp_path.glob("runs/text_encoder*/results.json")) or running.poll() is not None:
+            break
+    time.sleep(0.5)
+    assert running.poll() is None
+    os.killpg(running.pid, signal.SIGKILL)
+    running.communicate()
+    run = the_run(tmp_path / "runs", "text_encoder")
+    killed = json.loads((run / "results.json").read_text())
+    assert (killed["comparison"], killed["verdicts"]) == ({}, {})
+    monkeypatch.setattr(StableDiffusion, "load", lambda *args: pytest.fail("loaded"))
+    monkeypatch.setattr(ClipModel, "embed_pixels", lambda *args: pytest.fail("run"))
+    assert sdprune(*slowly_compared(tmp_path)).code == 0
+    found = json.loads((run / "results.json").read_text())
+    assert found["metrics"] == killed["metrics"]
+    assert found["speed"] == killed["speed"]
+    dense = json.loads((the_run(tmp_path / "runs", "dense") / "results.json").read_text())["metrics"]["clip_score"]
+    assert found["comparison"]["clip_score_diff"] == pytest.approx(killed["metrics"]["clip_score"] - dense, abs=1e-12)
+
+
 def test_a_run_waits_for_another_and_says_so(tmp_path, monkeypatch, capsys):
     from sdprune.locks import Claim
 

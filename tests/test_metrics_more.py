@@ -171,6 +171,43 @@ def test_precision_and_recall_are_their_definition(k, chunk, monkeypatch):
     assert 0 < expected["recall"] < 1
 
 
+@pytest.mark.parametrize("shift", [0.0, 1e4], ids=["centred", "far from 0"])
+def test_ties_are_decided_as_exact_distances_decide_them(shift):
+    """On a grid most distances are equal to others; so are a generated image and its real twin."""
+    generator = torch.Generator().manual_seed(0)
+    real, own = (torch.randint(0, 3, (n, 4), generator=generator).double() + shift for n in (60, 50))
+    own[:10] = real[:10]
+
+    def members(points, others, k=3):
+        squares = ((others[:, None] - others[None]) ** 2).sum(-1)
+        reach = np.sort(squares + np.diag([np.inf] * len(others)), 1)[:, k - 1]
+        return (((points[:, None] - others[None]) ** 2).sum(-1) <= reach).any(1)
+
+    metric = filled(PrecisionRecall(PooledFeatures()), own[:, [0, 1, 2, 3, 0, 1]], real[:, [0, 1, 2, 3, 0, 1]])
+    a, b = (rows[:, [0, 1, 2, 3, 0, 1]].numpy() for rows in (own, real))
+    assert metric.compute() == {"precision": members(a, b).mean(), "recall": members(b, a).mean()}
+
+
+def test_near_ties_of_rounding_are_decided_exactly():
+    """A real image with real ones on a circle around it, and generated ones on another circle, all far from 0.
+
+    The one in the middle reaches as far as the circles, to nine digits; products of numbers so large keep only six.
+    """
+    generator = torch.Generator().manual_seed(0)
+    angles = 2 * math.pi * torch.rand(2, 100, generator=generator, dtype=torch.float64)
+    radii = 1 + 1e-9 * torch.rand(2, 100, generator=generator, dtype=torch.float64)
+    real, own = torch.zeros(101, 6, dtype=torch.float64), torch.zeros(100, 6, dtype=torch.float64)
+    real[1:, 2], real[1:, 3] = radii[0] * angles[0].cos(), radii[0] * angles[0].sin()
+    own[:, 4], own[:, 5] = radii[1] * angles[1].cos(), radii[1] * angles[1].sin()
+    real[:, :2] += 1e5
+    own[:, :2] += 1e5
+    reach = ((real[:, None] - real[None]) ** 2).sum(-1).sort(1).values[:, 3]
+    near = (((own[:, None] - real[None]) ** 2).sum(-1) <= reach).any(1)
+    metric = filled(PrecisionRecall(PooledFeatures()), own, real)
+    assert 0 < near.sum() < 100
+    assert metric.compute()["precision"] == near.double().mean().item()
+
+
 def test_precision_differences_are_paired():
     real, own, dense = numbers(30, 1), numbers(20, 2, 1.0), numbers(20, 3)
     metric, other = (filled(PrecisionRecall(PooledFeatures(), "clip"), rows, real) for rows in (own, dense))
@@ -200,6 +237,20 @@ def test_fid_at_infinity_takes_the_excess_of_a_finite_sample_off():
         filled(FrechetDistanceAtInfinity(PooledFeatures()), real[:3], real).compute()
     with pytest.raises(InputError, match="subsets must be at least 2"):
         FrechetDistanceAtInfinity(PooledFeatures(), subsets=1)
+
+
+def test_fid_at_infinity_below_0_is_remarked():
+    real, metric = numbers(2000, 1), FrechetDistanceAtInfinity(PooledFeatures())
+    for seed in range(2, 40):
+        scores = filled(metric, numbers(40, seed), real).compute()
+        remarks = metric.remarks(scores)
+        metric.reset()
+        assert bool(remarks) == (scores["fid_infinity"] < 0)
+        if remarks:
+            break
+    (remark,) = remarks
+    assert remark.startswith(f"fid_infinity is {scores['fid_infinity']:.4f}, and no distance is below 0")
+    assert "40 images with 6 features" in remark
 
 
 @pytest.mark.parametrize("package", ["pytorch_fid.fid_score", "torch_fidelity.metric_fid"])

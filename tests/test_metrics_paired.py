@@ -1,11 +1,14 @@
-"""Standard errors and the paired bootstrap, against loops that draw the same resamples."""
+"""Standard errors, the jackknife and the paired bootstrap, against loops that leave out and draw the same images."""
 
 import numpy as np
 import pytest
+import scipy.linalg
 import torch
+from test_metrics import PooledFeatures
 
 from sdprune.errors import InputError
 from sdprune.metrics import (
+    FrechetInceptionDistance,
     FrechetTo,
     Statistics,
     feature_statistics,
@@ -14,6 +17,7 @@ from sdprune.metrics import (
     paired_bootstrap,
     standard_error,
 )
+from sdprune.metrics.paired import jackknife_interval
 
 
 def rows(n: int, d: int, seed: int) -> torch.Tensor:
@@ -57,6 +61,78 @@ def test_bootstrap_of_fid_is_the_naive_loop(n, d):
     found = paired_bootstrap(a, b, FrechetTo(reference), resamples=40, seed=1)
     expected = naive_bootstrap(a, b, plain, 40, 1, 0.95)
     assert (found.estimate, found.low, found.high, found.se) == pytest.approx(expected, rel=1e-6)
+
+
+def leave_one_out(rows: torch.Tensor, reference: Statistics) -> np.ndarray:
+    """FID of all rows but one, for each one: Tr (R S R)^1/2 as a sum of singular values."""
+    rows, mu, sigma = rows.double().numpy(), reference.mu.numpy(), reference.sigma.numpy()
+    root = scipy.linalg.sqrtm(sigma).real
+    values = []
+    for i in range(len(rows)):
+        rest = np.delete(rows, i, axis=0)
+        around_mean = (rest - rest.mean(0)) / (len(rest) - 1) ** 0.5
+        cross = np.linalg.svd(around_mean @ root, compute_uv=False).sum()
+        values.append(((rest.mean(0) - mu) ** 2).sum() + np.trace(sigma) + (around_mean**2).sum() - 2 * cross)
+    return np.array(values)
+
+
+SIZES = pytest.mark.parametrize(
+    ("n", "d"), [(60, 4), (20, 12), (13, 12), (12, 12), (12, 30), (3, 5)], ids=lambda value: str(value)
+)
+
+
+@SIZES
+def test_distances_without_each_image_are_those_of_the_rest(n, d):
+    reference = feature_statistics(rows(100, d, 3))
+    expected = leave_one_out(rows(n, d, 1), reference)
+    assert FrechetTo(reference).without_each(rows(n, d, 1)).numpy() == pytest.approx(expected, rel=1e-7)
+
+
+@SIZES
+def test_the_interval_of_fid_is_the_jackknife(n, d):
+    reference, pruned, dense = feature_statistics(rows(100, d, 3)), rows(n, d, 1), rows(n, d, 2)
+    metric = FrechetInceptionDistance(PooledFeatures())
+    metric.extractor.num_features = d
+    metric.set_reference(reference)
+    metric.append(range(n), features=pruned)
+    values = leave_one_out(pruned, reference) - leave_one_out(dense, reference)
+    se = ((n - 1) / n * ((values - values.mean()) ** 2).sum()) ** 0.5
+    difference = FrechetTo(reference)(pruned) - FrechetTo(reference)(dense)
+    expected = {
+        "fid_diff": difference, "fid_diff_low": difference - 1.96 * se, "fid_diff_high": difference + 1.96 * se,
+        "fid_diff_se": se,
+    }  # fmt: skip
+    assert metric.compare({"features": dense}) == pytest.approx(expected, rel=1e-6)
+
+
+def test_two_images_have_a_difference_and_no_interval():
+    metric = FrechetInceptionDistance(PooledFeatures())
+    metric.set_reference(feature_statistics(rows(20, 6, 3)))
+    metric.append(range(2), features=rows(2, 6, 1))
+    assert set(metric.compare({"features": rows(2, 6, 2)})) == {"fid_diff"}
+    with pytest.raises(InputError, match="at least 3 images, got 2"):
+        FrechetTo(metric.reference).without_each(rows(2, 6, 1))
+
+
+def test_images_that_are_all_alike_have_an_interval():
+    """As of a model that draws black alone."""
+    reference, black = feature_statistics(rows(20, 6, 3)), torch.ones(9, 6)
+    assert FrechetTo(reference).without_each(black).numpy() == pytest.approx(leave_one_out(black, reference))
+
+
+@pytest.mark.parametrize("n", [10, 60], ids=["n<d", "n>d"])
+def test_the_jackknife_covers_the_expected_difference(n):
+    d, generator = 20, torch.Generator().manual_seed(0)
+    distance = FrechetTo(Statistics(torch.zeros(d).double(), torch.eye(d).double()))
+    found = []
+    for _ in range(300):
+        dense = torch.randn(n, d, generator=generator)
+        pruned = dense * 1.2 + 0.1 * torch.randn(n, d, generator=generator)
+        without = distance.without_each(pruned) - distance.without_each(dense)
+        found.append(jackknife_interval(distance(pruned) - distance(dense), without))
+    truth = np.mean([one.estimate for one in found])
+    assert 0.91 <= np.mean([one.low <= truth <= one.high for one in found]) <= 0.99
+    assert 0.9 <= np.mean([one.se for one in found]) / np.std([one.estimate for one in found]) <= 1.3
 
 
 def test_equal_models_differ_by_exactly_nothing():

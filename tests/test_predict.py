@@ -308,6 +308,19 @@ def test_a_finished_run_is_compared_anew_when_asked_otherwise(miniature, sdprune
     assert results(run)["comparison"] == compared["comparison"]
 
 
+def test_fid_at_infinity_below_0_is_told_and_recorded(miniature, sdprune, tmp_path, monkeypatch):
+    from sdprune.metrics import FrechetDistanceAtInfinity
+
+    monkeypatch.setattr(FrechetDistanceAtInfinity, "_at_infinity", lambda self, rows: -0.25)
+    arguments = predict(tmp_path, *DENSE)
+    arguments[3:3] = ["--config", str(CONFIGS / "metrics.yaml")]
+    told = sdprune(*arguments)
+    assert told.code == 0
+    (remark,) = results(the_run(tmp_path, "dense"))["remarks"]
+    assert remark.startswith("fid_infinity is -0.2500, and no distance is below 0")
+    assert remark in " ".join(told.out.split())
+
+
 @pytest.mark.parametrize("n", [1, 3])
 def test_too_few_images_for_a_metric_are_told_before_drawing(miniature, sdprune, tmp_path, n):
     arguments = predict(tmp_path, f"--data.n={n}")

@@ -17,8 +17,9 @@ from sdprune.metrics.extractors import ClipImageFeatures, FeatureExtractor, Ince
 from sdprune.metrics.feature_metric import FeatureMetric
 from sdprune.metrics.fid import FrechetDistanceAtInfinity, FrechetInceptionDistance
 from sdprune.metrics.frechet import Statistics, feature_statistics, frechet_distance
+from sdprune.metrics.frechet_to import FrechetTo
 from sdprune.metrics.kernel import KernelInceptionDistance, MaximumMeanDiscrepancy
-from sdprune.metrics.paired import FrechetTo, Interval, mean, paired_bootstrap, standard_error, verdict
+from sdprune.metrics.paired import Interval, mean, paired_bootstrap, standard_error, verdict
 from sdprune.metrics.precision_recall import PrecisionRecall
 from sdprune.metrics.reference import reference_path, reference_statistics
 

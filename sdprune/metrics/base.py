@@ -72,6 +72,11 @@ class PerImageRows(Metric):
                     self._ordered = self._sort()
         return self._ordered
 
+    def gather(self) -> None:
+        """Bring the rows of all processes to each of them; what follows, `compute` too, is local. Collective."""
+        self.ordered()
+        self._to_sync = False
+
     def rows(self) -> dict[str, Tensor]:
         """All rows by column, ordered by position, on the CPU: what a record keeps."""
         return dict(self.ordered()[1])
@@ -139,8 +144,8 @@ class PerImageMetric(PerImageRows):
     """A score of images.
 
     To add a metric: name its `columns`, and implement `update`, `compute`, `compare`, `prepare` and `describe`; if it
-    looks at features of a network, it is a `FeatureMetric`. Call `compute` on every process after the last update: it
-    gathers. Afterwards `rows` and `compare` are local.
+    looks at features of a network, it is a `FeatureMetric`. After the last update call `gather` on every process: from
+    then on `compute`, `rows` and `compare` are local. Without, `compute` is called on every process, and gathers.
     """
 
     minimum: int = 1
@@ -178,6 +183,10 @@ class PerImageMetric(PerImageRows):
     @abstractmethod
     def compare(self, dense_rows: Mapping[str, Tensor]) -> dict[str, float]:
         """Differences to a dense model's rows on the same prompts and noise, with 95 % intervals over images."""
+
+    def remarks(self, scores: Mapping[str, float]) -> list[str]:
+        """What a reader should know of these scores, which `compute` gave: one sentence or two each."""
+        return []
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,12 +13,16 @@ from sdprune.identity import facts_of
 from sdprune.metrics.base import PerImageMetric
 from sdprune.metrics.extractors import FeatureExtractor
 from sdprune.metrics.frechet import Statistics
+from sdprune.metrics.frechet_to import FrechetTo
+
+T = TypeVar("T")
 
 
 class FeatureMetric(PerImageMetric):
     """Keeps the features of the images, and a reference of real ones.
 
-    The reference is not part of the gathered states: every process holds the same one and it is counted once.
+    The reference is not part of the gathered states: every process holds the same one and it is counted once. All
+    algebra is done in float64, on the GPU that the metric was prepared on, else on the CPU.
 
     Args:
         extractor: the network and its protocol, e.g. `InceptionFeatures` (the literature's) or `ClipImageFeatures`.
@@ -36,6 +40,7 @@ class FeatureMetric(PerImageMetric):
         self.extractor = extractor
         self.name = name
         self.reference: Statistics | None = None
+        self._made: dict[str, Any] = {}
 
     def keys(self) -> dict[str, str]:
         """Named after the extractor, so that a record keeps them once."""
@@ -66,6 +71,7 @@ class FeatureMetric(PerImageMetric):
             )
         self.reference = statistics
         self._computed = None
+        self._made.clear()
 
     def update(  # noqa: D102
         self,
@@ -77,6 +83,16 @@ class FeatureMetric(PerImageMetric):
     ) -> None:
         self.append(positions, features=self.extractor(images) if features is None else features)
 
+    def append(self, positions: Tensor | Sequence[int], **columns: Tensor) -> None:
+        """Add rows: positions [b] and features [b, d]."""
+        super().append(positions, **columns)
+        self._made.clear()
+
+    def reset(self) -> None:
+        """Forget all rows."""
+        super().reset()
+        self._made.clear()
+
     def describe(self) -> dict[str, Any]:
         """Name and extractor; the reference is a fact of the data."""
         return {"class": type(self).__name__, "name": self.name, "extractor": facts_of(self.extractor)}
@@ -86,14 +102,27 @@ class FeatureMetric(PerImageMetric):
             raise RuntimeError(f"{self.name} has no reference: call set_reference.")
         return self.reference
 
+    def _once(self, name: str, make: Callable[[], T]) -> T:
+        """What is costly to make, and the same until the rows or the reference change: `compare` finds it made."""
+        if name not in self._made:
+            self._made[name] = make()
+        return self._made[name]
+
+    def _to_reference(self) -> FrechetTo:
+        return self._once("distance", lambda: FrechetTo(self._reference(), self._float64_device))
+
+    @property
+    def _float64_device(self) -> torch.device:
+        return self.device if self.device.type == "cuda" else torch.device("cpu")
+
     def _real(self) -> Tensor:
         features = self._reference().features
         assert features is not None
-        return features.double()
+        return features.to(self._float64_device, torch.float64)
 
     def _features(self) -> Tensor:
-        return self.rows()["features"].double()
+        return self.rows()["features"].to(self._float64_device, torch.float64)
 
-    def _feature_pairs(self, dense_rows: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        own, dense = self._paired(dense_rows)
-        return own["features"].double(), dense["features"].double()
+    def _dense_features(self, dense_rows: Mapping[str, Tensor]) -> Tensor:
+        """Features of the dense model's images, after a look at whether they pair up with the generated ones."""
+        return self._paired(dense_rows)[1]["features"].to(self._float64_device, torch.float64)

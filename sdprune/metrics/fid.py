@@ -10,8 +10,7 @@ from torch import Tensor
 from sdprune.errors import InputError
 from sdprune.metrics.extractors import FeatureExtractor
 from sdprune.metrics.feature_metric import FeatureMetric
-from sdprune.metrics.frechet import feature_statistics, frechet_distance
-from sdprune.metrics.paired import FrechetTo, paired_bootstrap, require_tolerance
+from sdprune.metrics.paired import jackknife_interval, paired_bootstrap, require_tolerance
 
 
 class FrechetInceptionDistance(FeatureMetric):
@@ -24,8 +23,9 @@ class FrechetInceptionDistance(FeatureMetric):
     Args:
         extractor: the network and its protocol, e.g. `InceptionFeatures` (the literature's) or `ClipImageFeatures`.
         name: key of the score in the results.
-        resamples: bootstrap resamples of `compare`; None means 1,000 up to 512 features and 50 above, where one
-            resample of 10,000 images with 2,048 features takes several seconds; 0 gives the difference alone.
+        resamples: how `compare` finds its interval. None: by the jackknife, at any number of images and features in
+            seconds. 2 or more: by a bootstrap of so many resamples, which at 10,000 images with 2,048 features take
+            4 s each. 0 gives the difference alone.
         tolerance: a pruned model may be worse by this share of the dense model's score (2 % is MLPerf's); null gives
             no verdict.
 
@@ -56,23 +56,28 @@ class FrechetInceptionDistance(FeatureMetric):
             InputError: fewer than two images.
             RuntimeError: no reference was given.
         """
-        generated, reference = feature_statistics(self.rows()["features"]), self._reference()
-        return {self.name: frechet_distance(reference.mu, reference.sigma, generated.mu, generated.sigma)}
+        return {self.name: self._value()}
 
     def compare(self, dense_rows: Mapping[str, Tensor]) -> dict[str, float]:
-        """FID minus the dense model's FID: `<name>_diff`, and `_low`, `_high` and `_se` by a paired bootstrap.
+        """FID minus the dense model's FID: `<name>_diff`, and `_low`, `_high` and `_se` over pairs of images.
 
-        Both models are resampled with the same images against the fixed reference, and the interval is centered on
-        the difference (see `paired_bootstrap`). It speaks of the difference at this number of images, with the
-        finite-sample excess that both FIDs have, and is rather wide than narrow when n is below d.
+        The interval speaks of the difference at this number of images, with the finite-sample excess that both FIDs
+        have, against these real images: it is about other prompts and noise, not about other real images. Fewer than
+        three images have no interval.
         """
-        own, dense = self._paired(dense_rows)
-        resamples = self.resamples if self.resamples is not None else (1000 if own["features"].shape[1] <= 512 else 50)
-        statistic = FrechetTo(self._reference())
-        if resamples == 0:
-            return {f"{self.name}_diff": statistic(own["features"]) - statistic(dense["features"])}
-        interval = paired_bootstrap(own["features"], dense["features"], statistic, resamples, centered=True)
-        return interval.as_dict(f"{self.name}_diff") | {f"{self.name}_diff_resamples": float(resamples)}
+        own, dense, distance = self._features(), self._dense_features(dense_rows), self._to_reference()
+        title = f"{self.name}_diff"
+        if self.resamples:
+            interval = paired_bootstrap(own, dense, distance, self.resamples, centered=True)
+            return interval.as_dict(title) | {f"{title}_resamples": float(self.resamples)}
+        difference = self._value() - distance(dense)
+        if self.resamples == 0 or len(own) < 3:
+            return {title: difference}
+        without = self._once("without", lambda: distance.without_each(own)) - distance.without_each(dense)
+        return jackknife_interval(difference, without).as_dict(title)
+
+    def _value(self) -> float:
+        return self._once("value", lambda: self._to_reference()(self._features()))
 
 
 class FrechetDistanceAtInfinity(FeatureMetric):
@@ -111,12 +116,25 @@ class FrechetDistanceAtInfinity(FeatureMetric):
         Raises:
             InputError: fewer than four images.
         """
-        return {self.name: self._at_infinity(self._features())}
+        return {self.name: self._value()}
 
     def compare(self, dense_rows: Mapping[str, Tensor]) -> dict[str, float]:
         """`<name>_diff` to the dense model's, on the same subsets. FID's own interval tells what it is worth."""
-        own, dense = self._feature_pairs(dense_rows)
-        return {f"{self.name}_diff": self._at_infinity(own) - self._at_infinity(dense)}
+        dense = self._dense_features(dense_rows)
+        return {f"{self.name}_diff": self._value() - self._at_infinity(dense)}
+
+    def remarks(self, scores: Mapping[str, float]) -> list[str]:
+        """A distance below 0, which no distance can be."""
+        if scores[self.name] >= 0:
+            return []
+        n, d = self._features().shape
+        return [
+            f"{self.name} is {scores[self.name]:.4f}, and no distance is below 0: the line in 1/n was drawn through "
+            f"{n} images with {d} features each, and missed. Read it as 0, or draw more images."
+        ]
+
+    def _value(self) -> float:
+        return self._once("value", lambda: self._at_infinity(self._features()))
 
     def _at_infinity(self, rows: Tensor) -> float:
         n = len(rows)
@@ -126,6 +144,6 @@ class FrechetDistanceAtInfinity(FeatureMetric):
         sizes = np.linspace(first, n, self.subsets).astype(int)
         shuffled = np.random.default_rng(0)
         indices = [torch.from_numpy(shuffled.permutation(n)[:size]) for size in sizes]
-        values = FrechetTo(self._reference()).resampled(rows, indices)
+        values = self._to_reference().resampled(rows, indices)
         _, intercept = np.polyfit(1 / sizes, values.numpy(), 1)
         return float(intercept)

@@ -1,4 +1,4 @@
-"""Gaussian statistics of features and the Frechet distance between them: pure functions, float64, CPU."""
+"""Gaussian statistics of features and the Frechet distance between them: pure functions, float64."""
 
 import hashlib
 import os
@@ -83,7 +83,7 @@ class Moments:
 
     def add(self, rows: Tensor) -> None:
         """Add rows [b, d]."""
-        rows = rows.detach().to("cpu", torch.float64)
+        rows = rows.detach().double()
         if self.n == 0:
             self.mean, self.scatter = rows.new_zeros(rows.shape[1]), rows.new_zeros(rows.shape[1], rows.shape[1])
         total = self.n + len(rows)
@@ -105,7 +105,7 @@ class Moments:
 
 
 def feature_statistics(rows: Tensor) -> Statistics:
-    """Mean and covariance (divided by n - 1) of feature rows [n, d], in float64 on the CPU.
+    """Mean and covariance (divided by n - 1) of feature rows [n, d], in float64 where the rows are.
 
     Raises:
         InputError: fewer than two rows.
@@ -147,8 +147,12 @@ def frechet_distance(mu1: Tensor, sigma1: Tensor, mu2: Tensor, sigma2: Tensor) -
         shapes = ", ".join(str(list(t.shape)) for t in (mu1, sigma1, mu2, sigma2))
         raise ValueError(f"Frechet distance of statistics that do not fit each other: {shapes}.")
     mu1, sigma1, mu2, sigma2 = (t.to("cpu", torch.float64) for t in (mu1, sigma1, mu2, sigma2))
-    root = symmetric_sqrt(sigma1)
-    cross = torch.linalg.eigvalsh(root @ sigma2 @ root).clamp(min=0).sqrt().sum()
+    return rooted_distance(mu1, sigma1, symmetric_sqrt(sigma1), mu2, sigma2)
+
+
+def rooted_distance(mu1: Tensor, sigma1: Tensor, root1: Tensor, mu2: Tensor, sigma2: Tensor) -> float:
+    """`frechet_distance` where the square root [d, d] of the first covariance is known, all float64."""
+    cross = torch.linalg.eigvalsh(root1 @ sigma2 @ root1).clamp(min=0).sqrt().sum()
     distance = (mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * cross
     return max(distance.item(), 0.0)  # equal inputs land on either side of zero by rounding
 

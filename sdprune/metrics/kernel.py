@@ -38,43 +38,45 @@ class KernelMetric(FeatureMetric):
 
     def compute(self) -> dict[str, float]:
         """`{name: value}` over all processes."""
-        real = self._real()
-        return {self.name: self._generated_part(self._features()) + self.scale * self._within(real)}
+        own = self._value(*self._own_similarities())
+        return {self.name: own + self.scale * float(self._within(self._real()).mean())}
 
     def compare(self, dense_rows: Mapping[str, Tensor]) -> dict[str, float]:
         """`<name>_diff` to the dense model's, with `_low`, `_high` and `_se` over images, the real ones fixed.
 
         By each image's share in the U-statistic (its first-order projection), in pairs; see `normal_interval`.
         """
-        own, dense = self._feature_pairs(dense_rows)
-        difference = self._generated_part(own) - self._generated_part(dense)
-        return normal_interval(difference, self._shares(own) - self._shares(dense)).as_dict(f"{self.name}_diff")
+        own, dense = self._own_similarities(), self._similarities(self._dense_features(dense_rows))
+        shares = 2 * self.scale * ((own[0] - own[1]) - (dense[0] - dense[1]))
+        return normal_interval(self._value(*own) - self._value(*dense), shares).as_dict(f"{self.name}_diff")
 
-    def _within(self, rows: Tensor) -> float:
-        return float(self._similarity(rows, rows).sum()) / (len(rows) * (len(rows) - 1))
-
-    def _generated_part(self, rows: Tensor) -> float:
+    def _value(self, within: Tensor, between: Tensor) -> float:
         """The statistic but for what the real images are among themselves."""
+        return self.scale * float(within.mean() - 2 * between.mean())
+
+    def _own_similarities(self) -> tuple[Tensor, Tensor]:
+        return self._once("similarities", lambda: self._similarities(self._features()))
+
+    def _similarities(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean kernel value of each row with the other rows, and with the real ones, [n] each."""
         real = self._real()
-        between = float(self._similarity(rows, real).sum()) / (len(rows) * len(real))
-        return self.scale * (self._within(rows) - 2 * between)
+        if len(rows) < 2 or len(real) < 2:
+            raise InputError(
+                f"{self.name} needs at least 2 generated and 2 real images, got {len(rows)} and {len(real)}."
+            )
+        chunks = [self.kernel(rows[start : start + _CHUNK], real).mean(1) for start in range(0, len(rows), _CHUNK)]
+        return self._within(rows), torch.cat(chunks)
 
-    def _shares(self, rows: Tensor) -> Tensor:
-        """Derivative of the statistic by each image's weight, [n]."""
-        real, n = self._real(), len(rows)
-        return 2 * self.scale * (self._similarity(rows, rows) / (n - 1) - self._similarity(rows, real) / len(real))
-
-    def _similarity(self, a: Tensor, b: Tensor) -> Tensor:
-        """For each row of `a` the sum of its kernel values with the rows of `b`, itself left out if they are one."""
-        if len(a) < 2 or len(b) < 2:
-            raise InputError(f"{self.name} needs at least 2 generated and 2 real images, got {len(a)} and {len(b)}.")
-        sums = []
-        for start in range(0, len(a), _CHUNK):
-            values = self.kernel(a[start : start + _CHUNK], b)
-            if a is b:
-                values.diagonal(start).zero_()
-            sums.append(values.sum(1))
-        return torch.cat(sums)
+    def _within(self, rows: Tensor) -> Tensor:
+        """Mean kernel value of each row with the others, [n]. Each pair of rows is looked at once."""
+        sums = torch.zeros_like(rows[:, 0])
+        for start in range(0, len(rows), _CHUNK):
+            chunk = rows[start : start + _CHUNK]
+            values = self.kernel(chunk, rows[start:])
+            values.diagonal().zero_()
+            sums[start : start + _CHUNK] += values.sum(1)
+            sums[start + _CHUNK :] += values[:, len(chunk) :].sum(0)
+        return sums / (len(rows) - 1)
 
 
 class KernelInceptionDistance(KernelMetric):

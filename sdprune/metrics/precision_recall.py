@@ -14,6 +14,8 @@ from sdprune.metrics.feature_metric import FeatureMetric
 from sdprune.metrics.paired import mean, paired_bootstrap
 
 _CHUNK = 1024  # rows of a distance matrix at a time
+_ROUNDING = 1e-12  # squared distances by matrix products are off by less than this share of the squared lengths
+_TIES = 8  # neighbours beyond the k-th whose distances are computed exactly too
 
 
 class PrecisionRecall(FeatureMetric):
@@ -22,6 +24,9 @@ class PrecisionRecall(FeatureMetric):
     Near means no farther than that image is from its k-th nearest neighbour among its own kind. Both
     depend on how many images are looked at (few of them in many dimensions let both rise towards 1), so compare only
     runs of the same n.
+
+    Distances come from matrix products in float64. Where that could decide otherwise than the distance itself, at a
+    near tie, the difference of the two rows is taken: decisions are those of exact distances, and a tie counts as near.
 
     Args:
         extractor: the network and its protocol.
@@ -49,7 +54,7 @@ class PrecisionRecall(FeatureMetric):
         Raises:
             InputError: not more images than neighbours.
         """
-        realistic, reached = self._memberships(self._features())
+        realistic, reached = self._own_memberships()
         return {self._titled("precision"): mean(realistic), self._titled("recall"): mean(reached)}
 
     def compare(self, dense_rows: Mapping[str, Tensor]) -> dict[str, float]:
@@ -57,8 +62,8 @@ class PrecisionRecall(FeatureMetric):
 
         Recall belongs to the set of generated images as a whole: resampling prompts would shrink the set.
         """
-        own, dense = self._feature_pairs(dense_rows)
-        pruned, unpruned = self._memberships(own), self._memberships(dense)
+        dense = self._dense_features(dense_rows)
+        pruned, unpruned = self._own_memberships(), self._memberships(dense)
         interval = paired_bootstrap(pruned[0], unpruned[0], mean, self.resamples)
         difference = mean(pruned[1]) - mean(unpruned[1])
         return interval.as_dict(f"{self._titled('precision')}_diff") | {f"{self._titled('recall')}_diff": difference}
@@ -70,30 +75,64 @@ class PrecisionRecall(FeatureMetric):
     def _titled(self, score: str) -> str:
         return f"{self.name}_{score}" if self.name else score
 
-    def _memberships(self, own: Tensor) -> tuple[Tensor, Tensor]:
+    def _own_memberships(self) -> tuple[Tensor, Tensor]:
+        return self._once("memberships", lambda: self._memberships(self._features()))
+
+    def _memberships(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Of each generated image whether it is near a real one [n], of each real one the reverse [m]; 0 or 1."""
         real = self._real()
-        reach = {"real": self._radii(real), "own": self._radii(own)}
-        realistic, reached = [], torch.zeros(len(real), dtype=torch.bool)
-        for start in range(0, len(own), _CHUNK):
-            distances = _distances(own[start : start + _CHUNK], real)
-            realistic.append((distances <= reach["real"]).any(1))
-            reached |= (distances <= reach["own"][start : start + _CHUNK, None]).any(0)
-        return torch.cat(realistic).double(), reached.double()
+        real_reach, reach = self._once("reach", lambda: self._squared_reach(real)), self._squared_reach(rows)
+        realistic, reached = [], torch.zeros_like(real_reach, dtype=torch.bool)
+        for start in range(0, len(rows), _CHUNK):
+            chunk = _Distances(rows[start : start + _CHUNK], real)
+            realistic.append(chunk.within(real_reach).any(1))
+            reached |= chunk.within(reach[start : start + _CHUNK, None]).any(0)
+        return torch.cat(realistic).double().cpu(), reached.double().cpu()
 
-    def _radii(self, rows: Tensor) -> Tensor:
-        """Distance of each row to its k-th nearest other row, [n]."""
+    def _squared_reach(self, rows: Tensor) -> Tensor:
+        """Squared distance of each row to its k-th nearest other row, [n]."""
         if len(rows) <= self.neighbours:
             raise InputError(
                 f"Precision and recall with {self.neighbours} neighbours need more images than that, got {len(rows)}."
             )
         parts = []
         for start in range(0, len(rows), _CHUNK):
-            distances = _distances(rows[start : start + _CHUNK], rows)
-            distances.diagonal(start).fill_(torch.inf)
-            parts.append(distances.kthvalue(self.neighbours, dim=1).values)
+            chunk = _Distances(rows[start : start + _CHUNK], rows)
+            chunk.squared.diagonal(start).fill_(torch.inf)
+            parts.append(chunk.smallest(self.neighbours))
         return torch.cat(parts)
 
 
-def _distances(a: Tensor, b: Tensor) -> Tensor:
-    return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
+class _Distances:
+    """Squared distances [n, m] of rows `a` [n, d] to rows `b` [m, d], exact where a decision hangs on it."""
+
+    def __init__(self, a: Tensor, b: Tensor) -> None:
+        self.a, self.b = a, b
+        lengths = a.square().sum(1)[:, None] + b.square().sum(1)
+        self.squared = torch.addmm(lengths, a, b.T, alpha=-2)
+        self.rounding = lengths.mul_(_ROUNDING)
+
+    def within(self, squared: Tensor) -> Tensor:
+        """Which are at most `squared`, which is broadcast."""
+        beyond = self.squared - squared
+        near = beyond <= 0
+        for places in (beyond.abs_() <= self.rounding).nonzero().split(_CHUNK):
+            i, j = places.T
+            near[i, j] = self._exact(i, j) <= squared.expand_as(near)[i, j]
+        return near
+
+    def smallest(self, k: int) -> Tensor:
+        """The k-th smallest of each row, [n]; what is infinite is left out."""
+        nearest = self.squared.topk(min(k + _TIES, len(self.b) - 1), largest=False)
+        rows = torch.arange(len(self.a), device=self.a.device)
+        exact = torch.stack([self._exact(rows, column) for column in nearest.indices.T], 1)
+        found = exact.kthvalue(k, dim=1).values
+        if exact.shape[1] < len(self.b) - 1:
+            others = nearest.values[:, -1] - self.rounding.amax(1)  # are at least as far
+            for row in ((others <= found) & (found > 0)).nonzero().flatten():
+                distances = (self.a[row] - self.b).square().sum(1)
+                found[row] = distances[self.squared[row].isfinite()].kthvalue(k).values
+        return found
+
+    def _exact(self, i: Tensor, j: Tensor) -> Tensor:
+        return (self.a[i] - self.b[j]).square().sum(1)

@@ -56,9 +56,10 @@ def reference_statistics(
             return cached
     moments, kept = Moments(), []
     for features in _feature_batches(images(), extractor):
+        features = features.cpu()
         moments.add(features)
         if keep_features:
-            kept.append(features.cpu())
+            kept.append(features)
     statistics = moments.statistics(extractor.name, source)
     if kept:
         statistics = replace(statistics, features=torch.cat(kept))

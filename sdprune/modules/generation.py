@@ -15,9 +15,10 @@ import torch
 
 from sdprune.data import Batch
 from sdprune.errors import InputError
-from sdprune.identity import facts_of, fingerprint, package_code
-from sdprune.metrics import PerImageMetric, share_extractors, verdict
+from sdprune.identity import facts_of, package_code
+from sdprune.metrics import PerImageMetric, share_extractors
 from sdprune.modules.base import FrozenModule
+from sdprune.modules.comparison import Comparison
 from sdprune.modules.flaws import Flaws
 from sdprune.modules.needs import Calibration
 from sdprune.modules.pruning import PruningPlan, flat, summary
@@ -31,7 +32,6 @@ from sdprune.record import (
     image_seed,
     label,
     read_png,
-    require_comparable,
     save_png,
     versions,
 )
@@ -166,7 +166,7 @@ class GenerationModule(FrozenModule):
     def on_predict_start(self) -> None:
         """Load, calibrate what is missing, prune, and load the metrics."""
         if self.finished:
-            return self._compare_anew()
+            return
         self.started = time.perf_counter()
         self.load()
         self.facts_of_data["truncated"] = self.data.count_truncated(self.pipeline.tokenizer)
@@ -190,26 +190,6 @@ class GenerationModule(FrozenModule):
             "files": 0.0,
             "scoring": 0.0,
         }
-
-    def _compare_anew(self) -> None:
-        """Compare a finished record from its rows, if that was not done, or done with other tolerances or resamples."""
-        strategy = self.trainer.strategy
-        done = self.baseline is None or self.record.results.get("compared") == self._comparing
-        if strategy.broadcast(done):
-            return
-        self.references.set(self.data, partial(self.claim, self.output))
-        if strategy.is_global_zero:
-            for metric in self._metrics:
-                metric.load_rows({k: torch.from_numpy(v) for k, v in self.record.load_rows(metric.keys()).items()})
-            self.record.finish({**self.record.results, **self._compared()})
-        strategy.barrier("compared")
-
-    @property
-    def _comparing(self) -> str:
-        """Tells one way of comparing from another; unlike what is drawn and measured, it decides no fingerprint."""
-        how = [(metric.name, metric.tolerance, getattr(metric, "resamples", None)) for metric in self._metrics]
-        dense = None if self.baseline is None else self.baseline.directory.name
-        return fingerprint({"dense": dense, "how": how})
 
     def _calibrate(self) -> None:
         """Fill the store with what pruning needs; a run that needs the same waits for this one."""
@@ -268,18 +248,25 @@ class GenerationModule(FrozenModule):
         return [record.image_path(name) for name in batch.file_names[: batch.valid]]
 
     def on_predict_epoch_end(self) -> None:
-        """Compute the metrics over all processes; the first one writes the record."""
+        """Gather what was measured, compute the scores; the first process writes the record."""
         if self.finished:
             return
-        scores: dict[str, float] = {}
-        for metric in self._metrics:
-            scores |= metric.compute()
-        self._flaws.compute()
-        strategy = self.trainer.strategy
+        for metric in (*self._metrics, self._flaws):
+            metric.gather()
+        scores, strategy = self._scores(), self.trainer.strategy
         generated = strategy.reduce(torch.tensor(self.generated, device=strategy.root_device), reduce_op="sum")
         if self.trainer.is_global_zero:
             self._write(scores, int(generated))
         strategy.barrier("record")
+
+    def _scores(self) -> dict[str, float]:
+        """Of all metrics, which the processes share among themselves; collective."""
+        processes = min(self.trainer.world_size, len(self._metrics))
+        numbers = range(self.global_rank, len(self._metrics), processes) if self.global_rank < processes else ()
+        computed = {number: self._metrics[number].compute() for number in numbers}
+        for source in range(processes):
+            computed |= self.trainer.strategy.broadcast(computed, src=source)
+        return {name: value for number in sorted(computed) for name, value in computed[number].items()}
 
     def _write(self, scores: dict[str, float], generated: int) -> None:
         ids = list(self.data.examples["id"])
@@ -295,7 +282,9 @@ class GenerationModule(FrozenModule):
             "label": self.record.directory.name,
             "n": len(ids),
             "metrics": scores,
-            **self._compared(),
+            "remarks": [remark for metric in self._metrics for remark in metric.remarks(scores)],
+            "comparison": {},  # of `compare`, later
+            "verdicts": {},
             "images": self._flaws.told(ids),
             "budget": None if self.plan.budget is None else self.plan.budget.describe(),
             "sparsity": self.sparsity,
@@ -341,31 +330,29 @@ class GenerationModule(FrozenModule):
             rows = {"dense": [read_png(folder / f"{i}.png").pixels for i in range(len(images))], **rows}
         save_png(self.record.directory / "grid.png", grid(rows, self.samples))
 
-    def _compared(self) -> dict[str, Any]:
-        comparison = self._comparison()
-        return {"comparison": comparison, "verdicts": self._verdicts(comparison), "compared": self._comparing}
+    def compare(self) -> None:
+        """Compare the finished record with the dense one's, unless that was done in the very same way.
 
-    def _comparison(self) -> dict[str, Any]:
+        On the first process, when the others are gone: however long it takes, nobody waits in a collective. Whoever is
+        killed here leaves a finished record without a comparison, which the same command adds.
+        """
         if self.baseline is None:
-            return {}
-        require_comparable(self.record.facts, self.baseline.facts)
-        result: dict[str, Any] = {"dense": self.baseline.directory.name}
-        for metric in self._metrics:
-            rows = {k: torch.from_numpy(v) for k, v in self.baseline.load_rows(metric.keys()).items()}
-            result |= metric.compare(rows)
-        return result
+            return
+        comparison = Comparison(self._metrics, self.record, self.baseline)
+        claim = self.claim(self.output, self.record.directory.name)
+        if not claim.acquire(lambda: comparison.done):
+            return
+        if self.finished:
+            self._load_metrics()
+        self.record.finish({**self.record.results, **comparison.make()})
+        claim.release()
 
-    def _verdicts(self, comparison: Mapping[str, Any]) -> dict[str, Any]:
-        """For scores with a tolerance: whether the difference stays inside."""
-        told = {}
+    def _load_metrics(self) -> None:
+        """Give the metrics the record's rows and their references."""
+        self.references.set(self.data, partial(self.claim, self.output))
         for metric in self._metrics:
-            low, high = (comparison.get(f"{metric.name}_diff_{end}") for end in ("low", "high"))
-            if self.baseline is None or metric.tolerance is None or low is None or high is None:
-                continue
-            dense = self.baseline.results["metrics"][metric.name]
-            found = verdict(dense, low, high, metric.tolerance, bool(metric.higher_is_better))
-            told[metric.name] = {"tolerance": metric.tolerance, "verdict": found}
-        return told
+            metric.to(self.trainer.strategy.root_device)
+            metric.load_rows({k: torch.from_numpy(v) for k, v in self.record.load_rows(metric.keys()).items()})
 
     def log_record(self) -> None:
         """The finished record's numbers and grid, to every logger; those of the dense run under `dense/`.

@@ -13,6 +13,7 @@ from torch import Tensor
 from sdprune.errors import InputError
 from sdprune.metrics.inference import exact_inference
 from sdprune.metrics.preprocess import ClipPreprocessing
+from sdprune.outside import reading
 from sdprune.pipelines.resolve import resolve
 
 if TYPE_CHECKING:
@@ -140,26 +141,21 @@ def _load(source: str, revision: str, processor: str | None) -> "tuple[CLIPModel
     from transformers import CLIPModel, CLIPTokenizer
     from transformers.image_processing_base import ImageProcessingMixin
 
-    try:
-        with _quiet_loading():
-            beside = {"revision": revision} if processor is None else {}
-            config, _ = ImageProcessingMixin.get_image_processor_dict(processor or source, **beside)
-            tokenizer = CLIPTokenizer.from_pretrained(processor or source, **beside)
-            network = CLIPModel.from_pretrained(source, revision=revision, use_safetensors=True, dtype=torch.float32)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise InputError(
-            f"Cannot load the CLIP model {source!r}: {_reason(source, error)}. Give a directory that transformers "
-            f"saved, a hub id that can be reached or is cached, or 'miniature'."
-        ) from error
-    return network.eval().requires_grad_(False), tokenizer, ClipPreprocessing.from_config(config)
-
-
-def _reason(source: str, error: Exception) -> str:
-    if source.startswith(("/", ".", "~")) and not Path(source).is_dir():
-        return "no such directory"
-    # transformers' messages go on with advice for its own callers; the first sentence is the fact.
-    first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
-    return first_line.split(". ")[0].rstrip(".")
+    where = "no such directory" if source.startswith(("/", ".", "~")) and not Path(source).is_dir() else ""
+    then = "Give a directory that transformers saved, a hub id that can be reached or is cached, or 'miniature'."
+    if where:
+        raise InputError(f"Cannot load the CLIP model {source!r}: {where}. {then}")
+    local = {"trust_remote_code": False}
+    with reading(f"Cannot load the CLIP model {source!r}", then), _quiet_loading():
+        beside = {"revision": revision} if processor is None else {}
+        config, _ = ImageProcessingMixin.get_image_processor_dict(processor or source, **beside)
+        tokenizer = CLIPTokenizer.from_pretrained(processor or source, **beside, **local)
+        # Named, so that no configuration chooses another implementation: it could be code of the hub.
+        network = CLIPModel.from_pretrained(
+            source, revision=revision, use_safetensors=True, dtype=torch.float32, attn_implementation="sdpa", **local
+        )
+        preprocessing = ClipPreprocessing.from_config(config)
+    return network.eval().requires_grad_(False), tokenizer, preprocessing
 
 
 @contextmanager

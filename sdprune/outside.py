@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 _PICTURES = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # not EPS: Pillow runs Ghostscript for it
+_LARGEST = 2**20  # of the numbers in a model's configuration; sizes beyond are damage that would exhaust memory
+_MOST_LAYERS = 1_000
 _UNPACKED = 2**26
 _RATIO = 100
 
@@ -73,6 +75,37 @@ def read_json(path: Path, then: str = "Restore it or give another.") -> Any:
 
 def _refuse_constant(name: str) -> float:
     raise ValueError(f"{name} is no JSON")
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Read a JSON object of a model's options.
+
+    Raises:
+        InputError: it is damaged, or has numbers that no model has.
+    """
+    values = read_json(path)
+    if not isinstance(values, dict):
+        raise InputError(f"{path} is damaged: expected an object of options. Restore it or give another model.")
+    for key, number in _numbers(values):
+        most = _MOST_LAYERS if "layers" in key else _LARGEST
+        if isinstance(number, int) and abs(number) > most:
+            raise InputError(
+                f"{path} is damaged: {key} is {number}, and at most {most} is possible. Restore it or give another "
+                "model."
+            )
+    return values
+
+
+def _numbers(values: Any, key: str = "") -> Iterator[tuple[str, int | float]]:
+    """All numbers of a JSON value, each with the nearest key."""
+    if isinstance(values, dict):
+        for name, value in values.items():
+            yield from _numbers(value, name)
+    elif isinstance(values, list):
+        for value in values:
+            yield from _numbers(value, key)
+    elif isinstance(values, (int, float)) and not isinstance(values, bool):
+        yield key, values
 
 
 def read_picture(file: str | Path | BinaryIO) -> Image:

@@ -240,7 +240,7 @@ def caption_table(origin: str, ids: list[Any], names: list[str], captions: list[
     if len(kinds := {type(image_id) for image_id in ids}) > 1 or not kinds <= {int, str}:
         found = sorted(kind.__name__ for kind in kinds)
         raise InputError(f"{origin} has ids of type {', '.join(found)}; expected whole numbers or text, not both.")
-    wrong = [image_id for image_id in ids if not (_is_text(image_id) or image_id in _INT64)]
+    wrong = [value for value in ids if not (value in _INT64 if isinstance(value, int) else _is_text(value))]
     if wrong:
         raise InputError(f"{origin} has ids that are no text and no 64-bit numbers: {shown(map(ascii, wrong))}.")
     broken = [name for name, text in zip(names, captions, strict=True) if isinstance(text, str) and not _is_text(text)]

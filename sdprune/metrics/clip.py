@@ -13,11 +13,15 @@ from torch import Tensor
 from sdprune.errors import InputError
 from sdprune.metrics.inference import exact_inference
 from sdprune.metrics.preprocess import ClipPreprocessing
-from sdprune.outside import reading
+from sdprune.outside import read_config, reading
+from sdprune.pipelines.directory import require_all_weights
 from sdprune.pipelines.resolve import resolve
 
 if TYPE_CHECKING:
     from transformers import CLIPModel, CLIPTokenizer
+
+
+_LONGEST_EDGE = 4096  # of a resized picture, in pixels
 
 
 class ClipModel:
@@ -145,17 +149,36 @@ def _load(source: str, revision: str, processor: str | None) -> "tuple[CLIPModel
     then = "Give a directory that transformers saved, a hub id that can be reached or is cached, or 'miniature'."
     if where:
         raise InputError(f"Cannot load the CLIP model {source!r}: {where}. {then}")
+    if (Path(source) / "config.json").exists():
+        read_config(Path(source) / "config.json")
     local = {"trust_remote_code": False}
     with reading(f"Cannot load the CLIP model {source!r}", then), _quiet_loading():
         beside = {"revision": revision} if processor is None else {}
         config, _ = ImageProcessingMixin.get_image_processor_dict(processor or source, **beside)
         tokenizer = CLIPTokenizer.from_pretrained(processor or source, **beside, **local)
         # Named, so that no configuration chooses another implementation: it could be code of the hub.
-        network = CLIPModel.from_pretrained(
-            source, revision=revision, use_safetensors=True, dtype=torch.float32, attn_implementation="sdpa", **local
-        )
+        network, found = CLIPModel.from_pretrained(
+            source, revision=revision, use_safetensors=True, dtype=torch.float32, attn_implementation="sdpa",
+            output_loading_info=True, **local,
+        )  # fmt: skip
         preprocessing = ClipPreprocessing.from_config(config)
+        _require_fit(network.config, tokenizer, preprocessing)
+    require_all_weights(f"The CLIP model {source!r}", found)
     return network.eval().requires_grad_(False), tokenizer, preprocessing
+
+
+def _require_fit(config: Any, tokenizer: Any, preprocessing: ClipPreprocessing) -> None:
+    """Raise ValueError unless what comes out of tokenizer and preprocessing can go into the network."""
+    size, words = config.vision_config.image_size, config.text_config.vocab_size
+    edges = [preprocessing.shortest_edge or size, *(preprocessing.size or ())]
+    made = preprocessing.crop or preprocessing.size or (size, size)
+    if made != (size, size) or not all(1 <= edge <= _LONGEST_EDGE for edge in edges):
+        raise ValueError(f"its preprocessing does not make pictures of {size} x {size}, which the network takes")
+    if len(preprocessing.mean) != 3 or len(preprocessing.std) != 3:
+        raise ValueError("its preprocessing is not for pictures of three colours")
+    if max(tokenizer.get_vocab().values()) >= words or tokenizer.model_max_length < 2:
+        raise ValueError(f"its tokenizer does not number tokens below {words}, which the network takes")
+    tokenizer(["a word"], padding="max_length", truncation=True, max_length=2)
 
 
 @contextmanager

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdprune.errors import InputError, unknown
-from sdprune.outside import read_json, reading
+from sdprune.outside import read_config, read_json, reading
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
 INDEX = "model_index.json"
-_LARGEST = 2**20  # of the numbers in a configuration; sizes beyond are damage that would exhaust memory
-_MOST_LAYERS = 1_000
 
 
 class ModelDirectory:
@@ -54,8 +52,10 @@ class ModelDirectory:
                 f"{self.path / INDEX} is damaged: it has {entry!r} for {name}, expected a library and a class. "
                 "Restore it or give another model."
             )
+        library: str
+        choices: Sequence[str]
         if name == "scheduler":
-            library, choices = "diffusers", [scheduler_class(entry[1]).__name__]
+            library, choices = "diffusers", (scheduler_class(entry[1], f"scheduler of {self.path}").__name__,)
         else:
             library, choices = self.classes[name]
         if entry[0] != library or entry[1] not in choices:
@@ -86,21 +86,10 @@ class ModelDirectory:
         Raises:
             InputError: it is damaged, or has numbers that no model has.
         """
-        path = self.path / name / file
-        values = read_json(path)
-        if not isinstance(values, dict):
-            raise InputError(f"{path} is damaged: expected an object of options. Restore it or give another model.")
-        for key, number in _numbers(values):
-            most = _MOST_LAYERS if "layers" in key else _LARGEST
-            if isinstance(number, int) and abs(number) > most:
-                raise InputError(
-                    f"{path} is damaged: {key} is {number}, and at most {most} is possible. Restore it or give another "
-                    "model."
-                )
-        return values
+        return read_config(self.path / name / file)
 
     def skeleton(self, name: str) -> nn.Module:
-        """A component without weights, on the meta device.
+        """A component without weights, float32 on the meta device.
 
         Raises:
             InputError: its configuration is damaged, or describes far more parameters than its files hold.
@@ -112,7 +101,8 @@ class ModelDirectory:
             if self.index[name][0] == "diffusers":
                 module: nn.Module = cls.from_config(config)
             else:
-                module = cls._from_config(cls.config_class.from_dict(config), attn_implementation="sdpa")
+                options = cls.config_class.from_dict(config)
+                module = cls._from_config(options, attn_implementation="sdpa", dtype=torch.float32)
         described = sum(parameter.numel() for parameter in module.parameters())
         if described > 2 * (stored := self._stored(name)):  # loading would fill memory before it finds out
             raise InputError(
@@ -147,13 +137,7 @@ class ModelDirectory:
                 self.path / name, torch_dtype=dtype, variant=self.variant, use_safetensors=True, local_files_only=True,
                 trust_remote_code=False, output_loading_info=True, **extra,
             )  # fmt: skip
-        surplus = {key for key in found["unexpected_keys"] if not key.endswith("position_ids")}
-        for keys, verb in ((found["missing_keys"], "lacks"), (surplus, "has no place for")):
-            if keys:
-                raise InputError(
-                    f"{self.path / name} {verb} {len(keys)} of its weights, such as {min(keys)!r}: it is damaged or "
-                    "belongs to another configuration. Fetch it anew."
-                )
+        require_all_weights(str(self.path / name), found)
         return module
 
     def tokenizer(self, name: str = "tokenizer") -> Any:
@@ -187,6 +171,21 @@ class ModelDirectory:
         return digest.hexdigest()
 
 
+def require_all_weights(where: str, found: Mapping[str, Any]) -> None:
+    """See that a model has exactly the weights of its files; `found` is what `from_pretrained` told of loading.
+
+    Raises:
+        InputError: weights that would be random, or would be left out, without a word.
+    """
+    surplus = {key for key in found["unexpected_keys"] if not key.endswith("position_ids")}  # of older versions
+    for keys, verb in ((found["missing_keys"], "lacks"), (surplus, "has no place for")):
+        if keys:
+            raise InputError(
+                f"{where} {verb} {len(keys)} of its weights, such as {min(keys)!r}: it is damaged or belongs to "
+                "another configuration. Fetch it anew."
+            )
+
+
 def require_pipeline(where: str, index: Any, pipelines: Sequence[str]) -> None:
     """See that a model index names a pipeline of the family.
 
@@ -200,7 +199,7 @@ def require_pipeline(where: str, index: Any, pipelines: Sequence[str]) -> None:
         raise InputError(f"{where} is a {found[:100]!r}, which is not supported. Give a {' or '.join(pipelines)}.")
 
 
-def scheduler_class(name: str) -> Any:
+def scheduler_class(name: str, kind: str = "scheduler") -> Any:
     """A scheduler of diffusers that samples as Stable Diffusion does.
 
     Raises:
@@ -212,7 +211,7 @@ def scheduler_class(name: str) -> Any:
     cls = getattr(diffusers, name, None) if name.endswith("Scheduler") else None
     choices = [one.name for one in KarrasDiffusionSchedulers]
     if not isinstance(cls, type) or not cls.__module__.startswith("diffusers."):
-        raise unknown("scheduler", name, choices)
+        raise unknown(kind, name, choices)
     with reading(f"Scheduler {name} cannot be used", "Choose another scheduler."):
         fits = hasattr(cls, "scale_model_input")  # raises where a package is missing
     if not fits:
@@ -234,15 +233,3 @@ def save_portable(pipe: Any, directory: Path) -> None:
         config = json.loads(path.read_text())
         if config.pop("_name_or_path", None) is not None:
             path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-
-
-def _numbers(values: Any, key: str = "") -> Iterator[tuple[str, int | float]]:
-    """All numbers of a JSON value, each with the nearest key."""
-    if isinstance(values, dict):
-        for name, value in values.items():
-            yield from _numbers(value, name)
-    elif isinstance(values, list):
-        for value in values:
-            yield from _numbers(value, key)
-    elif isinstance(values, (int, float)) and not isinstance(values, bool):
-        yield key, values

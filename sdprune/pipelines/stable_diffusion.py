@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Optional
+from typing import TYPE_CHECKING, Any, Optional, cast
 
 from sdprune.errors import InputError
 from sdprune.outside import reading
@@ -134,7 +134,8 @@ class StableDiffusion(PipelineFamily):
 
         own = self.files.scheduler()
         scheduler = make_scheduler(sampling.scheduler or type(own).__name__, own)
-        problem = f"Scheduler {type(scheduler).__name__} cannot take {sampling.steps} steps"
+        name = type(scheduler).__name__
+        problem = f"Scheduler {name} of {self.files.path} cannot take {sampling.steps} steps"
         with reading(problem, "Choose another scheduler or number of steps."):
             scheduler.set_timesteps(sampling.steps)
             latents = torch.zeros(1, 4, 8, 8) * scheduler.init_noise_sigma
@@ -146,7 +147,7 @@ class StableDiffusion(PipelineFamily):
         import torch
 
         tokenizer = self.files.tokenizer()
-        text, unet, vae = (self.files.skeleton(name) for name in ("text_encoder", "unet", "vae"))
+        text, unet, vae = (cast(Any, self.files.skeleton(name)) for name in ("text_encoder", "unet", "vae"))
         takes, makes = unet.config.in_channels, vae.config.latent_channels
         if takes != makes:
             raise InputError(

@@ -136,7 +136,7 @@ def directory_hash(directory: Path) -> str:
     total = hashlib.sha256()
     for path in sorted(directory.iterdir()):
         if path.suffix in {".json", ".txt", ".safetensors"}:
-            with path.open("rb") as file:
+            with reading(f"{path} is damaged"), path.open("rb") as file:
                 total.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
     return total.hexdigest()
 

@@ -264,9 +264,9 @@ def read_png(path: Path) -> Picture:
     """
     try:
         content = path.read_bytes()
-        with Image.open(io.BytesIO(content)) as image:
+        with Image.open(io.BytesIO(content), formats=["PNG"]) as image:
             image.verify()  # checks the sums, which reading the pixels does not
-        with Image.open(io.BytesIO(content)) as image:
+        with Image.open(io.BytesIO(content), formats=["PNG"]) as image:
             pixels, finite = np.array(image.convert("RGB")), _NOT_FINITE not in image.info
         return Picture(pixels, finite, short_digest(hashlib.sha256(content).hexdigest()))
     except (OSError, SyntaxError, UnidentifiedImageError) as error:

@@ -26,10 +26,12 @@ def fit(config: str, output: Path, *options: str) -> list[str]:
     return ["fit", "--config", str(CONFIGS / f"{config}.yaml"), *small, *where, *options]
 
 
-def process(arguments: list[str], timeout: float = 300) -> "subprocess.CompletedProcess[str]":
-    """Run the console script."""
-    script = Path(sys.executable).parent / "sdprune"
-    return subprocess.run([script, *arguments], capture_output=True, text=True, timeout=timeout)
+def process(
+    arguments: list[str], timeout: float = 300, interpreter: tuple[str, ...] = ()
+) -> "subprocess.CompletedProcess[str]":
+    """Run the console script, or the interpreter with these arguments, such as `-m sdprune.cli`."""
+    script = [sys.executable, *interpreter] if interpreter else [str(Path(sys.executable).parent / "sdprune")]
+    return subprocess.run([*script, *arguments], capture_output=True, text=True, timeout=timeout)
 
 
 def runs(output: Path, prefix: str) -> list[Path]:

@@ -122,7 +122,7 @@ def test_damaged_annotations_are_told(tmp_path, told):
 def test_damaged_json_is_told(tmp_path):
     file = write_coco(tmp_path) / "annotations" / "captions_train2017.json"
     file.write_bytes(file.read_bytes()[:-40])
-    assert "captions_train2017.json is not valid JSON" in message(CocoDirectory(tmp_path).load)
+    assert "captions_train2017.json is damaged" in message(CocoDirectory(tmp_path).load)
 
 
 @pytest.mark.parametrize(

@@ -118,7 +118,7 @@ def test_statistics_as_the_reference(source, tmp_path):
     with pytest.raises(InputError, match="Cannot read the reference"):
         data.check()
     file.write_bytes(b"nothing")
-    with pytest.raises(InputError, match=r"not an \.npz of statistics"):
+    with pytest.raises(InputError, match=r"not a readable npz"):
         data.check()
     np.savez(file, mu=np.zeros(2))
     with pytest.raises(InputError, match="has no sigma"):

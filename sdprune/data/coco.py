@@ -15,6 +15,7 @@ from sdprune.data.batches import Batch, Batches, BatchSampler, draw, require_ima
 from sdprune.data.sources import CaptionSource
 from sdprune.errors import InputError, unknown
 from sdprune.identity import facts_of
+from sdprune.outside import read_npz
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -239,15 +240,6 @@ def _read_statistics(path: Path) -> bytes:
 
 
 def _check_statistics(path: Path) -> None:
-    import io
-    import zipfile
-
-    import numpy as np
-
-    try:
-        with np.load(io.BytesIO(_read_statistics(path)), allow_pickle=False) as content:
-            missing = {"mu", "sigma"} - set(content)
-    except (OSError, ValueError, AttributeError, TypeError, zipfile.BadZipFile) as error:
-        raise InputError(f"The reference {path} is not an .npz of statistics ({error}).") from error
-    if missing:
+    _read_statistics(path)
+    if missing := {"mu", "sigma"} - set(read_npz(path)):
         raise InputError(f"The reference {path} has no {', '.join(sorted(missing))}: expected `mu` and `sigma`.")

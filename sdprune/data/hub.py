@@ -4,11 +4,13 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from functools import cached_property
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
 
 from sdprune.data.sources import CaptionSource, Row, caption_table, digest_of
 from sdprune.errors import InputError, unknown
+from sdprune.outside import read_picture, reading
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -54,16 +56,11 @@ class HubDataset(CaptionSource):
 
     def image(self, row: Row) -> "Image":
         """Return the picture of a row, in RGB."""
-        from PIL import Image
-
-        column = self._column("image")
-        try:
-            picture = self._dataset[self._rows[row["id"]]][column]
-            if isinstance(picture, Image.Image):
-                return picture.convert("RGB")
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise InputError(f"Image {row['id']} of dataset {self.dataset} is damaged ({error}).") from error
-        raise InputError(f"Column {column!r} of dataset {self.dataset} holds no picture for id {row['id']}.")
+        stored = self._pictures[self._rows[row["id"]]][self.columns["image"]]
+        with reading(f"Image {row['id']} of dataset {self.dataset} is damaged"):
+            if stored is None:
+                raise ValueError("it is empty")
+            return read_picture(stored["path"] if stored["bytes"] is None else BytesIO(stored["bytes"]))
 
     def digest(self, rows: Iterable[Row]) -> str:
         """Return the SHA-256 of the pictures as they are stored; none is decoded."""
@@ -96,11 +93,19 @@ class HubDataset(CaptionSource):
     def _dataset(self) -> "Dataset":
         from datasets import load_dataset
 
-        try:
+        problem = f"Cannot load split {self.split!r} of dataset {self.dataset!r}"
+        with reading(problem, "Check its name and the network."):
             return load_dataset(self.dataset, split=self.split, revision=self.revision)
-        except (OSError, ValueError, RuntimeError) as error:
-            reason = str(error).partition("\n")[0]
-            raise InputError(f"Cannot load split {self.split!r} of dataset {self.dataset!r}: {reason}") from error
+
+    @cached_property
+    def _pictures(self) -> "Dataset":
+        """The column of pictures, each as it is stored: {"bytes": ..., "path": ...}."""
+        from datasets import Image
+
+        column = self._column("image")
+        if not isinstance(self._dataset.features[column], Image):
+            raise InputError(f"Column {column!r} of dataset {self.dataset} holds no pictures. Name another.")
+        return self._dataset.select_columns([column]).cast_column(column, Image(decode=False))
 
     @cached_property
     def _rows(self) -> dict[Any, int]:

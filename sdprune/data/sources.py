@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, Union
 
 from sdprune.errors import InputError, unknown
 from sdprune.identity import FileDigests
+from sdprune.outside import read_json, read_picture, reading
 
 if TYPE_CHECKING:  # `datasets` and PIL take seconds to import: at run time they are imported where they are used
     from datasets import Dataset
@@ -21,6 +22,9 @@ if TYPE_CHECKING:  # `datasets` and PIL take seconds to import: at run time they
 Row = Mapping[str, Any]
 T = TypeVar("T")
 _LEAVES_DIRECTORY = re.compile(r"\.?$|[/\\]|[A-Za-z]:|(.*[/\\])?\.\.([/\\]|$)|.*\0", re.DOTALL)
+_LONGEST_NAME = 245  # bytes; file systems allow 255, and a file has ten more while it is being written
+_LONGEST_PATH = 1024
+_INT64 = range(-(2**63), 2**63)
 
 
 class CaptionSource(ABC):
@@ -107,7 +111,7 @@ class CocoDirectory(CaptionSource):
     def load(self) -> "Dataset":
         """Parse the captions of the split (118,287 images of train2017 in seconds). See `CaptionSource.load`."""
         file = self._annotation_file()
-        content = _read_json(file)
+        content = read_json(file, "Unpack or download it again.")
         try:
             names = {image["id"]: image["file_name"] for image in content["images"]}
             captions: dict[Any, str] = {}
@@ -126,14 +130,8 @@ class CocoDirectory(CaptionSource):
 
     def image(self, row: Row) -> "Image":
         """Return the picture of a row, in RGB; refuses one that a link leads out of the image directory."""
-        from PIL import Image
-
-        path = self._path(row)
-        try:
-            with Image.open(path) as image:
-                return image.convert("RGB")
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise InputError(f"{row['file_name']} is damaged ({error}).") from error
+        with reading(f"{row['file_name']} is damaged"):
+            return read_picture(self._path(row))
 
     def describe(self) -> dict[str, Any]:
         """Return the class, the split and the SHA-256 of the annotation file."""
@@ -233,13 +231,6 @@ class TextFile(CaptionSource):
             raise InputError(f"Cannot read prompts from {self.path}: {error.strerror}.") from error
 
 
-def _read_json(file: Path) -> Any:
-    try:
-        return json.loads(file.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{file} is not valid JSON ({error}): unpack or download it again.") from error
-
-
 def _check_images(file: Path, names: Mapping[Any, Any], captions: Mapping[Any, str], ids: list[Any]) -> None:
     """Refuse ids and file names under which images could be confused, lost, or read from elsewhere."""
     missing = [image_id for image_id in captions if image_id not in names]
@@ -251,9 +242,33 @@ def _check_images(file: Path, names: Mapping[Any, Any], captions: Mapping[Any, s
             f"{file} has file names that leave the image directory: {shown(map(repr, leaving))}. "
             "Expected paths relative to it, without '..'."
         )
+    unwritable = [name for name in names.values() if not _is_writable(name)]
+    if unwritable:
+        raise InputError(
+            f"{file} has file names that cannot be written: {shown(map(ascii, unwritable))}. Expected text without "
+            f"control characters, each part of at most {_LONGEST_NAME} bytes, {_LONGEST_PATH} in all."
+        )
     for kind, values in (("ids", ids), ("file names", names.values())):
         if repeated := [value for value, times in Counter(values).items() if times > 1]:
             raise InputError(f"{file} lists {kind} of images twice: {shown(repeated)}. Give every image its own.")
+
+
+def _is_writable(name: str) -> bool:
+    """Whether an image can be written under this name, with `.png` as its suffix."""
+    return (
+        _is_text(name)
+        and name.isprintable()
+        and len(name.encode()) <= _LONGEST_PATH
+        and all(len(part.encode()) <= _LONGEST_NAME for part in Path(drawn_name(name)).parts)
+    )
+
+
+def _is_text(value: object) -> bool:
+    """Whether a value is text that can be encoded; JSON can hold halves of a character."""
+    try:
+        return isinstance(value, str) and value.encode() is not None
+    except UnicodeEncodeError:
+        return False
 
 
 def caption_table(origin: str, ids: list[Any], names: list[str], captions: list[Any], paths: list[str]) -> "Dataset":
@@ -270,6 +285,12 @@ def caption_table(origin: str, ids: list[Any], names: list[str], captions: list[
     if len(kinds := {type(image_id) for image_id in ids}) > 1 or not kinds <= {int, str}:
         found = sorted(kind.__name__ for kind in kinds)
         raise InputError(f"{origin} has ids of type {', '.join(found)}; expected whole numbers or text, not both.")
+    wrong = [value for value in ids if not (value in _INT64 if isinstance(value, int) else _is_text(value))]
+    if wrong:
+        raise InputError(f"{origin} has ids that are no text and no 64-bit numbers: {shown(map(ascii, wrong))}.")
+    broken = [name for name, text in zip(names, captions, strict=True) if isinstance(text, str) and not _is_text(text)]
+    if broken:
+        raise InputError(f"{origin} has captions that are not valid Unicode for {shown(broken)}. Write them anew.")
     empty = [name for name, text in zip(names, captions, strict=True) if not isinstance(text, str) or not text.strip()]
     if empty:
         raise InputError(f"{origin} has empty captions for {shown(empty)}. Give each a text or remove the image.")

@@ -13,10 +13,15 @@ from torch import Tensor
 from sdprune.errors import InputError
 from sdprune.metrics.inference import exact_inference
 from sdprune.metrics.preprocess import ClipPreprocessing
+from sdprune.outside import read_config, reading
+from sdprune.pipelines.directory import require_all_weights
 from sdprune.pipelines.resolve import resolve
 
 if TYPE_CHECKING:
     from transformers import CLIPModel, CLIPTokenizer
+
+
+_LONGEST_EDGE = 4096  # of a resized picture, in pixels
 
 
 class ClipModel:
@@ -131,7 +136,7 @@ def directory_hash(directory: Path) -> str:
     total = hashlib.sha256()
     for path in sorted(directory.iterdir()):
         if path.suffix in {".json", ".txt", ".safetensors"}:
-            with path.open("rb") as file:
+            with reading(f"{path} is damaged"), path.open("rb") as file:
                 total.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
     return total.hexdigest()
 
@@ -140,26 +145,40 @@ def _load(source: str, revision: str, processor: str | None) -> "tuple[CLIPModel
     from transformers import CLIPModel, CLIPTokenizer
     from transformers.image_processing_base import ImageProcessingMixin
 
-    try:
-        with _quiet_loading():
-            beside = {"revision": revision} if processor is None else {}
-            config, _ = ImageProcessingMixin.get_image_processor_dict(processor or source, **beside)
-            tokenizer = CLIPTokenizer.from_pretrained(processor or source, **beside)
-            network = CLIPModel.from_pretrained(source, revision=revision, use_safetensors=True, dtype=torch.float32)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise InputError(
-            f"Cannot load the CLIP model {source!r}: {_reason(source, error)}. Give a directory that transformers "
-            f"saved, a hub id that can be reached or is cached, or 'miniature'."
-        ) from error
-    return network.eval().requires_grad_(False), tokenizer, ClipPreprocessing.from_config(config)
+    where = "no such directory" if source.startswith(("/", ".", "~")) and not Path(source).is_dir() else ""
+    then = "Give a directory that transformers saved, a hub id that can be reached or is cached, or 'miniature'."
+    if where:
+        raise InputError(f"Cannot load the CLIP model {source!r}: {where}. {then}")
+    if (Path(source) / "config.json").exists():
+        read_config(Path(source) / "config.json")
+    local = {"trust_remote_code": False}
+    with reading(f"Cannot load the CLIP model {source!r}", then), _quiet_loading():
+        beside = {"revision": revision} if processor is None else {}
+        config, _ = ImageProcessingMixin.get_image_processor_dict(processor or source, **beside)
+        tokenizer = CLIPTokenizer.from_pretrained(processor or source, **beside, **local)
+        # Named, so that no configuration chooses another implementation: it could be code of the hub.
+        network, found = CLIPModel.from_pretrained(
+            source, revision=revision, use_safetensors=True, dtype=torch.float32, attn_implementation="sdpa",
+            output_loading_info=True, **local,
+        )  # fmt: skip
+        preprocessing = ClipPreprocessing.from_config(config)
+        _require_fit(network.config, tokenizer, preprocessing)
+    require_all_weights(f"The CLIP model {source!r}", found)
+    return network.eval().requires_grad_(False), tokenizer, preprocessing
 
 
-def _reason(source: str, error: Exception) -> str:
-    if source.startswith(("/", ".", "~")) and not Path(source).is_dir():
-        return "no such directory"
-    # transformers' messages go on with advice for its own callers; the first sentence is the fact.
-    first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
-    return first_line.split(". ")[0].rstrip(".")
+def _require_fit(config: Any, tokenizer: Any, preprocessing: ClipPreprocessing) -> None:
+    """Raise ValueError unless what comes out of tokenizer and preprocessing can go into the network."""
+    size, words = config.vision_config.image_size, config.text_config.vocab_size
+    edges = [preprocessing.shortest_edge or size, *(preprocessing.size or ())]
+    made = preprocessing.crop or preprocessing.size or (size, size)
+    if made != (size, size) or not all(1 <= edge <= _LONGEST_EDGE for edge in edges):
+        raise ValueError(f"its preprocessing does not make pictures of {size} x {size}, which the network takes")
+    if len(preprocessing.mean) != 3 or len(preprocessing.std) != 3:
+        raise ValueError("its preprocessing is not for pictures of three colours")
+    if max(tokenizer.get_vocab().values()) >= words or tokenizer.model_max_length < 2:
+        raise ValueError(f"its tokenizer does not number tokens below {words}, which the network takes")
+    tokenizer(["a word"], padding="max_length", truncation=True, max_length=2)
 
 
 @contextmanager

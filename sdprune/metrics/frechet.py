@@ -6,13 +6,13 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from sdprune.errors import InputError
+from sdprune.outside import read_npz, reading
 
 
 @dataclass(frozen=True)
@@ -57,12 +57,10 @@ class Statistics:
         if missing:
             found = ", ".join(arrays) or "none"
             raise InputError(f"{path} has no {' and no '.join(missing)}. FID statistics need both; found: {found}.")
-        try:
+        with reading(f"{path} holds no statistics of numbers", "Give an npz file with the keys mu and sigma."):
             mu, sigma = (torch.from_numpy(np.asarray(arrays[key], dtype=np.float64)) for key in ("mu", "sigma"))
             n = int(arrays["n"]) if "n" in arrays else None
             features = torch.from_numpy(np.asarray(arrays["features"], np.float32)) if "features" in arrays else None
-        except (TypeError, ValueError) as error:
-            raise InputError(f"{path} holds no statistics of numbers: {error}") from error
         if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
             raise InputError(f"{path} holds mu {list(mu.shape)} and sigma {list(sigma.shape)}; wanted [d] and [d, d].")
         if not all(part.isfinite().all() for part in (mu, sigma, features) if part is not None):
@@ -173,8 +171,4 @@ def _write_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
 def _read_npz(path: Path) -> dict[str, np.ndarray]:
     if not path.is_file():
         raise InputError(f"No FID statistics at {str(path)!r}: give an npz file with the keys mu and sigma.")
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            return {key: archive[key] for key in archive.files}
-    except (ValueError, OSError, EOFError, BadZipFile, AttributeError) as error:
-        raise InputError(f"{path} is not a readable npz file of FID statistics: {error}") from error
+    return read_npz(path)

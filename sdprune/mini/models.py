@@ -106,7 +106,7 @@ def save_pipeline(
     """Write the parts as a StableDiffusionPipeline in fp16."""
     from diffusers import StableDiffusionPipeline
 
-    from sdprune.pipelines.stable_diffusion import save_portable
+    from sdprune.pipelines.directory import save_portable
 
     pipe = StableDiffusionPipeline(
         vae=vae.half(), text_encoder=text.half(), tokenizer=tokenizer, unet=unet.half(), scheduler=build_scheduler(),

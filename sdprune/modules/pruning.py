@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
@@ -249,13 +249,16 @@ class PruningModule(FrozenModule):
             return self.tell(f"Already there: {directory}")
         sparsity = self.plan.account(reports)
         self.pipeline.save(directory)
-        (directory / "README.md").write_text(model_card(self.pipeline.describe(), sparsity, reports))
+        card = model_card(self.pipeline.describe(), sparsity, reports, self.pipeline.unused)
+        (directory / "README.md").write_text(card)
         layers = {name: [asdict(layer) for layer in report.layers] for name, report in reports.items()}
         report = {"sparsity": sparsity, "pruning": summary(reports), "layers": layers, "version": own_version()}
         write_json(directory / "pruning_report.json", report)  # last: its presence says that the rest is whole
         for logger in self.trainer.loggers:
             logger.log_metrics(flat({"sparsity": sparsity}), step=0)
         self.tell(sparsity_table(sparsity))
+        if self.pipeline.unused:
+            self.tell(f"Not saved, since images are drawn without: {', '.join(self.pipeline.unused)}.")
         self.tell(f"Saved: {directory}")
 
 
@@ -279,17 +282,23 @@ def sparsity_table(sparsity: Mapping[str, Any]) -> str:
     return "\n".join(f"  {name:<28}{share:>8}   {detail}".rstrip() for name, share, detail in rows)
 
 
-def model_card(model: Mapping[str, Any], sparsity: Mapping[str, Any], reports: Mapping[str, PruneReport]) -> str:
-    """A model card for the hub."""
+def model_card(
+    model: Mapping[str, Any], sparsity: Mapping[str, Any], reports: Mapping[str, PruneReport],
+    unused: Sequence[str] = (),
+) -> str:  # fmt: skip
+    """A model card for the hub; `unused` are the components of the original that the copy lacks."""
     base = model.get("model")
     header = ["---", "library_name: diffusers", "pipeline_tag: text-to-image", "tags: [sdprune, pruned]"]
     header += [f"base_model: {base}", "---"] if base else ["---"]
+    lacks = ", ".join(f"`{name}`" for name in unused)
+    left_out = [f"The original's {lacks} is not part of this copy: filter what it draws by other means.", ""]
     specs = "\n".join(f"- `{name}`: `{json.dumps(report.spec)}`" for name, report in reports.items())
     return "\n".join(
         [
             *header, "", "# A pruned text-to-image pipeline", "",
             "Pruned after training, without retraining, by sdprune. Zeros are stored as zeros: the files are as large",
             "and the model is as fast as before; `pruning_report.json` has every layer's counts.", "",
+            *(left_out if unused else ()),
             "## What was pruned", "", specs or "Nothing.", "", "## Sparsity", "", "```", sparsity_table(sparsity),
             "```", "", "## Use", "", "```python", "from diffusers import DiffusionPipeline", "",
             'pipe = DiffusionPipeline.from_pretrained("<this directory>")', "```", "",

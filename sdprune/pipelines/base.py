@@ -41,6 +41,11 @@ class Sampling:
             if value is not None and (value < 8 or value % 8):
                 raise InputError(f"{name} is {value}: give a multiple of 8 pixels.")
 
+    @property
+    def size(self) -> tuple[Optional[int], Optional[int]]:
+        """Height and width in pixels, None where the model's own is taken."""
+        return self.height, self.width
+
     def describe(self) -> dict[str, Any]:
         """All of it, for fingerprints."""
         return asdict(self)
@@ -90,6 +95,11 @@ class PipelineFamily(ABC):
     @abstractmethod
     def prunable(self) -> list[str]:
         """Names of the components that can be pruned: all that turn text into latents."""
+
+    @property
+    def unused(self) -> list[str]:
+        """Names of the model's components that are neither loaded nor saved, such as a safety checker."""
+        return []
 
     @abstractmethod
     def skeleton(self, component: str) -> nn.Module:

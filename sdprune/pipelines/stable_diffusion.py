@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Optional
+from typing import TYPE_CHECKING, Any, Optional, cast
 
-from sdprune.errors import InputError, unknown
+from sdprune.errors import InputError
+from sdprune.outside import reading
 from sdprune.pipelines.base import Drawn, PipelineFamily, Sampling, step_of
+from sdprune.pipelines.directory import ModelDirectory, make_scheduler, require_pipeline, save_portable
 from sdprune.pipelines.resolve import resolve
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-_NOT_PRUNABLE = ("vae", "safety_checker", "image_encoder")
+_PIPELINES = ("StableDiffusionPipeline",)
+_CLASSES = {
+    "text_encoder": ("transformers", ("CLIPTextModel",)),
+    "tokenizer": ("transformers", ("CLIPTokenizer", "CLIPTokenizerFast")),
+    "unet": ("diffusers", ("UNet2DConditionModel",)),
+    "vae": ("diffusers", ("AutoencoderKL", "AsymmetricAutoencoderKL", "AutoencoderTiny")),
+}
+_PRUNABLE = ["text_encoder", "unet"]
+_CONVERT = "StableDiffusionPipeline.from_single_file(FILE).save_pretrained(DIRECTORY)"
 
 
 class StableDiffusion(PipelineFamily):
@@ -37,35 +44,38 @@ class StableDiffusion(PipelineFamily):
         self._pipe: Any = None
 
     @cached_property
-    def directory(self) -> Path:
-        """Where the files lie; a hub id is downloaded, or found in the hub's cache, first.
+    def files(self) -> ModelDirectory:
+        """The model's files; a hub id is downloaded, or found in the hub's cache, first.
 
         Raises:
-            InputError: neither a diffusers directory nor a hub id that can be had.
+            InputError: neither a directory of such a pipeline nor a hub id that can be had.
         """
         path = Path(resolve(self.model, "pipeline"))
         if path.is_dir():
-            _require_pipeline(path)
-            return path
+            return ModelDirectory(path, _PIPELINES, _CLASSES, self.variant)
+        if path.is_file():
+            raise InputError(
+                f"Model {self.model!r} is one file, and a diffusers directory is needed. Convert it with diffusers: "
+                f"{_CONVERT}."
+            )
         if path.is_absolute() or self.model.startswith(".") or self.model.count("/") != 1:
             raise InputError(f"Model directory {self.model!r} does not exist: give a diffusers directory or a hub id.")
-        return self._download()
+        return ModelDirectory(self._download(), _PIPELINES, _CLASSES, self.variant)
 
     def _download(self) -> Path:
-        from diffusers import DiffusionPipeline
+        from diffusers import StableDiffusionPipeline
 
-        try:
+        where = f"Model {self.model!r} at revision {self.revision!r}"
+        problem = f"{where} is no directory here and cannot be had from the hub"
+        with reading(problem, "Check the id and the network, or give a diffusers directory."):
+            index = StableDiffusionPipeline.load_config(self.model, revision=self.revision)
+            require_pipeline(where, index, _PIPELINES)  # before gigabytes come
             return Path(
-                DiffusionPipeline.download(
-                    self.model, revision=self.revision, variant=self.variant, use_safetensors=True
+                StableDiffusionPipeline.download(
+                    self.model, revision=self.revision, variant=self.variant, use_safetensors=True,
+                    trust_remote_code=False,
                 )
-            )
-        except (OSError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0][:200]
-            raise InputError(
-                f"Model {self.model!r} at revision {self.revision!r} is no directory here and cannot be had from the "
-                f"hub ({reason}). Check the id and the network, or give a diffusers directory."
-            ) from error
+            )  # fmt: skip
 
     def load(self, dtype: torch.dtype, device: torch.device) -> None:
         """See PipelineFamily."""
@@ -81,74 +91,85 @@ class StableDiffusion(PipelineFamily):
 
         for logging in (diffusers_logging, transformers_logging):
             logging.disable_progress_bar()
-        try:
-            parts = {name: self._part(name, dtype) for name in ("vae", *self.prunable)}
-            pipe = StableDiffusionPipeline.from_pretrained(
-                self.directory, **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
-            )
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            reason = str(error).strip().splitlines()[0][:200]
-            raise InputError(f"{self.directory} cannot be read as a Stable Diffusion pipeline: {reason}") from error
+        modules = {name: self.files.load(name, dtype) for name in ("vae", *_PRUNABLE)}
+        pipe = StableDiffusionPipeline(
+            **modules, tokenizer=self.files.tokenizer(), scheduler=self.files.scheduler(), safety_checker=None,
+            feature_extractor=None, requires_safety_checker=False,
+        )  # fmt: skip
         pipe.set_progress_bar_config(disable=True)
-        for module in self._modules(pipe).values():
+        for module in modules.values():
             module.eval().requires_grad_(False)
         return pipe
-
-    def _part(self, name: str, dtype: torch.dtype) -> nn.Module:
-        """One component with its weights; one that its file lacks would be random without a word."""
-        library, cls = self._index[name]
-        module, told = getattr(import_module(library), cls).from_pretrained(
-            self.directory, subfolder=name, torch_dtype=dtype, variant=self.variant, use_safetensors=True,
-            output_loading_info=True,
-        )  # fmt: skip
-        if missing := sorted(told["missing_keys"]):
-            raise InputError(
-                f"{self.directory / name} lacks {len(missing)} of its weights, such as {missing[0]!r}: it is damaged "
-                "or belongs to another configuration. Fetch it anew."
-            )
-        return module
-
-    @staticmethod
-    def _modules(pipe: Any) -> dict[str, nn.Module]:
-        from torch import nn
-
-        return {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
 
     @property
     def components(self) -> dict[str, nn.Module]:
         """See PipelineFamily."""
-        return self._modules(self._pipe)
+        from torch import nn
+
+        return {name: part for name, part in self._pipe.components.items() if isinstance(part, nn.Module)}
 
     @property
     def prunable(self) -> list[str]:
-        """See PipelineFamily; read from model_index.json, so that a wrong name is told before anything is loaded."""
-        index = self._index
-        known = [name for name, value in index.items() if isinstance(value, list) and value[0] is not None]
-        kinds = {name: str(index[name][1]) for name in known if name not in _NOT_PRUNABLE}
-        return [name for name, kind in kinds.items() if kind.endswith(("Model", "ModelWithProjection"))]
+        """See PipelineFamily; reads the index, so that a model that cannot be used is told before a wrong name."""
+        _ = self.files
+        return list(_PRUNABLE)
 
     @property
-    def _index(self) -> dict[str, Any]:
-        return dict(json.loads((self.directory / "model_index.json").read_text()))
+    def unused(self) -> list[str]:
+        """See PipelineFamily."""
+        return self.files.unused
 
     def skeleton(self, component: str) -> nn.Module:
         """See PipelineFamily."""
-        import torch
-
-        library, name = self._index[component]
-        cls = getattr(import_module(library), name)
-        with torch.device("meta"):
-            if library == "diffusers":
-                return cls.from_config(cls.load_config(self.directory, subfolder=component))
-            return cls(cls.config_class.from_pretrained(self.directory, subfolder=component))
+        return self.files.skeleton(component)
 
     def check(self, sampling: Sampling) -> None:
         """See PipelineFamily."""
-        import diffusers
+        self._check_scheduler(sampling)
+        self._check_parts(sampling)
 
-        own = getattr(diffusers, self._index["scheduler"][1])
-        config = own.load_config(self.directory, subfolder="scheduler")
-        _scheduler(sampling.scheduler or own.__name__, own.from_config(config))
+    def _check_scheduler(self, sampling: Sampling) -> None:
+        """Take one step with zeros."""
+        import torch
+
+        own = self.files.scheduler()
+        scheduler = make_scheduler(sampling.scheduler or type(own).__name__, own)
+        name = type(scheduler).__name__
+        problem = f"Scheduler {name} of {self.files.path} cannot take {sampling.steps} steps"
+        with reading(problem, "Choose another scheduler or number of steps."):
+            scheduler.set_timesteps(sampling.steps)
+            latents = torch.zeros(1, 4, 8, 8) * scheduler.init_noise_sigma
+            scaled = scheduler.scale_model_input(latents, scheduler.timesteps[0])
+            scheduler.step(scaled, scheduler.timesteps[0], latents)
+
+    def _check_parts(self, sampling: Sampling) -> None:
+        """Run every part once on the meta device: sizes that do not fit each other are found without any work."""
+        import torch
+
+        tokenizer = self.files.tokenizer()
+        text, unet, vae = (cast(Any, self.files.skeleton(name)) for name in ("text_encoder", "unet", "vae"))
+        takes, makes = unet.config.in_channels, vae.config.latent_channels
+        if takes != makes:
+            raise InputError(
+                f"The U-Net of {self.files.path} takes {takes} channels and the VAE makes {makes}: this is a model for "
+                "inpainting or editing, which needs a picture. Give the text-to-image model that it was made from."
+            )
+        with reading(f"The parts of {self.files.path} do not fit each other", "Restore it or give another model."):
+            longest, largest = text.config.max_position_embeddings, max(tokenizer.get_vocab().values())
+            if not 2 <= tokenizer.model_max_length <= longest or largest >= text.config.vocab_size:
+                raise ValueError(
+                    f"the tokenizer cuts at {tokenizer.model_max_length} tokens, numbered up to {largest}; the text "
+                    f"encoder takes {longest}, numbered below {text.config.vocab_size}"
+                )
+            scale = 2 ** (len(vae.config.block_out_channels) - 1)
+            height, width = ((side or unet.config.sample_size * scale) // scale for side in sampling.size)
+            with torch.device("meta"), torch.no_grad():
+                hidden = text(torch.zeros(1, tokenizer.model_max_length, dtype=torch.long))[0]
+                latents = torch.zeros(1, makes, height, width)
+                noise = unet(latents, torch.zeros((), dtype=torch.long), encoder_hidden_states=hidden).sample
+                image = vae.decode(noise).sample
+            if noise.shape != latents.shape or image.shape[1] != 3:
+                raise ValueError(f"latents {list(latents.shape)}, noise {list(noise.shape)}, image {list(image.shape)}")
 
     @property
     def tokenizer(self) -> Any:
@@ -209,7 +230,7 @@ class StableDiffusion(PipelineFamily):
     def _scheduled(self, sampling: Sampling) -> Any:
         """The pipeline with the scheduler asked for, built anew from its own, so that no state outlives a batch."""
         own = self._scheduler
-        self._pipe.scheduler = _scheduler(sampling.scheduler or type(own).__name__, own)
+        self._pipe.scheduler = make_scheduler(sampling.scheduler or type(own).__name__, own)
         return self._pipe
 
     def save(self, directory: Path) -> None:
@@ -219,62 +240,8 @@ class StableDiffusion(PipelineFamily):
 
     def describe(self) -> dict[str, Any]:
         """See PipelineFamily."""
-        commit = self.directory.name if self.directory.parent.name == "snapshots" else None
+        path = self.files.path
+        commit = path.name if path.parent.name == "snapshots" else None
         if commit is not None:
             return {"model": self.model, "revision": commit, "variant": self.variant}
-        return {"files": self._file_hash, "variant": self.variant}
-
-    @cached_property
-    def _file_hash(self) -> str:
-        """One hash over weights and configurations, by relative name; model cards and reports do not count."""
-        digest = hashlib.sha256()
-        for path in sorted(self.directory.rglob("*")):
-            inside = path.suffix in (".safetensors", ".json", ".txt") and path.parent != self.directory
-            if inside or path.name == "model_index.json":
-                digest.update(path.relative_to(self.directory).as_posix().encode())
-                with path.open("rb") as file:
-                    digest.update(hashlib.file_digest(file, "sha256").digest())
-        return digest.hexdigest()
-
-
-def save_portable(pipe: Any, directory: Path) -> None:
-    """Write a pipeline as a diffusers directory that does not tell where its parts once lay."""
-    pipe.save_pretrained(directory, safe_serialization=True)
-    for path in (directory / "model_index.json", *directory.glob("*/*config.json")):
-        config = json.loads(path.read_text())
-        if config.pop("_name_or_path", None) is not None:
-            path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-
-
-def _require_pipeline(path: Path) -> None:
-    index = path / "model_index.json"
-    try:
-        parts = json.loads(index.read_text())
-    except FileNotFoundError as error:
-        raise InputError(f"{path} is no diffusers directory: it has no model_index.json.") from error
-    except (OSError, ValueError) as error:
-        raise InputError(f"{index} is damaged ({error}): restore it or give another model.") from error
-    for name, value in parts.items() if isinstance(parts, dict) else ():
-        if isinstance(value, list) and value[0] is not None and not (path / name).is_dir():
-            raise InputError(f"{path} is no whole diffusers directory: {name}/ of its model_index.json is missing.")
-    if not isinstance(parts, dict) or not {"unet", "text_encoder", "vae", "scheduler"} <= set(parts):
-        raise InputError(f"{path} is no Stable Diffusion pipeline: see its model_index.json.")
-    for name in ("unet", "text_encoder", "vae"):
-        if not list((path / name).glob("*.safetensors")):
-            raise InputError(
-                f"{path / name} has no safetensors: only these are read. Convert the model, or give another."
-            )
-
-
-def _scheduler(name: str, own: Any) -> Any:
-    """A new scheduler with the configuration of the pipeline's own."""
-    import diffusers
-
-    cls = getattr(diffusers, name, None)
-    if cls is None or not hasattr(cls, "from_config") or not name.endswith("Scheduler"):
-        raise unknown("scheduler", name, sorted(one.__name__ for one in own.compatibles))
-    try:
-        return cls.from_config(own.config)
-    except ImportError as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"Scheduler {name} cannot be used: {reason}") from error
+        return {"files": self.files.hash, "variant": self.variant}

@@ -1,0 +1,235 @@
+"""A diffusers directory from anywhere: it is data, and none of it is run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sdprune.errors import InputError, unknown
+from sdprune.outside import read_config, read_json, reading
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+INDEX = "model_index.json"
+
+
+class ModelDirectory:
+    """The files of one pipeline.
+
+    Args:
+        path: the directory.
+        pipelines: names of the pipeline classes that the family draws with.
+        classes: by component, the library and the classes of it that the family knows. No others are made, whatever
+            the directory names: importing by a name from outside would run code from outside.
+        variant: file variant of the weights, e.g. fp16.
+
+    Raises:
+        InputError: it is no directory of such a pipeline.
+    """
+
+    def __init__(
+        self, path: Path, pipelines: Sequence[str], classes: Mapping[str, tuple[str, Sequence[str]]],
+        variant: str | None = None,
+    ) -> None:  # fmt: skip
+        self.path, self.classes, self.variant = path, classes, variant
+        if not (path / INDEX).is_file():
+            raise InputError(f"{path} is no diffusers directory: it has no {INDEX}.")
+        self.index = read_json(path / INDEX)
+        require_pipeline(str(path), self.index, pipelines)
+        for name in (*classes, "scheduler"):
+            self._require_component(name)
+
+    def _require_component(self, name: str) -> None:
+        entry = self.index.get(name)
+        if not isinstance(entry, list) or len(entry) != 2 or not all(isinstance(part, str) for part in entry):
+            raise InputError(
+                f"{self.path / INDEX} is damaged: it has {entry!r} for {name}, expected a library and a class. "
+                "Restore it or give another model."
+            )
+        library: str
+        choices: Sequence[str]
+        if name == "scheduler":
+            library, choices = "diffusers", (scheduler_class(entry[1], f"scheduler of {self.path}").__name__,)
+        else:
+            library, choices = self.classes[name]
+        if entry[0] != library or entry[1] not in choices:
+            known = " or ".join(f"{library}.{choice}" for choice in choices)
+            raise InputError(
+                f"{self.path / INDEX} has {'.'.join(entry)!r} for {name}, which is not supported. Give a model with "
+                f"{known}; no other code is run."
+            )
+        if not (self.path / name).is_dir():
+            raise InputError(f"{self.path} is no whole diffusers directory: {name}/ of its {INDEX} is missing.")
+
+    @property
+    def unused(self) -> list[str]:
+        """Components that the directory has and the family neither loads nor saves, such as a safety checker."""
+        entries = {name: entry for name, entry in self.index.items() if isinstance(entry, list) and any(entry)}
+        return sorted(set(entries) - {*self.classes, "scheduler"})
+
+    def type_of(self, name: str) -> Any:
+        """The class of a component, one of those that the family knows."""
+        import diffusers
+        import transformers
+
+        return getattr({"diffusers": diffusers, "transformers": transformers}[self.index[name][0]], self.index[name][1])
+
+    def config(self, name: str, file: str = "config.json") -> dict[str, Any]:
+        """A component's configuration.
+
+        Raises:
+            InputError: it is damaged, or has numbers that no model has.
+        """
+        return read_config(self.path / name / file)
+
+    def skeleton(self, name: str) -> nn.Module:
+        """A component without weights, float32 on the meta device.
+
+        Raises:
+            InputError: its configuration is damaged, or describes far more parameters than its files hold.
+        """
+        import torch
+
+        config, cls = self.config(name), self.type_of(name)
+        with self._reading(name), torch.device("meta"):
+            if self.index[name][0] == "diffusers":
+                module: nn.Module = cls.from_config(config)
+            else:
+                options = cls.config_class.from_dict(config)
+                module = cls._from_config(options, attn_implementation="sdpa", dtype=torch.float32)
+        described = sum(parameter.numel() for parameter in module.parameters())
+        if described > 2 * (stored := self._stored(name)):  # loading would fill memory before it finds out
+            raise InputError(
+                f"{self.path / name} lacks most of its weights: its config.json describes {described:,} parameters, "
+                f"its safetensors hold {stored:,}. It is damaged or belongs to another configuration. Fetch it anew."
+            )
+        return module.eval()
+
+    def _stored(self, name: str) -> int:
+        """How many numbers the safetensors of a component hold, of all variants."""
+        from math import prod
+
+        from safetensors import safe_open
+
+        files = sorted((self.path / name).glob("*.safetensors"))
+        if not files:
+            raise InputError(
+                f"{self.path / name} has no safetensors: only these are read. Convert the model, or give another."
+            )
+        total = 0
+        for file in files:
+            with reading(f"{file} is damaged", "Fetch it anew."), safe_open(file, framework="pt") as content:
+                total += sum(prod(content.get_slice(key).get_shape()) for key in content.keys())  # noqa: SIM118
+        return total
+
+    def load(self, name: str, dtype: torch.dtype) -> nn.Module:
+        """A component with its weights; without this check one that its file lacks would be random without a word."""
+        self.skeleton(name)
+        extra = {"attn_implementation": "sdpa"} if self.index[name][0] == "transformers" else {}
+        with self._reading(name):
+            module, found = self.type_of(name).from_pretrained(
+                self.path / name, torch_dtype=dtype, variant=self.variant, use_safetensors=True, local_files_only=True,
+                trust_remote_code=False, output_loading_info=True, **extra,
+            )  # fmt: skip
+        require_all_weights(str(self.path / name), found)
+        return module
+
+    def tokenizer(self, name: str = "tokenizer") -> Any:
+        """A tokenizer."""
+        with self._reading(name):
+            tokenizer = self.type_of(name).from_pretrained(
+                self.path / name, local_files_only=True, trust_remote_code=False
+            )
+            tokenizer(["a word"], padding="max_length", truncation=True, max_length=8)
+        return tokenizer
+
+    def scheduler(self) -> Any:
+        """The pipeline's own scheduler."""
+        config = self.config("scheduler", "scheduler_config.json")
+        with self._reading("scheduler"):
+            return self.type_of("scheduler").from_config(config)
+
+    def _reading(self, name: str) -> Any:
+        return reading(f"{self.path / name} cannot be read", "It is damaged: fetch it anew, or give another model.")
+
+    @cached_property
+    def hash(self) -> str:
+        """SHA-256 over weights and configurations, by relative name; model cards and reports do not count."""
+        digest = hashlib.sha256()
+        for path in sorted(self.path.rglob("*")):
+            inside = path.suffix in (".safetensors", ".json", ".txt") and path.parent != self.path
+            if inside or path.name == INDEX:
+                digest.update(path.relative_to(self.path).as_posix().encode())
+                with reading(f"{path} is damaged"), path.open("rb") as file:
+                    digest.update(hashlib.file_digest(file, "sha256").digest())
+        return digest.hexdigest()
+
+
+def require_all_weights(where: str, found: Mapping[str, Any]) -> None:
+    """See that a model has exactly the weights of its files; `found` is what `from_pretrained` told of loading.
+
+    Raises:
+        InputError: weights that would be random, or would be left out, without a word.
+    """
+    surplus = {key for key in found["unexpected_keys"] if not key.endswith("position_ids")}  # of older versions
+    for keys, verb in ((found["missing_keys"], "lacks"), (surplus, "has no place for")):
+        if keys:
+            raise InputError(
+                f"{where} {verb} {len(keys)} of its weights, such as {min(keys)!r}: it is damaged or belongs to "
+                "another configuration. Fetch it anew."
+            )
+
+
+def require_pipeline(where: str, index: Any, pipelines: Sequence[str]) -> None:
+    """See that a model index names a pipeline of the family.
+
+    Raises:
+        InputError: the class that it names, and those that are supported.
+    """
+    found = index.get("_class_name") if isinstance(index, dict) else None
+    if not isinstance(found, str):
+        raise InputError(f"{where} is damaged: its {INDEX} names no pipeline class. Restore it or give another model.")
+    if found not in pipelines:
+        raise InputError(f"{where} is a {found[:100]!r}, which is not supported. Give a {' or '.join(pipelines)}.")
+
+
+def scheduler_class(name: str, kind: str = "scheduler") -> Any:
+    """A scheduler of diffusers that samples as Stable Diffusion does.
+
+    Raises:
+        InputError: there is none of this name, or it is made for other models, such as those of flow matching.
+    """
+    import diffusers
+    from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
+
+    cls = getattr(diffusers, name, None) if name.endswith("Scheduler") else None
+    choices = [one.name for one in KarrasDiffusionSchedulers]
+    if not isinstance(cls, type) or not cls.__module__.startswith("diffusers."):
+        raise unknown(kind, name, choices)
+    with reading(f"Scheduler {name} cannot be used", "Choose another scheduler."):
+        fits = hasattr(cls, "scale_model_input")  # raises where a package is missing
+    if not fits:
+        raise InputError(f"Scheduler {name} is made for another family of models. Choices: {', '.join(choices)}.")
+    return cls
+
+
+def make_scheduler(name: str, own: Any) -> Any:
+    """A new scheduler with the configuration of the pipeline's own."""
+    cls = scheduler_class(name)
+    with reading(f"Scheduler {name} cannot be used", "Choose another scheduler, or restore the model's own."):
+        return cls.from_config(own.config)
+
+
+def save_portable(pipe: Any, directory: Path) -> None:
+    """Write a pipeline as a diffusers directory that does not tell where its parts once lay."""
+    pipe.save_pretrained(directory, safe_serialization=True)
+    for path in (directory / INDEX, *directory.glob("*/*config.json")):
+        config = json.loads(path.read_text())
+        if config.pop("_name_or_path", None) is not None:
+            path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

@@ -30,12 +30,12 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException  # n
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI  # noqa: E402
 
 import sdprune.mini.source  # noqa: E402
-import sdprune.mini.training  # noqa: E402
 import sdprune.modules  # noqa: E402, F401 (classes are found by name among those imported)
 from sdprune.callbacks import ImageProgress  # noqa: E402
 from sdprune.data import CocoDataModule  # noqa: E402
 from sdprune.errors import InputError  # noqa: E402
 from sdprune.locks import release_all  # noqa: E402
+from sdprune.mini.training import Stage  # noqa: E402
 from sdprune.modules import FrozenModule, GenerationModule  # noqa: E402
 from sdprune.options import Names, explain  # noqa: E402
 from sdprune.summary import show  # noqa: E402
@@ -138,6 +138,8 @@ class SdpruneCLI(LightningCLI):
         if isinstance(self.model, FrozenModule):
             self._attach()
             self.model.check(self.datamodule, str(self.trainer.precision))
+        elif isinstance(self.model, Stage):
+            self.model.keep_checkpoints(self.trainer)
 
     def before_predict(self) -> None:
         """Check, then make the dense record if the pruned run wants it and it is not there."""

@@ -2,7 +2,7 @@
 
 Stages: VaeStage; ContrastiveStage twice, with other seeds, for the text encoder and for the evaluator; UNetStage, which
 needs the first two. An interrupted stage continues from its last checkpoint when the same command is given again. All
-files lie under `weights`, fp16 safetensors; `python -m sdprune.mini.install` puts a finished miniature into the package.
+files lie under `weights`; `python -m sdprune.mini.install` puts a finished miniature into the package.
 
     parts/vae, parts/text_encoder, parts/tokenizer   what the U-Net is trained on
     pipeline/      written by the last stage as a whole, so that its parts always belong together

@@ -12,7 +12,7 @@ from command_lines import ROOT, predict, runs, the_run
 import sdprune.study
 from sdprune.errors import InputError
 from sdprune.pruning import Budget, InfeasibleError, Size
-from sdprune.study.sweep import cells, command
+from sdprune.study.grid import cells, command
 
 SWEEPS = ROOT / "wandb_sweeps"
 SD2 = {"text_encoder": Size(340_387_840, 289_406_976), "unet": Size(865_910_724, 301_219_840)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from textwrap import wrap
 from typing import Any
 
 import numpy as np
@@ -140,7 +141,7 @@ def _line(axes: Any, points: Sequence[tuple[float, Run]], metric: str, colour: s
     if not found:
         return
     amounts, scores = [point[0] for point in found], [point[1] for point in found]
-    axes.plot(amounts, scores, marker="o", markersize=3, color=colour, label=name)
+    axes.plot(amounts, scores, marker="o", markersize=3, color=colour, label=_short(name))
     ends = [
         (score - change.value + change.low, score - change.value + change.high)
         for _, score, change in found
@@ -148,6 +149,12 @@ def _line(axes: Any, points: Sequence[tuple[float, Run]], metric: str, colour: s
     ]
     if len(ends) == len(found):
         axes.fill_between(amounts, *zip(*ends, strict=True), color=colour, alpha=0.15, linewidth=0)
+
+
+def _short(name: str) -> str:
+    """For a legend: at most four lines."""
+    lines = wrap(name, 44)
+    return "\n".join([*lines[:3], "..."] if len(lines) > 4 else lines)
 
 
 def _strip(study: Study, caption: str, runs: Sequence[Run], text: bool | None) -> Figure | None:

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from sdprune.errors import InputError, unknown
+from sdprune.errors import cause as _cause
 
 HELP = """usage: sdprune [--help] [--version] {fit,predict,sweep,report} ...
 
@@ -44,7 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if first not in VERBS:
             raise unknown("verb", first, VERBS)
         if first == "sweep":
-            return _sweep(arguments[1:])
+            from sdprune.study import sweep
+
+            return sweep.run(arguments[1:])
         if first == "report":
             from sdprune.study import report
 
@@ -69,27 +72,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
             return _tell(f"failed: {type(error).__name__}: {error}", 1)
         return _tell(f"error: {bad_input}", 2)
-
-
-def _sweep(arguments: Sequence[str]) -> int:
-    from sdprune.study import sweep
-
-    def run_cell(words: Sequence[str]) -> object:
-        from sdprune.commands import run
-
-        try:
-            return run(words, summary=False)
-        except Exception as error:
-            raise _cause(error, InputError) or error from error
-
-    return sweep.run(arguments, run_cell)
-
-
-def _cause(error: BaseException | None, kind: type[BaseException]) -> BaseException | None:
-    """The exception of a kind behind another: libraries wrap what a constructor raises."""
-    while error is not None and not isinstance(error, kind):
-        error = error.__cause__ or error.__context__
-    return error
 
 
 def _tell(line: str, code: int) -> int:

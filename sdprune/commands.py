@@ -30,12 +30,12 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException  # n
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI  # noqa: E402
 
 import sdprune.mini.source  # noqa: E402
-import sdprune.mini.training  # noqa: E402
 import sdprune.modules  # noqa: E402, F401 (classes are found by name among those imported)
 from sdprune.callbacks import ImageProgress  # noqa: E402
 from sdprune.data import CocoDataModule  # noqa: E402
-from sdprune.errors import InputError  # noqa: E402
+from sdprune.errors import InputError, cause  # noqa: E402
 from sdprune.locks import release_all  # noqa: E402
+from sdprune.mini.training import Stage  # noqa: E402
 from sdprune.modules import FrozenModule, GenerationModule  # noqa: E402
 from sdprune.options import Names, explain  # noqa: E402
 from sdprune.summary import show  # noqa: E402
@@ -138,6 +138,8 @@ class SdpruneCLI(LightningCLI):
         if isinstance(self.model, FrozenModule):
             self._attach()
             self.model.check(self.datamodule, str(self.trainer.precision))
+        elif isinstance(self.model, Stage):
+            self.model.keep_checkpoints(self.trainer)
 
     def before_predict(self) -> None:
         """Check, then make the dense record if the pruned run wants it and it is not there."""
@@ -246,25 +248,74 @@ def run(arguments: Sequence[str], summary: bool = True) -> dict[str, Any]:
     sys.argv[0] = sys.argv[0] or "sdprune"
     SdpruneCLI.summary = summary
     try:
-        cli = SdpruneCLI(
-            LightningModule,
-            LightningDataModule,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            auto_configure_optimizers=False,
-            save_config_callback=None,
-            seed_everything_default=0,
-            trainer_class=Trainer,
-            parser_class=Parser,
-            parser_kwargs={
-                verb: {"description": told, "usage": f"sdprune {verb} --config FILE [options]"}
-                for verb, told in DESCRIPTIONS.items()
-            },
-            trainer_defaults={**TRAINER_DEFAULTS, "callbacks": [ImageProgress()]},
-            args=list(arguments),
-        )
+        cli = SdpruneCLI(**_cli_options(), args=list(arguments))
     finally:
         release_all()
     _part()
     done = isinstance(cli.model, GenerationModule) and cli.model.record.finished
     return cli.model.record.results if done else {}
+
+
+def _cli_options() -> dict[str, Any]:
+    return {
+        "model_class": LightningModule,
+        "datamodule_class": LightningDataModule,
+        "subclass_mode_model": True,
+        "subclass_mode_data": True,
+        "auto_configure_optimizers": False,
+        "save_config_callback": None,
+        "seed_everything_default": 0,
+        "trainer_class": Trainer,
+        "parser_class": Parser,
+        "parser_kwargs": {
+            verb: {"description": told, "usage": f"sdprune {verb} --config FILE [options]"}
+            for verb, told in DESCRIPTIONS.items()
+        },
+        "trainer_defaults": {**TRAINER_DEFAULTS, "callbacks": [ImageProgress()]},
+    }
+
+
+class _Checked(Exception):  # noqa: N818 (no error: it leaves LightningCLI's constructor before anything is run)
+    def __init__(self, faults: list[str | None]) -> None:
+        self.faults = faults
+
+
+class _Checker(SdpruneCLI):
+    """Parses many commands with one parser, constructs what they name, and runs none of them."""
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        self.known: set[str] = set()
+        raise _Checked([self._fault(parser, words) for words in args])
+
+    def _fault(self, parser: LightningArgumentParser, words: Sequence[str]) -> str | None:
+        try:
+            _check_files(words)
+            super().parse_arguments(parser, words)
+            made = parser.instantiate_classes(self.config)[words[0]]
+            plan = getattr(made.model, "plan", None)
+            pipeline = str(self.config[words[0]].model.init_args.get("pipeline"))
+            if plan is not None and (names := f"{pipeline} {sorted(plan.asked)}") not in self.known:
+                plan.pipeline.require(list(plan.asked))  # may ask the hub
+                self.known.add(names)
+            return None
+        except SystemExit:
+            return "--help and --print_config cannot be given to a sweep"
+        except Exception as error:
+            return " ".join(str(cause(error, InputError) or error).split()) or type(error).__name__
+
+
+def check(commands: Sequence[Sequence[str]]) -> list[str | None]:
+    """Find what is wrong with commands before any of them runs: options, values, classes, components.
+
+    Args:
+        commands: each a verb and its options.
+
+    Returns:
+        One line for each command; None where nothing was found.
+    """
+    sys.argv[0] = sys.argv[0] or "sdprune"
+    try:
+        _Checker(**_cli_options(), args=commands)  # type: ignore[arg-type]
+    except _Checked as checked:
+        return checked.faults
+    raise AssertionError("LightningCLI parses its arguments in its constructor")

@@ -15,3 +15,10 @@ def unknown(kind: str, value: object, choices: Iterable[object]) -> InputError:
     hint = f" Did you mean {close[0]!r}?" if close else ""
     shown = ", ".join(names[:12]) + (f", ... ({len(names)} in all)" if len(names) > 12 else "")
     return InputError(f"Unknown {kind} {str(value)!r}.{hint} Choices: {shown or 'none'}.")
+
+
+def cause(error: BaseException | None, kind: type[BaseException]) -> BaseException | None:
+    """The exception of a kind behind another, or that one itself: libraries wrap what a constructor raises."""
+    while error is not None and not isinstance(error, kind):
+        error = error.__cause__ or error.__context__
+    return error

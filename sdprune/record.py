@@ -31,6 +31,7 @@ from sdprune.identity import FileDigests, fingerprint, own_version
 
 COMPARED = ("version", "pipeline", "dtype", "data", "seed", "sampling", "metrics")
 """The facts that records which are compared have in common: all but what was pruned and how."""
+_LABEL = 79  # characters: with "pruned-" before and "-<fingerprint>" behind, 99
 _NOT_FINITE = "sdprune not finite"
 _SECTIONS = {"n", "metrics", "comparison", "verdicts", "images", "sparsity", "pruning", "speed", "protocols"}
 _PACKAGES = ("torch", "lightning", "diffusers", "transformers", "torchmetrics", "datasets", "numpy")
@@ -47,12 +48,29 @@ def versions() -> dict[str, str]:
 
 
 def label(prune: Mapping[str, Any]) -> str:
-    """`dense`, or what is pruned: `text_encoder-magnitude-0.475-unet-wanda-0.35`."""
-    parts = []
-    for name, spec in sorted(prune.items()):
-        asked = f"{spec.sparsity:g}" if spec.band is None else "band-{:g}-{:g}".format(*spec.band)
-        parts.append(f"{name}-{type(spec.criterion).__name__.lower()}-{asked}")
-    return re.sub(r"[^\w.-]", "_", "-".join(parts))[:100] or "dense"
+    """`dense`, or what is pruned and how: `text_encoder-magnitude-layer-0.475-unet-owl-wanda-row-0.35`.
+
+    A name of this and the fingerprint has less than 100 characters: a label that is too long goes without those
+    granularities that are their criterion's default.
+    """
+    for short in (False, True):
+        name = "-".join(_pruned(component, spec, short) for component, spec in sorted(prune.items()))
+        name = re.sub(r"[^\w.-]", "_", name, flags=re.ASCII)
+        if len(name) <= _LABEL:
+            break
+    return name[:_LABEL] or "dense"
+
+
+def _pruned(component: str, spec: Any, short: bool) -> str:
+    allocation = type(spec.allocation).__name__.lower()
+    parts = [component, *([allocation] if allocation != "uniform" else []), type(spec.criterion).__name__.lower()]
+    if not short or spec.granularity != spec.criterion.granularities[0]:
+        parts.append(str(spec.granularity))
+    if spec.band is not None:
+        parts.append("band-{:g}-{:g}".format(*spec.band))
+    elif spec.sparsity and not spec.pattern:  # else a pattern or the allocation says how much
+        parts.append(f"{spec.sparsity:g}")
+    return "-".join(parts)
 
 
 def require_comparable(one: Mapping[str, Any], other: Mapping[str, Any]) -> None:

@@ -56,7 +56,7 @@ def test_saved_pipeline(sdprune, miniature, tmp_path):
     assert (told.code, told.err) == (0, "")
     directory = saved(tmp_path)
     assert f"Saved: {directory}" in told.out
-    assert directory.name.startswith("pruned-text_encoder-magnitude-0.475-unet-magnitude-0.35-")
+    assert directory.name.startswith("pruned-text_encoder-magnitude-layer-0.475-unet-magnitude-layer-0.35-")
     counts_are_exact(directory, miniature / "pipeline")
     card = (directory / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: diffusers\n")
@@ -149,7 +149,7 @@ def test_calibration_is_gathered_once(sdprune, tmp_path, monkeypatch):
     assert sdprune(*fit("prune", tmp_path, *WANDA)).code == 0
     assert [file.stat().st_mtime_ns for file in files] == stamps
     assert sorted((tmp_path / "statistics").rglob("*.safetensors")) == files
-    assert saved(tmp_path).name.startswith("pruned-text_encoder-wanda-0.475-unet-wanda-0.35")
+    assert saved(tmp_path).name.startswith("pruned-text_encoder-wanda-row-0.475-unet-wanda-row-0.35")
 
 
 def test_predict_finds_the_calibration_of_fit(sdprune, tmp_path, monkeypatch):

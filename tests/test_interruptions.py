@@ -191,7 +191,10 @@ def test_two_trials_share_the_dense_record(miniature, tmp_path):
     dense = the_run(tmp_path, "dense").name
     for sparsity in ("0.2", "0.3"):
         results = json.loads(
-            (the_run(tmp_path, f"text_encoder-magnitude-0.475-unet-magnitude-{sparsity}") / "results.json").read_text()
+            (
+                the_run(tmp_path, f"text_encoder-magnitude-layer-0.475-unet-magnitude-layer-{sparsity}")
+                / "results.json"
+            ).read_text()
         )
         assert results["comparison"]["dense"] == dense
 
@@ -276,7 +279,7 @@ def test_a_lost_dense_image_is_told_before_drawing_with_what_to_do(sdprune, mini
     told = sdprune(*predict(tmp_path, "--model.prune.unet.sparsity=0.2"))
     assert told.code == 2
     assert f"such as {picture}: delete {dense / 'results.json'}" in told.err
-    assert not list(tmp_path.glob("*unet-magnitude-0.2*/images/*.png"))
+    assert not list(tmp_path.glob("*unet-magnitude-layer-0.2*/images/*.png"))
     (dense / "results.json").unlink()
     assert sdprune(*predict(tmp_path, "--model.prune.unet.sparsity=0.2")).code == 0
     assert picture.read_bytes() == whole

@@ -51,7 +51,10 @@ def fingerprints(output, *options):
 
 
 def test_files_of_a_record(output):
-    dense, pruned = the_run(output, "dense"), the_run(output, "text_encoder-magnitude-0.475-unet-magnitude-0.35")
+    dense, pruned = (
+        the_run(output, "dense"),
+        the_run(output, "text_encoder-magnitude-layer-0.475-unet-magnitude-layer-0.35"),
+    )
     for run in (dense, pruned):
         assert {path.name for path in run.iterdir()} == {
             "config.json", "grid.png", "images", "results.json", "rows.npz", "samples"

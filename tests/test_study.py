@@ -17,7 +17,7 @@ from sdprune.mini.source import EmbeddedWorld
 from sdprune.modules import PruningModule
 from sdprune.pipelines import StableDiffusion
 from sdprune.pruning import Budget, InfeasibleError, Size
-from sdprune.study.sweep import cells, command
+from sdprune.study.grid import cells, command
 
 SWEEPS = ROOT / "wandb_sweeps"
 SD2 = {"text_encoder": Size(340_387_840, 289_406_976), "unet": Size(865_910_724, 301_219_840)}

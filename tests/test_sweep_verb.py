@@ -1,13 +1,22 @@
 """`sdprune sweep`: the grid of a W&B file, here, cell by cell."""
 
+import json
+import os
 import re
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
 import yaml
 from command_lines import CONFIGS, predict, runs
 
-from sdprune.study.sweep import cells, command
+from sdprune.study.grid import cells, command
+from sdprune.study.runner import Runner
 
 ROOT = Path(__file__).parent.parent
 GRID = {
@@ -67,20 +76,21 @@ def test_every_cell_runs_once_and_calibrates_once(sdprune, tmp_path):
 
 def test_several_cells_at_once_give_the_same_records(sdprune, miniature, tmp_path):
     """Two jobs that start at the same moment share the dense record and the statistics; a bad cell fails alone."""
-    parameters = GRID["parameters"] | {"model.prune.unet.sparsity": {"values": [0.2, 0.6, 1.5]}}
+    parameters = GRID["parameters"] | {"model.prune.unet.include": {"values": ["[no_such_layer]", "['*']"]}}
+    parameters |= {"model.prune.unet.sparsity": {"values": [0.6]}}
     path = write(tmp_path / "grid.yaml", parameters=parameters)
     told = {jobs: sdprune("sweep", path, f"--jobs={jobs}", *quick(tmp_path / jobs)) for jobs in ("1", "2")}
     lines = {
         jobs: [re.sub(r", \d+ s$", "", line) for line in one.out.splitlines() if line.startswith("[")]
         for jobs, one in told.items()
     }
-    assert lines["2"] == [line.replace("failed: ", "failed: error: ") for line in lines["1"]]
-    assert "4 of 6 cells done, 2 failed" in told["2"].out
+    assert [line.replace(str(tmp_path / "2"), str(tmp_path / "1")) for line in lines["2"]] == lines["1"]
+    assert "2 of 4 cells done, 2 failed" in told["2"].out
     for run in runs(tmp_path / "1", ""):
         other = tmp_path / "2" / run.name
         for file in run.rglob("*.png"):
             assert file.read_bytes() == (other / file.relative_to(run)).read_bytes()
-    assert len(runs(tmp_path / "2", "")) == 5
+    assert len(runs(tmp_path / "2", "")) == 3
 
 
 @pytest.mark.parametrize("jobs", ["0", "two", "-1", ""])
@@ -90,16 +100,122 @@ def test_a_wrong_number_of_jobs_is_told(sdprune, tmp_path, jobs):
     assert f"--jobs is {jobs!r}: give a number of 1 or more" in told.err
 
 
+SMALL = {"model.prune.text_encoder.sparsity": {"value": 0}}
+
+
 def test_a_cell_that_fails_does_not_stop_the_others(sdprune, tmp_path):
-    parameters = {
-        "model.prune.unet.sparsity": {"values": [1.5, 0.5]},
-        "model.prune.text_encoder.sparsity": {"value": 0},
-    }
-    path = write(tmp_path / "grid.yaml", parameters=parameters)
-    told = sdprune("sweep", path, *quick(tmp_path / "out"))
+    path = write(tmp_path / "grid.yaml", parameters=SMALL | {"data.n": {"values": [700, 7]}})
+    told = sdprune("sweep", path, *(word for word in quick(tmp_path / "out") if "data.n=" not in word))
     assert told.code == 1
-    assert re.search(r"^\[1/2\] .*sparsity=1\.5.*: failed: sparsity is 1\.5", told.out, re.MULTILINE)
+    assert re.search(r"^\[1/2\] .*data\.n=700.*: failed: ", told.out, re.MULTILINE)
     assert "1 of 2 cells done, 1 failed: run the same command again" in told.out
+
+
+def test_the_same_fault_in_every_cell_stops_the_sweep(sdprune, tmp_path):
+    path = write(
+        tmp_path / "grid.yaml", parameters=SMALL | {"model.prune.unet.sparsity": {"values": [0.1, 0.2, 0.3, 0.4]}}
+    )
+    told = sdprune("sweep", path, *quick(tmp_path / "out"), "--data.n=700")
+    assert told.code == 1
+    assert told.out.count(": failed: ") == 3
+    assert "Stopped: the first 3 cells failed alike." in told.out
+
+
+FAULTS = {
+    "model.prune.unet.sparsity": ([0.2, 1.5], "sparsity is 1.5: give a share between 0 and 1"),
+    "model.prune.unet.sparsty": ([0.2, 0.3], "Unknown option 'model.prune.unet.sparsty'. Did you mean"),
+    "model.prune.unet.criterion": (["Wanda", "Wandaa"], "Did you mean 'Wanda'?"),
+    "model.prune.unett.sparsity": ([0.2, 0.3], "Unknown component 'unett'. Did you mean 'unet'?"),
+    "data.n": (["many", "7"], "data"),
+}
+
+
+@pytest.mark.parametrize("jobs", ["1", "2"])
+def test_faults_are_found_before_the_first_cell_runs(sdprune, tmp_path, jobs):
+    """One line for each kind of fault, with the file, the first cell that has it, and how many more."""
+    files = []
+    for number, (name, (values, _)) in enumerate(FAULTS.items()):
+        parameters = SMALL | {name: {"values": values}, "model.seed": {"values": [0, 1, 2]}}
+        files.append(write(tmp_path / f"{number}.yaml", parameters=parameters))
+    told = sdprune("sweep", *files, f"--jobs={jobs}", *quick(tmp_path / "out"))
+    assert (told.code, told.out) == (2, "")
+    lines = told.err.splitlines()
+    assert len(lines) == len(FAULTS)
+    for line, file, (name, (values, words)) in zip(lines, files, FAULTS.items(), strict=True):
+        bad = [
+            value
+            for value in values
+            if name.endswith(("sparsty", "unett.sparsity")) or value in (1.5, "Wandaa", "many")
+        ]
+        first = 3 * values.index(bad[0]) + 1
+        assert line.startswith(f"sdprune: error: {file}, cell {first} (")
+        assert f"{name.removeprefix('model.prune.')}={bad[0]} model.seed=0 data.n=7 " in line
+        assert f") and {3 * len(bad) - 1} more: " in line
+        assert words in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_dry_run_lists_the_commands_and_checks_them(sdprune, tmp_path):
+    path = write(tmp_path / "grid.yaml")
+    options = quick(tmp_path / "out")
+    told = sdprune("sweep", path, "--dry-run", *options)
+    assert (told.code, told.err) == (0, "")
+    expected = [["sdprune", *command(path, cell), *options] for cell in cells(path)]
+    assert [shlex.split(line) for line in told.out.splitlines()] == expected
+    assert not (tmp_path / "out").exists()
+    told = sdprune("sweep", path, "--dry-run", *options, "--model.sede=1")
+    assert told.code == 2
+    assert "Did you mean 'model.seed'" in told.err
+
+
+@pytest.mark.parametrize(("goal", "reverse"), [("minimize", False), ("maximize", True)])
+def test_a_table_shows_the_cells_by_score(sdprune, tmp_path, goal, reverse):
+    values = {"model.prune.unet.sparsity": {"values": [0.2, 0.9, 0.5]}}
+    path = write(
+        tmp_path / "grid.yaml", parameters=SMALL | values, metric={"name": "comparison/fid_diff", "goal": goal}
+    )
+    told = sdprune("sweep", path, *quick(tmp_path / "out"))
+    assert told.code == 0
+    assert "unet.sparsity=0.9 data.n=7 data.batch_size=2" in told.out  # lines and rows show the options given
+    lines = told.out.splitlines()
+    start = lines.index("grid.yaml, by comparison/fid_diff, the best first")
+    head, *rows = [line.split() for line in lines[start + 1 : start + 5]]
+    assert head[:2] == ["fid_diff", "fid"]
+    results = [json.loads(file.read_text()) for file in (tmp_path / "out").glob("unet-*/results.json")]
+    found = sorted((r["comparison"]["fid_diff"], r["metrics"]["fid"]) for r in results)
+    expected = [[f"{number:.4f}" for number in pair] for pair in (found[::-1] if reverse else found)]
+    assert [row[:2] for row in rows] == expected
+
+
+def test_a_worker_that_dies_fails_one_cell_only(tmp_path):
+    """Its successor goes on."""
+    with Runner(2, apart=False) as runner:
+        killer = threading.Timer(0.5, runner.workers[0].process.kill)
+        killer.start()
+        runner.workers[0].process.wait()
+        outcomes = list(runner.run([["predict", "--config=none.yaml"]] * 4))
+    assert [outcome.failure for outcome in outcomes] == [
+        "Cannot read the configuration none.yaml: No such file or directory. Give a YAML file."
+    ] * 4
+    assert len(runner.workers) == 3
+
+
+def test_an_interrupted_sweep_leaves_no_process(miniature, tmp_path):
+    path = write(tmp_path / "grid.yaml")
+    script = Path(sys.executable).parent / "sdprune"
+    words = [script, "sweep", path, "--jobs=2", *quick(tmp_path / "out"), "--model.sampling.steps=500"]
+    sweep = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    limit = time.monotonic() + 200
+    while not list((tmp_path / "out").glob("*/config.json")):
+        assert sweep.poll() is None, sweep.stderr.read()
+        assert time.monotonic() < limit
+        time.sleep(0.2)
+    os.killpg(sweep.pid, signal.SIGINT)
+    _, err = sweep.communicate(timeout=120)
+    assert sweep.returncode == 130, err
+    assert err == "sdprune: interrupted; run the same command again to go on\n"
+    with pytest.raises(ProcessLookupError):
+        os.killpg(sweep.pid, 0)
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,14 @@
 """The miniature's recipe: one LightningModule a stage, run by `sdprune fit --config configs/mini/<stage>.yaml`.
 
 Stages: VaeStage; ContrastiveStage twice, with other seeds, for the text encoder and for the evaluator; UNetStage, which
-needs the first two. A finished stage writes fp16 safetensors under `weights` and its losses to `training.json` there;
-an interrupted one continues from its last checkpoint when the same command is given again.
+needs the first two. An interrupted stage continues from its last checkpoint when the same command is given again. All
+files lie under `weights`; `python -m sdprune.mini.install` puts a finished miniature into the package.
+
+    parts/vae, parts/text_encoder, parts/tokenizer   what the U-Net is trained on
+    pipeline/      written by the last stage as a whole, so that its parts always belong together
+    evaluator/     the CLIP that scores
+    training.json  steps and loss of every finished stage
+    checkpoints/   by stage
 """
 
 from __future__ import annotations
@@ -15,7 +21,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from lightning import LightningDataModule, LightningModule
+from lightning import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, IterableDataset
@@ -32,6 +39,8 @@ from sdprune.mini.models import (
 )  # fmt: skip
 from sdprune.mini.tokenizer import MAX_LENGTH, train_tokenizer
 from sdprune.mini.world import scenes
+from sdprune.pipelines.resolve import SHIPPED
+from sdprune.record import require_writable, write_json
 
 
 class WorldTrainingData(LightningDataModule):
@@ -81,18 +90,21 @@ class Stage(LightningModule):
     """AdamW with warm-up and cosine decay over the trainer's steps, an exponential average of the weights, a record.
 
     Args:
-        weights: the directory that receives the finished weights (and holds those of earlier stages).
+        weights: the directory that receives the finished weights and checkpoints, and holds those of earlier stages.
         lr: peak learning rate.
         warmup: steps of linear warm-up.
         ema: decay of the exponential average that is saved.
         resume: start from the weights that are there already, instead of at random.
+
+    Raises:
+        InputError: `weights` lies in the installed package, or cannot be written.
     """
 
     name: str
     model: nn.Module
 
     def __init__(
-        self, weights: str = "sdprune/mini/weights", lr: float = 1e-3, warmup: int = 100, ema: float = 0.999,
+        self, weights: str = "runs/miniature", lr: float = 1e-3, warmup: int = 100, ema: float = 0.999,
         resume: bool = False,
     ):  # fmt: skip
         super().__init__()
@@ -100,6 +112,18 @@ class Stage(LightningModule):
         self.ema_decay = ema
         self.losses: list[float] = []
         self.started = time.monotonic()
+        if self.weights.resolve().is_relative_to(SHIPPED.resolve()):
+            raise InputError(
+                f"weights is {weights}, the miniature that comes with sdprune: train into another directory, such as "
+                "runs/miniature, and put it into the package with python -m sdprune.mini.install runs/miniature."
+            )
+
+    def keep_checkpoints(self, trainer: Trainer) -> None:
+        """Put the checkpoints under `weights`, so that trainings into two directories never continue each other."""
+        require_writable(self.weights, "--model.weights")
+        for callback in trainer.checkpoint_callbacks:
+            if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
+                callback.dirpath = str((self.weights / "checkpoints" / self.name).absolute())
 
     def build(self, model: nn.Module) -> None:
         """Take the model to train and start its average."""
@@ -110,8 +134,8 @@ class Stage(LightningModule):
         """The stage's training loss; pictures in [-1, 1]."""
         raise NotImplementedError
 
-    def save(self, model: nn.Module) -> None:
-        """Write the averaged model under `weights`."""
+    def save(self, model: nn.Module) -> Path:
+        """Write the averaged model under `weights` and return where."""
         raise NotImplementedError
 
     def training_step(self, batch: tuple[Tensor, list[str], Tensor]) -> Tensor:
@@ -140,11 +164,14 @@ class Stage(LightningModule):
             self.average.module.load_state_dict(self.model.state_dict())
         else:
             self.average.update_parameters(self.model)
-        if self.global_step % 100 == 0:
+        total = int(self.trainer.estimated_stepping_batches)
+        if self.global_step % min(100, max(1, total // 10)) == 0:
             recent = self.losses[-100:]
-            minutes = (time.monotonic() - self.started) / 60
+            spent = time.monotonic() - self.started
+            left = spent / len(self.losses) * (total - self.global_step)
             print(
-                f"{self.name} step {self.global_step} loss {sum(recent) / len(recent):.5f} {minutes:.1f} min",
+                f"{self.name}: step {self.global_step} of {total}, loss {sum(recent) / len(recent):.5f}, "
+                f"{spent / 60:.1f} min, about {left / 60:.1f} min to go",
                 flush=True,
             )
 
@@ -152,17 +179,24 @@ class Stage(LightningModule):
         """Save the average in fp16 and note the losses beside it."""
         if not self.trainer.is_global_zero:
             return
-        self.save(self.average.module.half().eval())
+        saved = self.save(self.average.module.half().eval())
         path = self.weights / "training.json"
         record = json.loads(path.read_text()) if path.exists() else {}
         recent = self.losses[-200:]
+        before = record.get(self.name, {}).get("steps", 0) if self.resume else 0
         record[self.name] = {
-            "final_loss": round(sum(recent) / max(1, len(recent)), 6),
-            "steps": self.global_step,
+            "final_loss": round(sum(recent) / len(recent), 6),
+            "steps": before + self.global_step,
             "minutes": round((time.monotonic() - self.started) / 60, 1),
             "resumed": self.resume,
         }
-        path.write_text(json.dumps(record, indent=2, sort_keys=True) + "\n")
+        write_json(path, dict(sorted(record.items())))
+        print(f"Saved: {saved}, after {self.global_step} steps", flush=True)
+
+    def on_fit_end(self) -> None:
+        """Say so when the last checkpoint was that of a finished training, so that nothing was done."""
+        if not self.losses and self.trainer.is_global_zero:
+            print(f"{self.name}: already trained, {self.global_step} steps: {self.weights}", flush=True)
 
     def part(self, *names: str) -> Path:
         """A directory under `weights` that an earlier stage wrote.
@@ -192,7 +226,7 @@ class VaeStage(Stage):
         if hasattr(self, "model"):
             return
         if self.resume:
-            return self.build(AutoencoderKL.from_pretrained(self.part("pipeline", "vae")))
+            return self.build(AutoencoderKL.from_pretrained(self.part("parts", "vae")))
         self.build(build_vae())
 
     def loss(self, pictures: Tensor, captions: list[str], index: Tensor) -> Tensor:
@@ -204,19 +238,20 @@ class VaeStage(Stage):
         return error.square().mean() + 0.5 * error.abs().mean() + self.kl * nats
 
     @torch.no_grad()
-    def save(self, model: Any) -> None:
+    def save(self, model: Any) -> Path:
         """Save with the scaling factor that gives the latents unit variance (Rombach et al. 2022, G.1)."""
         pictures = self.trainer.datamodule.pictures[:512].float() / 127.5 - 1  # type: ignore[attr-defined]
         latents = model.float().encode(pictures.to(model.device)).latent_dist.mean
         model.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
-        model.half().save_pretrained(self.weights / "pipeline" / "vae")
+        model.half().save_pretrained(self.weights / "parts" / "vae")
+        return self.weights / "parts" / "vae"
 
 
 class ContrastiveStage(Stage):
     """A CLIP trained on (picture, caption) pairs by the symmetric contrastive loss (Radford et al. 2021).
 
     Args:
-        keep: `text_encoder` saves the text tower and the tokenizer as parts of the pipeline; `evaluator` saves all.
+        keep: `text_encoder` saves the text tower and the tokenizer for the pipeline; `evaluator` saves all.
     """
 
     def __init__(
@@ -250,12 +285,14 @@ class ContrastiveStage(Stage):
         target = torch.arange(len(key), device=self.device)
         return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
-    def save(self, model: Any) -> None:
+    def save(self, model: Any) -> Path:
         """Save the tower that is kept, with the tokenizer."""
         if self.keep == "evaluator":
-            return save_evaluator(self.weights / "evaluator", model, self.tokenizer)
-        text_tower(model).half().save_pretrained(self.weights / "pipeline" / "text_encoder")
-        self.tokenizer.save_pretrained(self.weights / "pipeline" / "tokenizer")
+            save_evaluator(self.weights / "evaluator", model, self.tokenizer)
+            return self.weights / "evaluator"
+        text_tower(model).half().save_pretrained(self.weights / "parts" / "text_encoder")
+        self.tokenizer.save_pretrained(self.weights / "parts" / "tokenizer")
+        return self.weights / "parts" / "text_encoder"
 
 
 class Denoiser(nn.Module):
@@ -286,11 +323,12 @@ class UNetStage(Stage):
 
         if hasattr(self, "model"):
             return
-        vae = AutoencoderKL.from_pretrained(self.part("pipeline", "vae")).float().eval()
+        parts = "pipeline" if self.resume else "parts"  # the text encoder is trained further with the U-Net
+        vae = AutoencoderKL.from_pretrained(self.part(parts, "vae")).float().eval()
         self.frozen = [vae.requires_grad_(False)]  # in a list: neither saved nor averaged
-        self.tokenizer = CLIPTokenizer.from_pretrained(self.part("pipeline", "tokenizer"))
+        self.tokenizer = CLIPTokenizer.from_pretrained(self.part(parts, "tokenizer"))
         self.scheduler = build_scheduler()
-        text = CLIPTextModel.from_pretrained(self.part("pipeline", "text_encoder")).float()
+        text = CLIPTextModel.from_pretrained(self.part(parts, "text_encoder")).float()
         resumed = self.resume and UNet2DConditionModel.from_pretrained(self.part("pipeline", "unet")).float()
         self.build(Denoiser(resumed or build_unet(), text))
 
@@ -315,9 +353,10 @@ class UNetStage(Stage):
         target = self.scheduler.get_velocity(latents, noise, step)
         return F.mse_loss(self.model(noisy, step, tokens.to(self.device)).float(), target.float())
 
-    def save(self, model: Any) -> None:
+    def save(self, model: Any) -> Path:
         """Save the whole pipeline."""
         save_pipeline(self.weights / "pipeline", self.frozen[0], model.text, self.tokenizer, model.unet)
+        return self.weights / "pipeline"
 
 
 def timesteps(n: int) -> Tensor:

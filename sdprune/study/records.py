@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from sdprune.errors import InputError
-from sdprune.identity import fingerprint
-from sdprune.pruning import Budget, InfeasibleError, Size
-from sdprune.record import COMPARED, read_json
+from sdprune.study.values import Value, printable
 
 
 class Difference(NamedTuple):
@@ -25,7 +23,7 @@ class Difference(NamedTuple):
 
 
 class Pruned(NamedTuple):
-    """How one component was pruned."""
+    """How one component was pruned, as far as the study's tables tell methods apart."""
 
     method: str
     """Such as `magnitude`, `owl_wanda` or `wanda by layer`; empty where it was left dense."""
@@ -36,164 +34,157 @@ DENSE = Pruned("", 0.0)
 
 
 @dataclass(frozen=True)
+class Component:
+    """The pruning of the text encoders, or of what stands beside them: the U-Net.
+
+    Args:
+        pruned: the method and the sparsity.
+        choices: all other choices that decide the masks, calibration included, as words by name.
+        original: whether weights were counted as in the published code.
+    """
+
+    pruned: Pruned = DENSE
+    choices: Mapping[str, str] = field(default_factory=dict)
+    original: bool = True
+
+
+@dataclass(frozen=True)
 class Run:
-    """A finished record.
+    """A finished record whose every part has been checked.
 
     Args:
         directory: where it lies.
-        facts: what decided it.
-        results: what came out.
+        identity: everything that decided its masks; equal for equal prunings only.
+        shared: the facts that runs must have in common to be compared.
+        title: one line on them.
+        text: the text encoders' pruning.
+        image: that of the U-Net, or what stands in its place.
+        samples: the prompts of samples/0.png, samples/1.png and so on.
+        n: images.
+        nominal: the sparsity as the study counts.
+        zeros: shares of weights that are zero, over `targets`, `prunable` and `pipeline`.
+        sizes: parameters by component.
+        metrics: scores.
+        comparison: differences to the dense run, with the ends of their intervals.
+        images: how many are `black`, `not_finite` and `flawed`.
+        clip_scores: of every image [n]; None where the CLIP score was not measured.
+        notes: what is missing from it.
     """
 
     directory: Path
-    facts: dict[str, Any]
-    results: dict[str, Any]
+    identity: str
+    shared: Mapping[str, Any]
+    title: str
+    text: Component
+    image: Component
+    samples: tuple[str, ...]
+    n: int
+    nominal: float
+    zeros: Mapping[str, float]
+    sizes: Mapping[str, int]
+    metrics: Mapping[str, float]
+    comparison: Mapping[str, float]
+    images: Mapping[str, int]
+    clip_scores: np.ndarray | None
+    notes: tuple[str, ...] = ()
 
     @cached_property
-    def text(self) -> Pruned:
-        """How the text encoder was pruned."""
-        return self._pruned(text=True)
-
-    @cached_property
-    def image(self) -> Pruned:
-        """How the U-Net, or what stands in its place, was pruned."""
-        return self._pruned(text=False)
+    def name(self) -> str:
+        """Of the directory."""
+        return printable(self.directory.name)
 
     @property
     def key(self) -> tuple[Pruned, Pruned]:
-        """Both."""
-        return self.text, self.image
+        """How both components were pruned."""
+        return self.text.pruned, self.image.pruned
 
     @property
-    def nominal(self) -> float:
-        """The sparsity as the study counts."""
-        return self.results["sparsity"]["nominal"]
+    def original(self) -> bool:
+        """Whether every component was counted as in the published code."""
+        return self.text.original and self.image.original
 
-    @property
-    def zeros(self) -> float:
-        """Zeros over all parameters of the prunable components."""
-        return self.results["sparsity"]["prunable"]["zero_fraction"]
-
-    def score(self, metric: str) -> float | None:
-        """A metric's value, None where it was not measured."""
-        return self.results["metrics"].get(metric)
+    def component(self, text: bool) -> Component:
+        """One of the two."""
+        return self.text if text else self.image
 
     def difference(self, metric: str) -> Difference | None:
         """A metric's difference to the dense model, None for the dense one itself and where it was not measured."""
-        found = [self.results["comparison"].get(f"{metric}_diff{end}") for end in ("", "_low", "_high")]
-        return None if found[0] is None else Difference(*found)
-
-    def clip_scores(self) -> np.ndarray | None:
-        """The CLIP score of every image [n], None where it was not measured."""
-        with np.load(self.directory / "rows.npz") as rows:
-            names = [name for name in rows if name.endswith(".texts")]
-            if not names:
-                return None
-            texts, images = rows[names[0]], rows[names[0].removesuffix(".texts") + ".features"]
-        units = [part.astype(float) / np.linalg.norm(part, axis=1, keepdims=True) for part in (texts, images)]
-        return (units[0] * units[1]).sum(1)
-
-    def _pruned(self, text: bool) -> Pruned:
-        for name, spec in self.facts["prune"].items():
-            if name.startswith("text_encoder") == text:
-                band = spec["band"]
-                return Pruned(_method(spec), spec["sparsity"] if band is None else round(band[1] - band[0], 6))
-        return DENSE
+        value = self.comparison.get(f"{metric}_diff")
+        ends = [self.comparison.get(f"{metric}_diff_{end}") for end in ("low", "high")]
+        return None if value is None else Difference(value, *ends)
 
 
-def _method(spec: dict[str, Any]) -> str:
-    criterion, allocation = spec["criterion"]["class"], spec["allocation"]["class"]
-    name = criterion.lower() if allocation == "Uniform" else f"{allocation.lower()}_{criterion.lower()}"
-    own = {"Magnitude": "layer", "Wanda": "row", "SparseGPT": "column_block"}.get(criterion)
-    parts = [name] if spec["granularity"] == own else [name, f"by {spec['granularity']}"]
-    return " ".join([*parts, *(["band"] if spec["band"] else [])])
-
-
-class Study:
-    """Runs that may be compared with each other: the same prompts, noise, sampling and protocol.
+def component(prune: Value, calibration: Value, pruning: Value | None, text: bool) -> Component:
+    """Read the pruning of one of the two kinds of component.
 
     Args:
-        runs: of one kind.
+        prune: config.json's, by component.
+        calibration: config.json's, what each statistic depends on.
+        pruning: results.json's counts, by component.
+        text: the text encoders', not the U-Net's.
     """
-
-    def __init__(self, runs: Iterable[Run]) -> None:
-        self.runs = sorted(runs, key=lambda run: (run.text, run.image, str(run.directory)))
-        self.by_key = {run.key: run for run in reversed(self.runs)}
-
-    @property
-    def dense(self) -> Run | None:
-        """The run without pruning."""
-        return self.by_key.get((DENSE, DENSE))
-
-    def find(self, text: Pruned, image: Pruned) -> Run | None:
-        """The run that was pruned so."""
-        return self.by_key.get((text if text.sparsity else DENSE, image if image.sparsity else DENSE))
-
-    def alone(self, text: bool) -> dict[str, list[Run]]:
-        """By method, the runs that pruned one component alone, by sparsity."""
-        found: dict[str, list[Run]] = {}
-        for run in self.runs:
-            own, other = run.key if text else run.key[::-1]
-            if own.sparsity and other == DENSE:
-                found.setdefault(own.method, []).append(run)
-        return found
-
-    @property
-    def sizes(self) -> dict[str, Size]:
-        """Of the prunable components, as the first run counted."""
-        sparsity = self.runs[0].results["sparsity"]["components"]
-        names = [name for name in sparsity if name.startswith("text_encoder")]
-        names += [name for name in sparsity if name in ("unet", "transformer")]
-        return {name: Size(sparsity[name]["parameters"], 0) for name in names}
-
-    @property
-    def is_sd2(self) -> bool:
-        """Whether the model is of Stable Diffusion 2's size, so that published values may stand beside."""
-        return {size.parameters for size in self.sizes.values()} == {340_387_840, 865_910_724}
-
-    def split(self, total: float, text_share: float) -> tuple[float, float] | None:
-        """The sparsities of text encoder and U-Net by the study's Table 1; None where infeasible."""
-        text = [name for name in self.sizes if name.startswith("text_encoder")]
-        try:
-            found = Budget(total, text_share).sparsities(self.sizes, text)
-        except InfeasibleError:
-            return None
-        return found[text[0]], next(value for name, value in found.items() if name not in text)
-
-    @property
-    def title(self) -> str:
-        """One line on what all runs share."""
-        facts = self.runs[0].facts
-        sampling, data = facts["sampling"], facts["data"]
-        model = facts["pipeline"].get("model") or "a local model"
-        networks = sorted({p["protocol"] for p in self.runs[0].results["protocols"].values() if "protocol" in p})
-        return (
-            f"{model}, {data['n']} prompts, {sampling['steps']} steps, guidance {sampling['guidance']:g}, seed "
-            f"{facts['seed']}, {', '.join(networks)}"
-        )
+    specs = {name: spec for name, spec in prune.items() if name.startswith("text_encoder") == text}
+    if not specs:
+        return Component()
+    first, *others = specs
+    choices = _choices(specs[first])
+    for name in others:  # they usually are pruned alike
+        more = {f"{name} {key}": value for key, value in _choices(specs[name]).items() if value != choices.get(key)}
+        if _amount(specs[name], name, pruning) != _amount(specs[first], first, pruning):
+            more[f"{name} sparsity"] = f"{_amount(specs[name], name, pruning):g}"
+        choices |= more
+    for need in calibration.elements():
+        if need["component"].text() in specs:
+            skipped = ("component", "statistic", "layers", "version", "pipeline", "dtype", "prune", "allocation")
+            choices |= _words(need.mapping(), "calibration", skipped)
+    pruned = Pruned(_method(specs[first]), _amount(specs[first], first, pruning))
+    return Component(pruned, choices, all(spec.get("mode", "exact") == "original" for spec in specs.values()))
 
 
-def read(directories: Iterable[str | Path]) -> tuple[list[Study], list[dict[str, Any]]]:
-    """(The studies below these directories, largest first; what their infeasible records say).
+def _amount(spec: Value, name: str, pruning: Value | None) -> float:
+    """The sparsity, or the width of the band; where the allocation or a pattern decides it, what was pruned."""
+    if spec.get("band") is not None:
+        low, high = (end.number(0, 1) for end in spec["band"].elements(2))
+        return round(high - low, 6)
+    given = spec["sparsity"].number(0, 1)
+    if given or pruning is None or name not in pruning.mapping():
+        return given
+    counts = pruning[name]
+    return round(counts["pruned"].number(0) / counts["weights"].number(1), 4)
 
-    Raises:
-        InputError: a directory that is not there, a damaged record, or no finished record at all.
-    """
-    groups: dict[str, list[Run]] = {}
-    infeasible = []
-    for directory in map(Path, directories):
-        if not directory.is_dir():
-            raise InputError(f"No directory {str(directory)!r}: give one that `sdprune predict` wrote runs to.")
-        for path in sorted(directory.glob("**/results.json")):
-            results = read_json(path)
-            facts = read_json(path.parent / "config.json")
-            if "infeasible" in results:
-                infeasible.append(results)
-            elif "data" in facts and "protocols" in results:
-                kind = fingerprint({name: facts[name] for name in COMPARED})
-                groups.setdefault(kind, []).append(Run(path.parent, facts, results))
-    if not groups:
-        raise InputError(
-            f"No finished run below {', '.join(map(str, directories))}: run sdprune predict or sweep first."
-        )
-    return sorted(map(Study, groups.values()), key=lambda study: -len(study.runs)), infeasible
+
+def _method(spec: Value) -> str:
+    criterion, allocation = (spec[part]["class"].identifier() for part in ("criterion", "allocation"))
+    granularity = spec["granularity"].text()
+    name = criterion.lower() if allocation == "Uniform" else f"{allocation.lower()}_{criterion.lower()}"
+    own = {"Magnitude": "layer", "Wanda": "row", "SparseGPT": "column_block"}.get(criterion)
+    parts = [name] if granularity == own else [name, f"by {granularity}"]
+    return " ".join([*parts, *(["band"] if spec.get("band") is not None else [])])
+
+
+def _choices(spec: Value) -> dict[str, str]:
+    words = _words(spec.mapping(), "", ("sparsity", "band", "granularity", "class"))
+    if spec.get("band") is not None:
+        words["band from"] = f"{spec['band'].elements(2)[0].number(0, 1):g}"
+    return words
+
+
+def _words(values: Mapping[str, Any], prefix: str, skipped: tuple[str, ...] = ()) -> dict[str, str]:
+    """Nested values as words by name: `{"allocation m": "5", "mode": "original"}`."""
+    words: dict[str, str] = {}
+    for key, value in values.items():
+        name = prefix if key in ("options", "prompts") else f"{prefix} {printable(key)}".strip()
+        if key in skipped:
+            continue
+        if isinstance(value, Mapping):
+            words |= _words(value, name, skipped if key in ("criterion", "allocation") else ())
+        else:
+            words[name] = _word(value)
+    return words
+
+
+def _word(value: Any) -> str:
+    if value is None:
+        return "none"
+    text = printable("+".join(map(str, value)) if isinstance(value, list) else str(value))
+    return text if len(text) <= 24 else "#" + sha256(text.encode()).hexdigest()[:8]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterable, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,16 @@ from typing import Any
 from sdprune.errors import InputError
 from sdprune.record import replacing, require_writable
 from sdprune.study.figures import Figure, figures
-from sdprune.study.records import Study, read
+from sdprune.study.group import Study
+from sdprune.study.markdown import escape
+from sdprune.study.reading import Found, read
 from sdprune.study.tables import Reference, published, tables
 
 HELP = """usage: sdprune report DIR [DIR ...] [--out=DIR] [--reference=FILE]
 
 Make the study's tables and figures from the runs below these directories: report.html (one page with everything in it),
 report.md, figures/ and tables/*.csv. Runs of unlike prompts, noise, sampling or protocol are reported apart.
+Damaged and unfinished runs are left out, and named.
 
   --out=DIR          where to; <first DIR>/report by default
   --reference=FILE   results of others to stand beside, a CSV with text_method, unet_method, text_sparsity,
@@ -49,17 +53,18 @@ def run(arguments: Sequence[str]) -> int:
             raise InputError(f"--{name} wants a value, as in --{name}=PATH.")
     given = [Reference.load(Path(options["reference"]), "reference")] if "reference" in options else []
     out = Path(options.get("out") or Path(directories[0]) / "report")
-    studies, infeasible = read(directories)
+    found = read(directories)
     require_writable(out, "--out")
     sections = []
-    for number, study in enumerate(studies):
+    for number, study in enumerate(found.studies):
         beside = [*([published()] if study.is_sd2 else []), *given]
         sections.append(_section(study, beside, out, f"{number + 1}_" if number else ""))
-    told = sorted({f"{one['label'].rsplit('-', 1)[0]}: {one['infeasible']}" for one in infeasible})
-    _write(out / "report.md", _markdown(sections, told).encode())
-    _write(out / "report.html", _html(sections, told).encode())
-    runs = sum(len(study.runs) for study in studies)
-    print(f"{runs} runs in {len(studies)} comparable group{'s' * (len(studies) > 1)}: {out / 'report.html'}")
+    _write(out / "report.md", _markdown(sections, found).encode())
+    _write(out / "report.html", _html(sections, found).encode())
+    runs, groups = sum(len(study.runs) for study in found.studies), len(found.studies)
+    for line in [f"left out: {one}" for one in found.left_out] + [line for one in found.studies for line in one.notes]:
+        print(f"sdprune: {line}", file=sys.stderr)
+    print(f"{runs} runs in {groups} comparable group{'s' * (groups > 1)}: {out / 'report.html'}")
     return 0
 
 
@@ -71,29 +76,39 @@ def _section(study: Study, references: Sequence[Reference], out: Path, prefix: s
     for figure in drawn:
         figure.name = f"{prefix}{figure.name}"
         _write(out / "figures" / figure.name, figure.content)
-    flawed = [(run.directory.name, run.results["images"]) for run in study.runs if run.results["images"]["flawed"]]
-    return {"title": study.title, "runs": len(study.runs), "tables": made, "figures": drawn, "flawed": flawed}
+    flawed = [(run.name, run.images) for run in study.runs if run.images["flawed"]]
+    return {
+        "title": study.title, "runs": len(study.runs), "tables": made, "figures": drawn, "flawed": flawed,
+        "notes": study.notes,
+    }  # fmt: skip
 
 
-def _markdown(sections: Sequence[dict[str, Any]], infeasible: Sequence[str]) -> str:
+def _markdown(sections: Sequence[dict[str, Any]], found: Found) -> str:
     lines = ["# Report", ""]
     for section in sections:
-        lines += [f"## {section['title']}", "", f"{section['runs']} runs.", ""]
+        lines += [f"## {escape(section['title'])}", "", f"{section['runs']} runs.", ""]
         lines += [table.markdown() for table in section["tables"] if table.name != "runs"]
         for figure in section["figures"]:
-            lines += [f"### {figure.caption}", "", f"![{figure.caption}](figures/{figure.name})", ""]
-    if infeasible:
-        lines += ["## Infeasible budgets", "", *(f"- {line}" for line in infeasible), ""]
+            caption = escape(figure.caption)
+            lines += [f"### {caption}", "", f"![{caption}](figures/{figure.name})", ""]
+        lines += _list("### Notes", section["notes"])
+    lines += _list("## Infeasible budgets", found.infeasible)
+    lines += _list("## Left out", map(str, found.left_out))
     return "\n".join(lines)
 
 
-def _html(sections: Sequence[dict[str, Any]], infeasible: Sequence[str]) -> str:
+def _list(title: str, items: Iterable[str]) -> list[str]:
+    lines = [f"- {escape(item)}" for item in items]
+    return [title, "", *lines, ""] if lines else []
+
+
+def _html(sections: Sequence[dict[str, Any]], found: Found) -> str:
     from jinja2 import Environment
 
     page = (files("sdprune.study") / "report.html").read_text()
     environment = Environment(autoescape=True)
     environment.filters["uri"] = _uri
-    return environment.from_string(page).render(sections=sections, infeasible=infeasible)
+    return environment.from_string(page).render(sections=sections, found=found)
 
 
 def _uri(figure: Figure) -> str:

@@ -2,88 +2,59 @@
 
 from __future__ import annotations
 
-import subprocess
+import shlex
 import sys
-import time
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
-from itertools import product
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from sdprune.errors import InputError
-from sdprune.record import read_json
+from sdprune.study.grid import cells, command, read
+from sdprune.study.runner import Outcome, Runner, several_processes
 
-HELP = """usage: sdprune sweep FILE [FILE ...] [--option=value ...]
+HELP = """usage: sdprune sweep FILE [FILE ...] [--jobs=N] [--dry-run] [--option=value ...]
 
 Run every cell of W&B sweep files (method: grid) here, without a server. Each cell is the command that `wandb agent`
-would start, without --wandb; options given here are added to all of them. A finished cell is not run again, and one
-that failed is tried again, when the same command is given again.
+would start, without --wandb; options given here are added to all of them. All cells are checked before the first one
+starts. A finished cell is not run again, and one that failed is tried again, when the same command is given again. At
+the end a table for each file shows the cells by the score that its `metric:` names. When the first three cells fail
+alike, the sweep stops.
 
   sdprune sweep wandb_sweeps/mini_methods_unet.yaml --data.n=64
 
-  --jobs=N   run N cells at once, each in a process of its own; 1 by default
+  --jobs=N   run N cells at once, each job on its share of the cores; 1 by default. Bits of images depend on the number
+             of threads: set OMP_NUM_THREADS to have the same with any number of jobs.
+  --dry-run  list the commands and check them, run none
 
-Exit code: 0 when every cell is done, else 1.
+Exit code: 0 when every cell is done, 1 when one failed, 2 when one can be seen to be wrong before it runs.
 """
+_ALIKE = 3  # failures of the same kind, and nothing else, that stop a sweep
 
 
-def cells(path: Path) -> list[dict[str, Any]]:
-    """The grid's points, the last parameter varying fastest.
+class Cell(NamedTuple):
+    """A point of a grid."""
 
-    Raises:
-        InputError: the file is no grid sweep.
-    """
-    sweep = _read(path)
-    if sweep.get("method") != "grid":
-        raise InputError(f"{path} has method {sweep.get('method')!r}: only `grid` has cells; run it with wandb agent.")
-    values = {}
-    for name, given in sweep["parameters"].items():
-        if not isinstance(given, Mapping) or not {"value", "values"} & set(given):
-            raise InputError(f"{path}: parameter {name} has neither `value` nor `values`, which a grid needs.")
-        values[name] = given["values"] if "values" in given else [given["value"]]
-    return [dict(zip(values, point, strict=True)) for point in product(*values.values())]
+    file: Path
+    number: int
+    """In the file, from 1."""
+    name: str
+    """Its values, and the options given to all: `unet.sparsity=0.2 data.n=64`."""
+    words: list[str]
+    """The command, without `sdprune`."""
 
 
-def command(path: Path, cell: Mapping[str, Any]) -> list[str]:
-    """The arguments of `sdprune` that the agent would give for a cell, without its W&B flag."""
-    words = [str(word) for word in _read(path)["command"]]
-    if "sdprune" not in words or "${args}" not in words:
-        raise InputError(f"{path}: its command must contain sdprune and ${{args}}, got {words}.")
-    arguments: list[str] = []
-    for word in words[words.index("sdprune") + 1 :]:
-        if word == "${args}":
-            arguments += [f"--{name}={value}" for name, value in cell.items()]
-        elif not word.startswith("--wandb"):
-            arguments.append(word)
-    return arguments
-
-
-def _read(path: Path) -> dict[str, Any]:
-    import yaml
-
-    try:
-        sweep = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"Cannot read the sweep {path}: {error.strerror}. Give a YAML file.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"The sweep {path} is no valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(sweep, dict) or not isinstance(sweep.get("parameters"), dict) or "command" not in sweep:
-        raise InputError(f"{path} is no sweep: expected method, parameters and command.")
-    return sweep
-
-
-def run(arguments: Sequence[str], run_cell: Callable[[Sequence[str]], Any], tell: Callable[[str], None] = print) -> int:
+def run(arguments: Sequence[str], tell: Callable[[str], None] = print) -> int:
     """Run all cells of the files named, and tell the scores of each.
 
     Args:
         arguments: of `sdprune sweep`.
-        run_cell: runs the arguments of one cell and returns its results; an exception is a failed cell.
         tell: prints a line.
 
     Returns:
         The exit code.
+
+    Raises:
+        InputError: a file that is no grid sweep, a wrong number of jobs.
     """
     files = [Path(word) for word in arguments if not word.startswith("--")]
     options = [word for word in arguments if word.startswith("--") and not word.startswith("--jobs")]
@@ -91,51 +62,64 @@ def run(arguments: Sequence[str], run_cell: Callable[[Sequence[str]], Any], tell
         tell(HELP.rstrip())
         return 0
     jobs = _jobs([word for word in arguments if word.startswith("--jobs")])
-    todo = [(cell, [*command(file, cell), *options]) for file in files for cell in cells(file)]
-    apart = jobs > 1 or any(_several_processes(words) for _, words in todo)
-    attempt = partial(_attempt, _start if apart else run_cell)
-    failed = 0
-    with ThreadPoolExecutor(jobs) as pool:
-        commands = [words for _, words in todo]
-        outcomes = (
-            pool.map(attempt, commands) if jobs > 1 else map(attempt, commands)
-        )  # the main thread can be interrupted
-        for number, ((cell, _), (told, seconds)) in enumerate(zip(todo, outcomes, strict=True), 1):
-            short = " ".join(f"{name.removeprefix('model.prune.')}={value}" for name, value in cell.items())
-            failed += told.startswith("failed")
-            tell(f"[{number}/{len(todo)}] {short}: {told}, {seconds:.0f} s")
-    tell(
-        f"{len(todo) - failed} of {len(todo)} cells done"
-        + (f", {failed} failed: run the same command again" if failed else "")
-    )
+    dry = "--dry-run" in options
+    todo = _todo(files, [word for word in options if word != "--dry-run"])
+    if dry:
+        for cell in todo:
+            tell(shlex.join(["sdprune", *cell.words]))
+    with Runner(min(jobs, len(todo)), any(several_processes(cell.words) for cell in todo)) as runner:
+        faults = _faults(todo, runner.check([cell.words for cell in todo]))
+        for line in faults:
+            print(f"sdprune: error: {line}", file=sys.stderr)
+        if faults or dry:
+            return 2 if faults else 0
+        return _run(todo, runner, tell)
+
+
+def _todo(files: Iterable[Path], options: Sequence[str]) -> list[Cell]:
+    return [
+        Cell(file, number, _name(cell, options), [*command(file, cell), *options])
+        for file in files
+        for number, cell in enumerate(cells(file), 1)
+    ]
+
+
+def _name(cell: Mapping[str, Any], options: Sequence[str]) -> str:
+    words = [f"{name}={value}" for name, value in cell.items()] + [word.removeprefix("--") for word in options]
+    return " ".join(word.removeprefix("model.prune.") for word in words)
+
+
+def _faults(todo: Sequence[Cell], found: Sequence[str | None]) -> list[str]:
+    """One line for each kind of fault, with the first cell that has it."""
+    by: dict[tuple[Path, str], list[Cell]] = {}
+    for cell, fault in zip(todo, found, strict=True):
+        if fault is not None:
+            by.setdefault((cell.file, fault), []).append(cell)
+    lines = []
+    for (file, fault), same in by.items():
+        more = f" and {len(same) - 1} more" if len(same) > 1 else ""
+        lines.append(f"{file}, cell {same[0].number} ({same[0].name}){more}: {fault}")
+    return lines
+
+
+def _run(todo: Sequence[Cell], runner: Runner, tell: Callable[[str], None]) -> int:
+    outcomes: list[Outcome] = []
+    for cell, outcome in zip(todo, runner.run([cell.words for cell in todo]), strict=False):
+        outcomes.append(outcome)
+        told = _scores(outcome.results) if outcome.failure is None else f"failed: {outcome.failure}"
+        tell(f"[{len(outcomes)}/{len(todo)}] {cell.name}: {told}, {outcome.seconds:.0f} s")
+        failures = [one.failure for one in outcomes]
+        if len(todo) > _ALIKE == len(failures) and failures[0] is not None and len(set(failures)) == 1:
+            tell(f"Stopped: the first {_ALIKE} cells failed alike. Mend the cause and run the same command again.")
+            return 1
+    for file in dict.fromkeys(cell.file for cell in todo):
+        table = _table(file, [(cell, one) for cell, one in zip(todo, outcomes, strict=True) if cell.file == file])
+        for line in table:
+            tell(line)
+    failed = sum(outcome.failure is not None for outcome in outcomes)
+    again = f", {failed} failed: run the same command again" if failed else ""
+    tell(f"{len(todo) - failed} of {len(todo)} cells done{again}")
     return 1 if failed else 0
-
-
-def _attempt(run_cell: Callable[[Sequence[str]], Any], words: Sequence[str]) -> tuple[str, float]:
-    """What to say of a cell, and its seconds; one bad cell must not stop the others."""
-    started = time.monotonic()
-    try:
-        told = _scores(run_cell(words))
-    except Exception as error:
-        told = f"failed: {' '.join(str(error).split())}"
-    return told, time.monotonic() - started
-
-
-def _several_processes(words: Sequence[str]) -> bool:
-    """Whether a cell may start processes of its own, which would begin the whole sweep once more."""
-    import torch
-
-    asked = any(word.startswith(("--trainer.devices", "--trainer.num_nodes", "--trainer.strategy")) for word in words)
-    return asked or torch.cuda.device_count() > 1
-
-
-def _start(words: Sequence[str]) -> Any:
-    """Run a cell in a process of its own."""
-    done = subprocess.run([sys.executable, "-m", "sdprune.cli", *words], capture_output=True, text=True)
-    if done.returncode != 0:
-        raise RuntimeError((done.stderr.strip() or done.stdout.strip()).splitlines()[-1].removeprefix("sdprune: "))
-    paths = [line.split(maxsplit=1)[1] for line in done.stdout.splitlines() if line.startswith("results ")]
-    return read_json(Path(paths[0])) if paths else {}
 
 
 def _jobs(given: Sequence[str]) -> int:
@@ -157,3 +141,33 @@ def _scores(results: Mapping[str, Any]) -> str:
         difference = results["comparison"].get(f"{name}_diff")
         told.append(f"{name} {value:.4f}" + (f" ({difference:+.4f})" if difference is not None else ""))
     return ", ".join(told)
+
+
+def _table(file: Path, found: Sequence[tuple[Cell, Outcome]]) -> list[str]:
+    """Lines of a table of one file's scored cells, the best first, by what the file's `metric:` names."""
+    rows = [(cell, one.results) for cell, one in found if one.results.get("metrics")]
+    if len(rows) < 2:
+        return []
+    metric = read(file).get("metric") or {}
+    name = str(metric.get("name") or f"metrics/{next(iter(rows[0][1]['metrics']))}")
+    sign = -1 if metric.get("goal") == "maximize" else 1
+    values = [_value(results, name) for _, results in rows]
+    order = sorted(range(len(rows)), key=lambda place: (values[place] is None, sign * (values[place] or 0.0)))
+    scores = [score for score in rows[0][1]["metrics"] if not score.endswith("_se")]
+    heads = list(dict.fromkeys([name, *(f"metrics/{score}" for score in scores)]))
+    lines = [[head.removeprefix("metrics/").removeprefix("comparison/") for head in heads] + ["cell"]]
+    for place in order:
+        cell, results = rows[place]
+        numbers = [_value(results, head) for head in heads]
+        lines.append([*("-" if number is None else f"{number:.4f}" for number in numbers), cell.name])
+    widths = [max(len(line[column]) for line in lines) for column in range(len(heads))]
+    shown = ["  ".join([*(f"{text:>{w}}" for text, w in zip(line, widths, strict=False)), line[-1]]) for line in lines]
+    return [f"{file.name}, by {name}, the best first", *shown]
+
+
+def _value(results: Mapping[str, Any], name: str) -> float | None:
+    """A number of the results by its name in W&B, such as `comparison/fid_diff`."""
+    value: Any = results
+    for part in name.split("/"):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value if isinstance(value, (int, float)) else None

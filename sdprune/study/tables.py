@@ -14,7 +14,9 @@ import torch
 
 from sdprune.errors import InputError
 from sdprune.metrics.paired import normal_interval
-from sdprune.study.records import DENSE, Pruned, Run, Study
+from sdprune.study.group import Study
+from sdprune.study.markdown import escape
+from sdprune.study.records import DENSE, Pruned, Run
 
 TOTALS, SHARES = (0.2, 0.3, 0.4, 0.5, 0.6), (0.75, 0.5, 0.25)
 STEPS = tuple((round(0.625 - i * 0.025, 4), round(0.5 - i * 0.025, 4)) for i in range(9))
@@ -41,9 +43,9 @@ class Table:
 
     def markdown(self) -> str:
         """As GitHub reads it."""
-        lines = [f"### {self.title}", "", f"| {' | '.join(self.columns)} |", f"|{' --- |' * len(self.columns)}"]
-        lines += [f"| {' | '.join(row)} |" for row in self.rows]
-        return "\n".join([*lines, "", *([self.note, ""] if self.note else [])])
+        head, *rows = [f"| {' | '.join(map(escape, row))} |" for row in (self.columns, *self.rows)]
+        lines = [f"### {escape(self.title)}", "", head, f"|{' --- |' * len(self.columns)}", *rows]
+        return "\n".join([*lines, "", *([escape(self.note), ""] if self.note else [])])
 
     def csv(self) -> str:
         """With a head."""
@@ -132,6 +134,14 @@ def _number(value: float | None, digits: int = 3) -> str:
     return MISSING if value is None else f"{value:.{digits}f}"
 
 
+def _cell(study: Study, pair: tuple[Pruned, Pruned], metric: str, digits: int) -> str:
+    """The score of a pair's run; where several runs answer, how many."""
+    run = study.find(*pair)
+    if run is None:
+        return f"{count} runs" if (count := len(study.candidates(*pair))) else MISSING
+    return _number(run.metrics.get(metric), digits)
+
+
 def _percent(value: float) -> str:
     return f"{100 * value:.1f} %"
 
@@ -165,10 +175,11 @@ def _matrix(
         row = [f"{total:.0%}"]
         for share in SHARES:
             amounts = pairs[total, share]
-            run = None if amounts is None else study.find(Pruned(method, amounts[0]), Pruned("magnitude", amounts[1]))
-            row.append(
-                "N/A" if amounts is None else _number(run.score(metric) if run else None, 3 if metric != "fid" else 2)
-            )
+            if amounts is None:
+                row.append("N/A")
+                continue
+            pair = Pruned(method, amounts[0]), Pruned("magnitude", amounts[1])
+            row.append(_cell(study, pair, metric, 3 if metric != "fid" else 2))
         rows.append(row)
     return Table(f"table{number}", f"Table {number}. {title}", ["total", "75:25", "50:50", "25:75"], rows)
 
@@ -189,14 +200,27 @@ class _Lists:
         for reference in self.references:
             columns += [f"{name} {reference.name}" for name in ("FID", "CLIP score")]
             columns += [f"{name} - {reference.name}" for name in ("FID", "CLIP score")]
-        return Table(f"table{number}", f"Table {number}. {title}", columns, [self._row(*pair) for pair in wanted])
+        rows = [self._row(*pair) for pair in wanted]
+        found = [self.study.find(*pair) for pair in wanted]
+        choices = ["" if run is None else self._choices(run) for run in found]
+        if any(choices):
+            columns.append("choices")
+            rows = [[*row, words] for row, words in zip(rows, choices, strict=True)]
+        return Table(f"table{number}", f"Table {number}. {title}", columns, rows)
+
+    def _choices(self, run: Run) -> str:
+        """The pruning's choices that vary among the runs of its methods, where they do."""
+        told = [
+            (kind, self.study.name(run, text).partition(", ")[2]) for kind, text in (("text", True), ("image", False))
+        ]
+        return "; ".join(f"{kind}: {words}" for kind, words in told if words)
 
     def _row(self, text: Pruned, image: Pruned) -> list[str]:
         run = self.study.find(text, image)
-        row = [_percent(run.nominal) if run else MISSING, _percent(run.zeros) if run else MISSING]
+        row = [_percent(run.nominal) if run else MISSING, _percent(run.zeros["prunable"]) if run else MISSING]
         row += [_percent(text.sparsity), _percent(image.sparsity)]
-        scores = [run.score(metric) if run else None for metric in ("fid", "clip_score")]
-        row += [_number(scores[0], 2), _number(scores[1])]
+        scores = [run.metrics.get(metric) if run else None for metric in ("fid", "clip_score")]
+        row += [_cell(self.study, (text, image), metric, digits) for metric, digits in (("fid", 2), ("clip_score", 3))]
         row += [_change(run, metric) for metric in ("fid", "clip_score")]
         for reference in self.references:
             found = reference.find(text, image) or (None, None)
@@ -209,18 +233,19 @@ class _Lists:
 
     def everything(self) -> Table:
         """One row a run, with all that was counted and measured."""
-        metrics = sorted({name for run in self.study.runs for name in run.results["metrics"]})
-        changes = sorted({name for run in self.study.runs for name in run.results["comparison"]} - {"dense"})
+        metrics = sorted({name for run in self.study.runs for name in run.metrics})
+        changes = sorted({name for run in self.study.runs for name in run.comparison})
         columns = ["run", "text method", "text", "image method", "image", "nominal", "zeros of targets"]
         columns += ["zeros of components", "zeros of pipeline", "n", *metrics, *changes]
         rows = []
         for run in self.study.runs:
-            zeros = [run.results["sparsity"][whole]["zero_fraction"] for whole in ("targets", "prunable", "pipeline")]
-            row = [run.directory.name, run.text.method, f"{run.text.sparsity:g}", run.image.method]
-            row += [f"{run.image.sparsity:g}", f"{run.nominal:.6f}", *(f"{share:.6f}" for share in zeros)]
-            values = [run.results["metrics"].get(name) for name in metrics]
-            values += [run.results["comparison"].get(name) for name in changes]
-            rows.append([*row, str(run.results["n"]), *("" if value is None else f"{value:.6g}" for value in values)])
+            row = [run.name]
+            for text in (True, False):
+                row += [self.study.name(run, text), f"{run.component(text).pruned.sparsity:g}"]
+            row += [f"{share:.6f}" for share in (run.nominal, *run.zeros.values())]
+            values = [run.metrics.get(name) for name in metrics]
+            values += [run.comparison.get(name) for name in changes]
+            rows.append([*row, str(run.n), *("" if value is None else f"{value:.6g}" for value in values)])
         return Table("runs", "All runs", columns, rows)
 
 
@@ -228,10 +253,10 @@ def _drop_offs(study: Study) -> Table:
     """The highest sparsity up to which the CLIP score, by its interval, surely lost no more than a share."""
     rows = []
     for text in (True, False):
-        for method, runs in study.alone(text).items():
-            row = ["text encoder" if text else "image", method]
+        for line in study.alone(text):
+            row = ["text encoder" if text else "image", line.name]
             for tolerated in (0.01, 0.02, 0.05):
-                row.append(_last_within(study, runs, tolerated))
+                row.append(_last_within(study, line.runs, tolerated))
             rows.append(row)
     note = (
         "The highest measured sparsity at which, as at every lower one, the worse end of the CLIP score's interval "
@@ -241,26 +266,27 @@ def _drop_offs(study: Study) -> Table:
 
 
 def _last_within(study: Study, runs: Sequence[Run], tolerated: float) -> str:
-    dense = study.dense.score("clip_score") if study.dense else None
+    dense = study.dense.metrics.get("clip_score") if study.dense else None
     last = None
-    for run in sorted(runs, key=lambda run: max(run.text.sparsity, run.image.sparsity)):
+    for run in runs:
         found = run.difference("clip_score")
         if dense is None or found is None or found.low is None:
             return MISSING
         if found.low < -tolerated * dense:
             break
-        last = max(run.text.sparsity, run.image.sparsity)
+        last = max(run.text.pruned.sparsity, run.image.pruned.sparsity)
     return "below all" if last is None else _percent(last)
 
 
 def _findings(study: Study) -> Table:
     """The study's claims, each as paired comparisons of two models' CLIP scores over the same images."""
-    alone = study.alone(text=True)
+    amounts_of = {run.text.pruned for run in study.runs if run.image.pruned == DENSE}
     splits = {pair: study.split(*pair) for pair in product(TOTALS, SHARES)}
 
     def same_sparsity(one: str, other: str) -> list[tuple[Run, Run]]:
-        by = {run.text.sparsity: run for run in alone.get(other, [])}
-        return [(run, by[run.text.sparsity]) for run in alone.get(one, []) if run.text.sparsity in by]
+        amounts = sorted(pruned.sparsity for pruned in amounts_of if pruned.method == one)
+        pairs = [tuple(study.find(Pruned(method, amount), DENSE) for method in (one, other)) for amount in amounts]
+        return [(a, b) for a, b in pairs if a is not None and b is not None]
 
     def shared(method: str, share: float) -> list[tuple[Run, Run]]:
         pairs = []
@@ -305,7 +331,7 @@ def _outcome(pairs: Sequence[tuple[Run, Run]]) -> list[str]:
     counts = {"for": 0, "against": 0, "open": 0}
     means = []
     for better, worse in pairs:
-        one, other = better.clip_scores(), worse.clip_scores()
+        one, other = better.clip_scores, worse.clip_scores
         if one is None or other is None or len(one) < 2:
             continue
         shares = torch.from_numpy(one - other)

@@ -1,0 +1,193 @@
+"""Find the records below some directories; what cannot be used is left out, with the reason."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from sdprune.errors import InputError
+from sdprune.record import COMPARED, fingerprint, read_json
+from sdprune.study.group import Study
+from sdprune.study.records import Run, component
+from sdprune.study.values import DamagedError, Value, printable
+
+
+class LeftOut(NamedTuple):
+    """A directory that is not reported."""
+
+    directory: Path
+    reason: str
+
+    def __str__(self) -> str:
+        return printable(f"{self.directory}: {self.reason}")
+
+
+@dataclass
+class Found:
+    """What lies below some directories.
+
+    Args:
+        studies: runs that may be compared with each other, the largest group first.
+        infeasible: what records say of budgets that cannot be met.
+        left_out: damaged or unfinished records.
+    """
+
+    studies: list[Study] = field(default_factory=list)
+    infeasible: list[str] = field(default_factory=list)
+    left_out: list[LeftOut] = field(default_factory=list)
+
+
+def read(directories: Iterable[str | Path]) -> Found:
+    """Read every record below these directories.
+
+    Raises:
+        InputError: a directory that is not there, or no finished record at all.
+    """
+    found, roots = Found(), [Path(directory) for directory in directories]
+    groups: dict[str, list[Run]] = {}
+    for root in roots:
+        if not root.is_dir():
+            raise InputError(f"No directory {str(root)!r}: give one that `sdprune predict` wrote runs to.")
+    for place in _walk(roots):
+        if isinstance(place, LeftOut):
+            found.left_out.append(place)
+            continue
+        try:
+            results = read_json(place / "results.json")
+            if "infeasible" in results:
+                found.infeasible.append(_infeasible(Value(results, "results.json")))
+                continue
+            run = read_run(place, read_json(place / "config.json"), results)
+            groups.setdefault(fingerprint(run.shared), []).append(run)
+        except (InputError, RecursionError, ValueError) as error:  # json: too deep; a fingerprint: NaN
+            found.left_out.append(LeftOut(place, str(error)))
+    if not groups:
+        reason = "".join(f"; left out: {one}" for one in found.left_out[:1])
+        raise InputError(
+            f"No finished run below {', '.join(map(str, roots))}: run sdprune predict or sweep first{reason}."
+        )
+    found.studies = sorted(map(Study, groups.values()), key=lambda study: -len(study.runs))
+    found.infeasible = sorted(set(found.infeasible))
+    return found
+
+
+def _walk(roots: Iterable[Path]) -> Iterator[Path | LeftOut]:
+    """Directories with results.json, each once, also behind symbolic links; and what is in the way."""
+    todo, seen = sorted(roots, reverse=True), set()
+    while todo:
+        directory = todo.pop()
+        try:
+            real = os.path.realpath(directory)
+            entries = sorted(os.scandir(directory), key=lambda entry: entry.name)
+        except OSError as error:
+            yield LeftOut(directory, error.strerror or str(error))
+            continue
+        names = {entry.name for entry in entries}
+        if real in seen or "model_index.json" in names:
+            continue
+        seen.add(real)
+        if "results.json" in names:
+            yield directory
+            continue
+        if "config.json" in names and _is_run(directory / "config.json"):
+            yield LeftOut(directory, "not finished, give its command again")
+            continue
+        for entry in reversed(entries):
+            try:
+                if entry.is_dir():
+                    todo.append(directory / entry.name)
+            except OSError as error:
+                yield LeftOut(directory / entry.name, error.strerror or str(error))
+
+
+def _is_run(path: Path) -> bool:
+    try:
+        return {"version", "prune"} <= set(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError, RecursionError):
+        return False
+
+
+def _infeasible(results: Value) -> str:
+    return f"{results['label'].text().rsplit('-', 1)[0]}: {results['infeasible'].text()}"
+
+
+def read_run(directory: Path, facts: dict[str, Any], results: dict[str, Any]) -> Run:
+    """A record, every part of it checked.
+
+    Raises:
+        DamagedError: a part that is missing or of another type, by name.
+    """
+    config, result = Value(facts, "config.json"), Value(results, "results.json")
+    shared = {name: config[name].content for name in COMPARED}
+    kept = {"prune": config["prune"].content, "calibration": config.get("calibration", [])}
+    calibration = Value(kept["calibration"], "config.json: calibration")
+    pruning = result["pruning"] if "pruning" in results else None
+    text, image = (component(config["prune"], calibration, pruning, text) for text in (True, False))
+    sparsity, n = result["sparsity"], result["n"].whole(1)
+    sizes = {name: part["parameters"].whole(1) for name, part in sparsity["components"].items()}
+    kinds = {name.startswith("text_encoder") for name in sizes if name.startswith(("text_encoder", "unet", "transfor"))}
+    if len(kinds) < 2:
+        raise sparsity["components"].wrong("the sizes of a text encoder and a U-Net")
+    metrics, unusable = result["metrics"].numbers()
+    comparison, more = result["comparison"].numbers(without="dense")
+    return Run(
+        directory=directory,
+        identity=fingerprint(kept),
+        shared=shared,
+        title=_title(config, result),
+        text=text,
+        image=image,
+        samples=tuple(prompt.text() for prompt in config["samples"].elements()),
+        n=n,
+        nominal=sparsity["nominal"].number(0, 10),  # the study's counting can ask for more than there is
+        zeros={scope: sparsity[scope]["zero_fraction"].number(0, 1) for scope in ("targets", "prunable", "pipeline")},
+        sizes=sizes,
+        metrics=metrics,
+        comparison=comparison,
+        images={
+            "black": result["images"]["black"].whole(),
+            "not_finite": result["images"]["not_finite"].whole(),
+            "flawed": len(result["images"]["flawed"].elements()),
+        },
+        clip_scores=_clip_scores(directory / "rows.npz", n),
+        notes=tuple(f"{name} is not a finite number, it counts as missing" for name in [*unusable, *more]),
+    )
+
+
+def _title(config: Value, result: Value) -> str:
+    sampling = config["sampling"]
+    networks = {part["protocol"].text() for _, part in result["protocols"].items() if "protocol" in part.mapping()}
+    model = config["pipeline"].get("model")
+    parts = [
+        "a local model" if model is None else config["pipeline"]["model"].text(),
+        f"{config['data']['n'].whole(1)} prompts",
+        f"{sampling['steps'].whole(1)} steps",
+        f"guidance {sampling['guidance'].number():g}",
+        f"seed {config['seed'].number():g}",
+        *sorted(networks),
+    ]
+    return ", ".join(parts)
+
+
+def _clip_scores(path: Path, n: int) -> np.ndarray | None:
+    """Cosines [n] of each image and its prompt."""
+    try:
+        with np.load(path, allow_pickle=False) as rows:
+            names = [name for name in rows if name.endswith(".texts")]
+            if not names:
+                return None
+            texts, images = rows[names[0]], rows[names[0].removesuffix(".texts") + ".features"]
+        with np.errstate(all="ignore"):
+            units = [part.astype(float) / np.linalg.norm(part, axis=1, keepdims=True) for part in (texts, images)]
+            cosines = (units[0] * units[1]).sum(1)
+    except Exception as error:  # zipfile, zlib and NumPy each have their own
+        raise DamagedError(f"rows.npz is missing or damaged ({printable(str(error))[:80]})") from error
+    if cosines.shape != (n,) or not np.isfinite(cosines).all():
+        raise DamagedError(f"rows.npz is damaged: its CLIP rows do not give {n} finite cosines")
+    return cosines

@@ -1,0 +1,110 @@
+"""Runs many commands: in this process, several at once in workers, or each in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+from sdprune.study.worker import FailedError, Worker, run_command, run_process
+
+
+@dataclass
+class Outcome:
+    """What became of a cell.
+
+    Args:
+        results: of the record; nothing of `fit`.
+        failure: one line, where it failed.
+        seconds: it took.
+    """
+
+    results: Mapping[str, Any] = field(default_factory=dict)
+    failure: str | None = None
+    seconds: float = 0.0
+
+
+class Runner:
+    """Runs cells in this process, or several at once in workers.
+
+    Args:
+        jobs: cells at once.
+        apart: each cell in a process of its own, since it starts further ones with the same words.
+    """
+
+    def __init__(self, jobs: int, apart: bool) -> None:
+        self.jobs, self.apart = jobs, apart
+        given = "OMP_NUM_THREADS" in os.environ
+        self.threads = None if given else max(1, len(os.sched_getaffinity(0)) // jobs)
+        self.idle: SimpleQueue[Worker] = SimpleQueue()
+        self.workers = [Worker(self.threads) for _ in range(jobs)] if jobs > 1 and not apart else []
+        for worker in self.workers:
+            self.idle.put(worker)
+        self.stopped = False
+
+    def __enter__(self) -> Runner:
+        return self
+
+    def __exit__(self, *details: object) -> None:
+        self.stopped = True
+        for worker in self.workers:
+            worker.end()
+
+    def check(self, commands: Sequence[Sequence[str]]) -> list[str | None]:
+        """What is wrong with each command."""
+        if self.workers:
+            return list(self.workers[0].ask("check", commands))
+        from sdprune.commands import check
+
+        return check(commands)
+
+    def run(self, commands: Sequence[Sequence[str]]) -> Iterator[Outcome]:
+        """What becomes of each command, in their order."""
+        if self.jobs == 1:  # in the main thread, which can be interrupted
+            yield from map(self._attempt, commands)
+            return
+        pool = ThreadPoolExecutor(self.jobs)
+        try:
+            yield from pool.map(self._attempt, commands)
+        finally:
+            self.stopped = True
+            for worker in self.workers:
+                worker.process.terminate()
+            pool.shutdown(cancel_futures=True)
+
+    def _attempt(self, words: Sequence[str]) -> Outcome:
+        """One bad cell must not stop the others."""
+        started = time.monotonic()
+        try:
+            results = run_process(words) if self.apart else self._work(words) if self.workers else run_command(words)
+            return Outcome(results, None, time.monotonic() - started)
+        except FailedError as error:
+            return Outcome({}, str(error), time.monotonic() - started)
+
+    def _work(self, words: Sequence[str]) -> Mapping[str, Any]:
+        worker = self.idle.get()
+        try:
+            if not worker.alive and not self.stopped:
+                worker = Worker(self.threads)
+                self.workers.append(worker)
+            results: Mapping[str, Any] = worker.ask("run", words)
+            return results
+        finally:
+            self.idle.put(worker)
+
+
+def several_processes(words: Sequence[str]) -> bool:
+    """Whether a cell may start processes of its own, which would begin the whole sweep once more."""
+    if any(word.startswith(("--trainer.devices", "--trainer.num_nodes", "--trainer.strategy")) for word in words):
+        return True
+    if len(list(Path("/dev").glob("nvidia[0-9]*"))) < 2 and not any(map(os.path.exists, ("/dev/dxg", "/dev/kfd"))):
+        return False  # without the seconds that torch takes to import
+
+    import torch
+
+    return torch.cuda.device_count() > 1

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sdprune.errors import InputError
-from sdprune.record import COMPARED, fingerprint, read_json
+from sdprune.identity import fingerprint
+from sdprune.record import COMPARED, read_json
 from sdprune.study.group import Study
 from sdprune.study.records import Run, component
 from sdprune.study.values import DamagedError, Value, printable

@@ -220,10 +220,13 @@ def test_options_of_a_wrong_kind_are_told_in_one_line(options, words):
     assert net[0].weight.all()
 
 
-@pytest.mark.parametrize("module", [torch.ones(3), [nn.Linear(2, 2)], nn.Linear])
+@pytest.mark.parametrize("module", [torch.ones(9, 9), [nn.Linear(2, 2)], nn.Linear])
 def test_what_is_no_module_is_told(module):
-    with pytest.raises(InputError, match=r"give a torch\.nn.Module"):
+    with pytest.raises(InputError, match=r"^A \w+ is no module: give a torch\.nn\.Module"):
         sdprune.prune(module, sparsity=0.5)
+    with pytest.raises(InputError, match=r"^spec is .*: give a PruneSpec") as error:
+        sdprune.prune(linear(), module)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("kind", [np.float32, np.float64, np.float16, lambda x: np.array(x)[()]])

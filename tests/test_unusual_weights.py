@@ -241,6 +241,14 @@ def test_neighbours_in_one_storage_are_layers_of_their_own(device):
     assert len(targets_of(net, PruneSpec(0.5))) == 2
 
 
+def test_a_component_that_is_a_layer_itself_is_checked_too():
+    layer = nn.Linear(8, 8)
+    assert sdprune.prune(layer, sparsity=0.5).pruned == 32
+    layer.register_buffer("part", layer.weight.data[:4])
+    with pytest.raises(InputError, match=r"overlaps with 'part' \(Linear\)"):
+        sdprune.prune(layer, sparsity=0.5)
+
+
 def test_a_model_without_memory_is_checked_all_the_same():
     net = sharing("rows").to("meta")
     net["a"].weight = nn.Parameter(net["b"].weight.data[:4])

@@ -59,7 +59,8 @@ def prune(
 def _spec(spec: Optional[PruneSpec], options: dict[str, Any]) -> PruneSpec:
     if spec is not None:
         if not isinstance(spec, PruneSpec):
-            raise InputError(f"spec is {spec!r}: give a PruneSpec, or its fields by name, as in sparsity=0.5.")
+            shown = " ".join(repr(spec).split())[:60]
+            raise InputError(f"spec is {shown}: give a PruneSpec, or its fields by name, as in sparsity=0.5.")
         if options:
             raise InputError(f"Give a spec or the options {', '.join(options)}, not both.")
         return spec

@@ -31,11 +31,12 @@ def require_prunable(component: nn.Module, targets: Sequence[Target]) -> None:
         reason = _computed(target.module) if weight is None else _unusual(weight)
         if reason is not None:
             raise InputError(f"Layer {target.name!r} cannot be pruned: {reason}, or exclude the layer.")
-    targets_by_tensor = {f"{name}.weight": target for target in targets for name in target.names}
+    # A component that is itself a layer has the name "".
+    owners = {f"{name}.weight".lstrip("."): target for target in targets for name in target.names}
     for one, other in overlaps(named_tensors(component)):
-        if targets_by_tensor.get(one) is not targets_by_tensor.get(other):
-            layer, tensor = (one, other) if one in targets_by_tensor else (other, one)
-            raise InputError(_shared(component, targets_by_tensor[layer], layer.removesuffix(".weight"), tensor))
+        if owners.get(one) is not owners.get(other):
+            pruned, tensor = (one, other) if one in owners else (other, one)
+            raise InputError(_shared(component, owners[pruned], pruned, tensor))
 
 
 def _computed(module: nn.Module) -> str:
@@ -73,9 +74,9 @@ def _unusual(weight: Tensor) -> Optional[str]:
     return None
 
 
-def _shared(component: nn.Module, target: Target, layer: str, tensor: str) -> str:
+def _shared(component: nn.Module, target: Target, weight_name: str, tensor: str) -> str:
     tensors = dict(named_tensors(component))
-    weight, other = tensors[f"{layer}.weight"], tensors[tensor]
+    weight, other, layer = tensors[weight_name], tensors[tensor], weight_name.rpartition(".")[0]
     module = component.get_submodule(tensor.rpartition(".")[0])
     where = f"{tensor!r} ({type(module).__name__})"
     if (region(weight), weight.stride()) == (region(other), other.stride()):

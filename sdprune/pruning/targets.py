@@ -165,7 +165,7 @@ def find_targets(
         InputError: for an unknown kind, a pattern that matches no layer, or when no target is left.
     """
     if not isinstance(component, nn.Module):
-        raise InputError(f"{component!r:.80} is no module: give a torch.nn.Module, as in pipe.unet.")
+        raise InputError(f"A {type(component).__name__} is no module: give a torch.nn.Module, as in pipe.unet.")
     candidates = _layers(component, layers, blocks)
     if not candidates:
         raise InputError(

@@ -28,6 +28,8 @@ class InfeasibleError(InputError):
 class Budget:
     """A total sparsity, and the share of the pruned weights that the text encoders lose.
 
+    It decides the sparsity of every component; a component's specification leaves its own out (or at 0), or agrees.
+
     Args:
         total: zeros over all parameters of the prunable components.
         text_share: of these zeros, the share that lies in the text encoders; the rest lies in the other components.

@@ -12,6 +12,8 @@ from sdprune.pruning.targets import Target
 class PerLayer(Allocation):
     """Each layer gets what the configuration says of it, the others the overall sparsity, whatever the mean becomes.
 
+    The counts are exact layer by layer; in granularity module_block the layers of a block lose their sum together.
+
     Args:
         layers: sparsities by shell pattern on layer names; of several that match a layer the first counts.
     """

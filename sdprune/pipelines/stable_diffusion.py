@@ -223,6 +223,10 @@ class StableDiffusion(PipelineFamily):
             return {"model": self.model, "revision": commit, "variant": self.variant}
         return {"files": self._file_hash, "variant": self.variant}
 
+    def origin(self) -> tuple[str, Optional[Path]]:
+        """See PipelineFamily."""
+        return self.model, self.directory
+
     @cached_property
     def _file_hash(self) -> str:
         """One hash over weights and configurations, by relative name; model cards and reports do not count."""

@@ -1,9 +1,13 @@
 """Pruning into a directory, and calibration, on an untrained miniature."""
 
 import json
+import re
+import shlex
+import shutil
 
 import pytest
 import torch
+import yaml
 from command_lines import fit, predict, process
 from safetensors.torch import load_file
 
@@ -176,3 +180,75 @@ def test_two_processes(sdprune, miniature, tmp_path):
     assert reports[0] == reports[1]
     assert all(part["mask_hash"] for part in reports[0]["pruning"].values())
     counts_are_exact(saved(one), miniature / "pipeline")
+
+
+def test_a_directory_of_ones_choice(sdprune, miniature, tmp_path):
+    """It gets the result as a whole, and never takes the place of something else."""
+    chosen = tmp_path / "chosen"
+    chosen.mkdir()
+    words = fit("prune", tmp_path, f"--model.directory={chosen}")
+    told = sdprune(*words)
+    assert (told.code, told.err) == (0, "")
+    assert f"Saved: {chosen}" in told.out
+    counts_are_exact(chosen, miniature / "pipeline")
+    assert not list(tmp_path.glob("pruned-*"))
+    assert not list(tmp_path.glob(".*.part"))
+    before = {path: path.stat().st_mtime_ns for path in chosen.rglob("*")}
+    assert f"Already there: {chosen}" in sdprune(*words).out
+    told = sdprune(*words, "--model.prune.unet.sparsity=0.4")
+    assert told.code == 2
+    assert f"{chosen} holds another pruned model: choose another --model.directory" in told.err
+    assert {path: path.stat().st_mtime_ns for path in chosen.rglob("*")} == before
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "letter.txt").write_text("keep")
+    told = sdprune(*fit("prune", tmp_path, f"--model.directory={tmp_path / 'mine'}"))
+    assert told.code == 2
+    assert "mine holds other files" in told.err
+
+
+def card_of(directory):
+    _, head, body = (directory / "README.md").read_text().split("---\n", 2)
+    return yaml.safe_load(head), body
+
+
+def test_the_card_has_the_scores_of_the_same_pruning(sdprune, tmp_path):
+    """From the record in the same output; another pruning's record is not taken."""
+    assert sdprune(*fit("prune", tmp_path, f"--model.directory={tmp_path / 'unmeasured'}")).code == 0
+    head, body = card_of(tmp_path / "unmeasured")
+    assert head["license"] == "apache-2.0"
+    assert "base_model" not in head
+    assert "Not measured yet." in body
+    (command,) = re.findall(r"```bash\n(.*)\n```", body)
+    assert sdprune(*predict(tmp_path)).code == 0
+    assert sdprune(*predict(tmp_path, "--model.prune.unet.sparsity=0.4")).code == 0
+    told = sdprune(*fit("prune", tmp_path))
+    (record,) = tmp_path.glob("text_encoder-*-unet-magnitude-layer-0.35-*")
+    assert f"with the scores of {record.name}" in told.out
+    _, body = card_of(saved(tmp_path))
+    results = json.loads((record / "results.json").read_text())
+    assert f"Record `{record.name}`: n = 7, 2 steps, guidance 2.5, seed 0." in body
+    fid, change = results["metrics"]["fid"], results["comparison"]
+    interval = f"{change['fid_diff']:+.4f} [{change['fid_diff_low']:+.4f}, {change['fid_diff_high']:+.4f}]"
+    assert f"| fid | {fid:.4f} | {interval} | FrechetInceptionDistance, clip:miniature, reference of 7 images |" in body
+    assert "unet-magnitude-layer-0.4" not in body
+    # The command for one that is not measured gives the same images' scores.
+    words = shlex.split(command.replace("<this directory>", str(tmp_path / "unmeasured")))
+    assert words[:4] == ["sdprune", "predict", "--config", "CONFIG"]
+    assert sdprune(*predict(tmp_path / "alone", *words[4:])).code == 0
+    (alone,) = (tmp_path / "alone").glob("dense-*/results.json")
+    assert json.loads(alone.read_text())["metrics"]["fid"] == fid
+
+
+def test_the_card_names_the_base_model_and_its_licence(sdprune, miniature, tmp_path):
+    """A local model's own card says where it comes from; so does that of a model that was pruned twice."""
+    local = tmp_path / "local"
+    shutil.copytree(miniature / "pipeline", local)
+    (local / "README.md").write_text("---\nbase_model: some/model\nlicense: openrail++\n---\n# A model\n")
+    for number in ("one", "two"):
+        words = fit("prune", tmp_path, f"--model.pipeline.model={local}", f"--model.directory={tmp_path / number}")
+        assert sdprune(*words).code == 0
+        local = tmp_path / number
+        head, body = card_of(local)
+        assert (head["base_model"], head["license"]) == ("some/model", "openrail++")
+        assert "Base model: some/model." in body
+        assert str(tmp_path) not in body

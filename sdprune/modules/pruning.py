@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+import os
+import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +15,7 @@ from sdprune.errors import InputError
 from sdprune.identity import facts_of, fingerprint, own_version, package_code
 from sdprune.modules.base import FrozenModule
 from sdprune.modules.calibrator import Calibrator, of_everyone
+from sdprune.modules.card import model_card, origin, records_of
 from sdprune.modules.needs import Calibration, Need, Needs, is_text
 from sdprune.pipelines import PipelineFamily, Sampling
 from sdprune.pruning import Budget, InfeasibleError, PruneReport, PruneSpec, Size, account, apply, targets_of, wholes
@@ -165,7 +167,7 @@ def summary(reports: Mapping[str, PruneReport]) -> dict[str, Any]:
 class PruningModule(FrozenModule):
     """Prune a model after training and save it: `sdprune fit`; gathers missing statistics first.
 
-    The result is `<output>/<label>-<fingerprint>/`: a diffusers directory, a model card, pruning_report.json.
+    The result is `<output>/pruned-<label>-<fingerprint>/`: a diffusers directory, a model card, pruning_report.json.
 
     Args:
         pipeline: the model.
@@ -177,6 +179,7 @@ class PruningModule(FrozenModule):
         store: directory of calibration statistics.
         budget: one sparsity for the whole model, which decides those of its components: those of `prune` then are 0 or
             agree with it.
+        directory: where the result goes, instead of a directory in `output` that is named after the pruning.
     """
 
     def __init__(
@@ -189,10 +192,11 @@ class PruningModule(FrozenModule):
         output: str = "runs",
         store: str = "runs/statistics",
         budget: Optional[Budget] = None,
+        directory: Optional[str] = None,
     ):
         super().__init__(pipeline)
         self.plan = PruningPlan(pipeline, prune, sampling, calibration, seed, store, budget)
-        self.output = output
+        self.output, self.given = output, directory
 
     @property
     def calibrates(self) -> bool:  # noqa: D102
@@ -201,21 +205,39 @@ class PruningModule(FrozenModule):
     def check(self, data: CocoDataModule, dtype: str) -> None:
         """Everything that can be told before the model is loaded."""
         self.plan.check(data, dtype)
-        require_writable(Path(self.output), "--model.output")
-        self._finished(self.directory(data, dtype))
+        directory = self.directory(data, dtype)
+        require_writable(directory.parent, "--model.output" if self.given is None else "--model.directory")
+        self._finished(directory, self.facts(data, dtype))
 
-    @staticmethod
-    def _finished(directory: Path) -> bool:
-        report = directory / "pruning_report.json"
-        return report.exists() and bool(read_json(report))
+    def _finished(self, directory: Path, facts: Mapping[str, Any]) -> bool:
+        """Whether the result is there.
 
-    def directory(self, data: CocoDataModule, dtype: str) -> Path:
-        """Where the pruned pipeline goes."""
-        facts = {
+        Raises:
+            InputError: the directory that was given holds something else.
+        """
+        path = directory / "pruning_report.json"
+        report = read_json(path) if path.exists() else {}
+        if self.given is None:
+            return bool(report)
+        if directory.exists() and report.get("fingerprint") != fingerprint(facts):
+            if not directory.is_dir() or any(directory.iterdir()):
+                held = "another pruned model" if report else "other files"
+                raise InputError(f"{directory} holds {held}: choose another --model.directory, or empty this one.")
+            return False
+        return bool(report)
+
+    def facts(self, data: CocoDataModule, dtype: str) -> dict[str, Any]:
+        """What the pruned weights depend on."""
+        return {
             "version": package_code(), "pipeline": facts_of(self.pipeline), "prune": self.plan.describe(),
             "calibration": self.plan.facts(data, dtype), "dtype": dtype,
         }  # fmt: skip
-        return Path(self.output) / f"pruned-{label(self.plan.specs)}-{fingerprint(facts)}"
+
+    def directory(self, data: CocoDataModule, dtype: str) -> Path:
+        """Where the pruned pipeline goes."""
+        if self.given is not None:
+            return Path(self.given)
+        return Path(self.output) / f"pruned-{label(self.plan.specs)}-{fingerprint(self.facts(data, dtype))}"
 
     def on_fit_start(self) -> None:
         """Load the model and see what has to be gathered."""
@@ -244,22 +266,33 @@ class PruningModule(FrozenModule):
             claim.release()
 
     def save(self, directory: Path, reports: Mapping[str, PruneReport]) -> None:
-        """Write pipeline, card and report; a finished directory is left as it is."""
-        if self._finished(directory):
+        """Write pipeline, card and report, as a whole or not at all; a finished directory is left as it is."""
+        facts = self.facts(self.data, self.precision_name)
+        if self._finished(directory, facts):
             return self.tell(f"Already there: {directory}")
         sparsity = self.plan.account(reports)
-        self.pipeline.save(directory)
-        card = model_card(self.pipeline.describe(), sparsity, reports, self.pipeline.unused)
-        (directory / "README.md").write_text(card)
+        part = directory.absolute().with_name(f".{directory.absolute().name}.part")
+        shutil.rmtree(part, ignore_errors=True)  # what a killed attempt left
+        self.pipeline.save(part)
+        measured = list(records_of(Path(self.output), facts))
+        specs = {name: report.spec for name, report in reports.items()}
+        card = model_card(
+            origin(*self.pipeline.origin()), sparsity_table(sparsity), specs, measured, self.pipeline.unused
+        )
+        (part / "README.md").write_text(card)
         layers = {name: [asdict(layer) for layer in report.layers] for name, report in reports.items()}
         report = {"sparsity": sparsity, "pruning": summary(reports), "layers": layers, "version": own_version()}
-        write_json(directory / "pruning_report.json", report)  # last: its presence says that the rest is whole
+        write_json(part / "pruning_report.json", {**report, "fingerprint": fingerprint(facts)})
+        if self.given is None:
+            shutil.rmtree(directory, ignore_errors=True)
+        os.replace(part, directory)
         for logger in self.trainer.loggers:
             logger.log_metrics(flat({"sparsity": sparsity}), step=0)
         self.tell(sparsity_table(sparsity))
+        scored = f", with the scores of {', '.join(one.name for one in measured)}" if measured else ""
         if self.pipeline.unused:
             self.tell(f"Not saved, since images are drawn without: {', '.join(self.pipeline.unused)}.")
-        self.tell(f"Saved: {directory}")
+        self.tell(f"Saved: {directory}{scored}")
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
@@ -280,27 +313,3 @@ def sparsity_table(sparsity: Mapping[str, Any]) -> str:
         detail = f"{whole['pruned']:,} pruned, {whole['zeros']:,} zero of {whole['parameters']:,}"
         rows.append((name, f"{whole['pruned_fraction']:.2%}", detail))
     return "\n".join(f"  {name:<28}{share:>8}   {detail}".rstrip() for name, share, detail in rows)
-
-
-def model_card(
-    model: Mapping[str, Any], sparsity: Mapping[str, Any], reports: Mapping[str, PruneReport],
-    unused: Sequence[str] = (),
-) -> str:  # fmt: skip
-    """A model card for the hub; `unused` are the components of the original that the copy lacks."""
-    base = model.get("model")
-    header = ["---", "library_name: diffusers", "pipeline_tag: text-to-image", "tags: [sdprune, pruned]"]
-    header += [f"base_model: {base}", "---"] if base else ["---"]
-    lacks = ", ".join(f"`{name}`" for name in unused)
-    left_out = [f"The original's {lacks} is not part of this copy: filter what it draws by other means.", ""]
-    specs = "\n".join(f"- `{name}`: `{json.dumps(report.spec)}`" for name, report in reports.items())
-    return "\n".join(
-        [
-            *header, "", "# A pruned text-to-image pipeline", "",
-            "Pruned after training, without retraining, by sdprune. Zeros are stored as zeros: the files are as large",
-            "and the model is as fast as before; `pruning_report.json` has every layer's counts.", "",
-            *(left_out if unused else ()),
-            "## What was pruned", "", specs or "Nothing.", "", "## Sparsity", "", "```", sparsity_table(sparsity),
-            "```", "", "## Use", "", "```python", "from diffusers import DiffusionPipeline", "",
-            'pipe = DiffusionPipeline.from_pretrained("<this directory>")', "```", "",
-        ]
-    )  # fmt: skip

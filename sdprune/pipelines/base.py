@@ -146,6 +146,10 @@ class PipelineFamily(ABC):
     def describe(self) -> dict[str, Any]:
         """Model id with its resolved revision, or hashes of its files: what fingerprints need, without loading."""
 
+    def origin(self) -> tuple[str, Optional[Path]]:
+        """For model cards: the model as it was named, and where its files and its own card lie, if on this machine."""
+        return "", None
+
     def require(self, names: Sequence[str]) -> None:
         """Raise InputError for a name that is no prunable component."""
         from sdprune.errors import unknown

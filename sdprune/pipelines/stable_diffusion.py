@@ -245,3 +245,7 @@ class StableDiffusion(PipelineFamily):
         if commit is not None:
             return {"model": self.model, "revision": commit, "variant": self.variant}
         return {"files": self.files.hash, "variant": self.variant}
+
+    def origin(self) -> tuple[str, Optional[Path]]:
+        """See PipelineFamily."""
+        return self.model, self.files.path

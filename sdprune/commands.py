@@ -6,9 +6,9 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn, Union
 
 # Before transformers and diffusers are imported: their remarks on torchvision and accelerate are not the user's.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -24,7 +24,6 @@ for _message in (  # Lightning's talk with its own developers, and advice on tra
     warnings.filterwarnings("ignore", message=_message)
 warnings.filterwarnings("ignore", module=r"jsonargparse\b|lightning\.pytorch\.cli")
 
-import yaml  # noqa: E402
 from lightning import LightningDataModule, LightningModule, Trainer  # noqa: E402
 from lightning.fabric.utilities.exceptions import MisconfigurationException  # noqa: E402
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI  # noqa: E402
@@ -36,8 +35,10 @@ from sdprune.callbacks import ImageProgress  # noqa: E402
 from sdprune.data import CocoDataModule  # noqa: E402
 from sdprune.errors import InputError  # noqa: E402
 from sdprune.locks import release_all  # noqa: E402
+from sdprune.manual import manual_of, manual_of_verb  # noqa: E402
 from sdprune.modules import FrozenModule, GenerationModule  # noqa: E402
-from sdprune.options import Names, explain  # noqa: E402
+from sdprune.options import Configuration, explain, help_wanted, quoted  # noqa: E402
+from sdprune.schema import Option, bases_of, class_named  # noqa: E402
 from sdprune.summary import show  # noqa: E402
 
 TRAINER_DEFAULTS: dict[str, Any] = {
@@ -48,16 +49,17 @@ TRAINER_DEFAULTS: dict[str, Any] = {
     "max_epochs": 1,
     "logger": True,
 }
+GROUPS = {"trainer": Trainer}
+"""Options whose class is fixed."""
 
-
-_CLASSES = """The options of a class: --model.help {classes}, --data.help CocoDataModule,
---data.source.help CocoDirectory, ... The whole configuration, with values: --config FILE --print_config."""
 DESCRIPTIONS = {
     "fit": "Prune a model and save it as a diffusers directory (PruningModule), or gather calibration statistics "
-    "(CalibrationModule). " + _CLASSES.format(classes="PruningModule"),
+    "(CalibrationModule: --model.help CalibrationModule).",
     "predict": "Prune in memory, draw images from captions, score them, write the record; the same command again goes "
-    "on where it stopped. " + _CLASSES.format(classes="GenerationModule"),
+    "on where it stopped.",
 }
+MAIN = {"fit": {"model": "PruningModule", "data": "CocoDataModule"}, "predict": {"model": "GenerationModule", "data": "CocoDataModule"}}
+"""The classes whose options the help of a verb shows."""
 
 
 class ParseError(InputError):
@@ -112,17 +114,28 @@ class SdpruneCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, with errors of one line."""
         try:
+            configuration = Configuration(root_options(self._subcommand_parsers[args[0]]), GROUPS)
+            wanted, words = help_wanted(args[1:])
+            configuration.read(words)
+            if wanted is not None:
+                print(self._manual(args[0], *wanted, configuration))
+                raise SystemExit(0)
             super().parse_arguments(parser, args)
         except ParseError as error:
-            verb = self._subcommand_parsers.get(args[0], parser)
-            own = [name.lstrip("-") for action in verb._actions for name in action.option_strings]
-            names = Names()
-            for option, base in (("model", LightningModule), ("data", LightningDataModule)):
-                names.add(option, base)
-            raise InputError(explain(str(error), names, own)) from error
+            raise InputError(explain(str(error))) from error
         seed = self.config[self.config.subcommand].seed_everything
         if not isinstance(seed, bool) and not 0 <= seed < 2**32:
             raise InputError(f"seed_everything is {seed}: choose from 0 to {2**32 - 1}.")
+
+    @staticmethod
+    def _manual(verb: str, place: str, name: str | None, configuration: Configuration) -> str:
+        if place:
+            for option, main in MAIN[verb].items():
+                if option != place and option not in configuration.classes:
+                    configuration.classes[option] = class_named(option, main, bases_of(configuration.root[option].annotation))
+            return manual_of(place, name, configuration)
+        text = f"{DESCRIPTIONS[verb]} The options of a class: --data.source.help, --data.source.help CocoDirectory, ..."
+        return manual_of_verb(verb, text, configuration, MAIN[verb])
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Lightning says of its own options what is wrong with them."""
@@ -177,31 +190,31 @@ class SdpruneCLI(LightningCLI):
         self.datamodule.trainer = self.trainer
 
 
+_PARSERS: dict[str, tuple[Any, str]] = {
+    "config": (Path, "a configuration file; of several the later ones add to the earlier ones"),
+    "print_config": (None, "print the whole configuration, with values, and exit"),
+    "seed_everything": (Union[bool, int], "seed of whatever is random and has no seed of its own"),
+}
+
+
+def _type(action: Any) -> Any:
+    return Literal[tuple(action.choices)] if action.choices else Any  # type: ignore[misc]
+
+
+def root_options(parser: LightningArgumentParser) -> dict[str, Option]:
+    """The options of a verb: those of the parser itself, and the classes below them."""
+    own = {one.dest: Option(_type(one), one.default, one.help or "") for one in parser._actions}
+    own |= {name: Option(kind, None, doc) for name, (kind, doc) in _PARSERS.items()}
+    classes = {"trainer": Trainer, "model": LightningModule, "data": LightningDataModule}
+    return {name: one for name, one in own.items() if "." not in name} | {
+        name: Option(cls, None) for name, cls in classes.items()
+    }
+
+
 def _class(path: str, **init_args: Any) -> Any:
     from jsonargparse import Namespace
 
     return Namespace(class_path=path, init_args=Namespace(**init_args))
-
-
-def _check_files(arguments: Sequence[str]) -> None:
-    """Tell of configuration files that cannot be read by their names, which the parser does not."""
-    for path in _config_files(arguments):
-        try:
-            content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise InputError(f"Cannot read the configuration {path}: {error.strerror}. Give a YAML file.") from error
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            reason = " ".join(str(error).split())
-            raise InputError(f"The configuration {path} is no valid YAML: {reason}") from error
-        if not isinstance(content, dict):
-            raise InputError(f"The configuration {path} holds no options: expected YAML with model: and data:.")
-
-
-def _config_files(arguments: Sequence[str]) -> Iterator[Path]:
-    for name, following in zip(arguments, [*arguments[1:], ""], strict=True):
-        option, given, value = name.partition("=")
-        if option in ("-c", "--config") and (given or following):
-            yield Path(value if given else following)
 
 
 def _tell_of_lost_processes() -> None:
@@ -236,7 +249,6 @@ def run(arguments: Sequence[str], summary: bool = True) -> dict[str, Any]:
     Returns:
         The results of `predict`; nothing of other verbs.
     """
-    _check_files(arguments)
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     _tell_of_lost_processes()
@@ -254,12 +266,9 @@ def run(arguments: Sequence[str], summary: bool = True) -> dict[str, Any]:
             seed_everything_default=0,
             trainer_class=Trainer,
             parser_class=Parser,
-            parser_kwargs={
-                verb: {"description": told, "usage": f"sdprune {verb} --config FILE [options]"}
-                for verb, told in DESCRIPTIONS.items()
-            },
+            parser_kwargs={verb: {"usage": f"sdprune {verb} --config FILE [options]"} for verb in MAIN},
             trainer_defaults={**TRAINER_DEFAULTS, "callbacks": [ImageProgress()]},
-            args=list(arguments),
+            args=quoted(arguments),
         )
     finally:
         release_all()

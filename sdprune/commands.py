@@ -207,7 +207,7 @@ def root_options(parser: LightningArgumentParser) -> dict[str, Option]:
     own |= {name: Option(kind, None, doc) for name, (kind, doc) in _PARSERS.items()}
     classes = {"trainer": Trainer, "model": LightningModule, "data": LightningDataModule}
     return {name: one for name, one in own.items() if "." not in name} | {
-        name: Option(cls, None) for name, cls in classes.items()
+        name: Option(cls) for name, cls in classes.items()
     }
 
 

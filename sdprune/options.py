@@ -15,9 +15,10 @@ from typing import Any
 import yaml
 
 from sdprune.errors import InputError, unknown
-from sdprune.schema import Option, bases_of, choices_of, class_named, elements_of, options_of, takes_text
+from sdprune.schema import Option, bases_of, choices_of, class_named, elements_of, options_of, takes
 
 _KINDS = {"float": "a number", "int": "a whole number", "bool": "true or false", "list": "a list, as in [a, b]"}
+_KINDS |= {"dict": "options by name, as in {a: 1}", "str": "text"}
 _NEXT = "See --help, or --print_config for all options."
 _CLASS_KEYS = {"class_path", "init_args", "dict_kwargs"}
 
@@ -72,7 +73,10 @@ class Configuration:
 
     def _value(self, place: str, option: Option, value: Any) -> None:
         annotation = option.annotation
-        if isinstance(value, list):
+        if value is None:
+            if option.default is not None and not takes(annotation, type(None)):
+                raise InputError(f"{place} is empty: give it a value, or leave it out.")
+        elif isinstance(value, list):
             for item in value:
                 self._value(place, Option(elements_of(annotation, "list") or Any, None), item)
         elif isinstance(value, Mapping):
@@ -87,8 +91,10 @@ class Configuration:
             bases = bases_of(annotation) or bases_of(elements_of(annotation, "list"))
             if bases and (content := _content(value)) is not None:
                 self._value(place, option, content)
-            elif bases and (value in choices_of(bases) or not takes_text(annotation)):
+            elif bases and (value in choices_of(bases) or not takes(annotation, str)):
                 self.classes[place] = class_named(place, value, bases)
+        elif bases_of(annotation) and not takes(annotation, type(value)):
+            raise InputError(f"{place} is {value}: give its options, as in --{place}.NAME=VALUE. See --{place}.help.")
 
     def _instance(self, place: str, option: Option, value: Mapping[str, Any]) -> None:
         bases = bases_of(option.annotation)
@@ -212,6 +218,8 @@ def explain(message: str) -> str:
         choices = dict.fromkeys(str(choice) for literal in literals for choice in literal_eval(literal))
         return str(unknown(place, value[1], choices))
     kinds = [kind for kind in re.findall(r"Expected a <class '([\w.]+)'>", message) if kind != "NoneType"]
+    if value and value[1].startswith("NestedArg"):
+        return f"Unknown option {place!r}. What a class passes on to others goes under dict_kwargs. {_NEXT}"
     if value and kinds:
         wanted = " or ".join(dict.fromkeys(_KINDS.get(kind, kind) for kind in kinds))
         return f"{place} is {value[1][:100]}: give {wanted}."

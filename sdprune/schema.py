@@ -85,9 +85,9 @@ def bases_of(annotation: Any) -> list[type]:
     return [base for one in get_args(annotation) for base in bases_of(one)] if _is_union(annotation) else []
 
 
-def takes_text(annotation: Any) -> bool:
-    """Whether any text is a value, so that a name need not be that of a class."""
-    return annotation in (str, Any) or (_is_union(annotation) and any(takes_text(one) for one in get_args(annotation)))
+def takes(annotation: Any, kind: type) -> bool:
+    """Whether any value of a kind is one of the annotation's; text then need not be the name of a class."""
+    return annotation in (kind, Any) or (_is_union(annotation) and any(takes(one, kind) for one in get_args(annotation)))
 
 
 def elements_of(annotation: Any, container: str) -> Any:

@@ -172,7 +172,8 @@ class TextFile(CaptionSource):
         except UnicodeDecodeError as error:
             raise InputError(f"{self.path} is not UTF-8 text ({error}). Expected one prompt a line.") from error
         names = [f"{line:012d}.jpg" for line in range(len(lines))]
-        return caption_table(str(self.path), list(range(len(lines))), names, lines, [""] * len(lines))
+        places = [f"line {number}" for number in range(1, len(lines) + 1)]
+        return caption_table(str(self.path), list(range(len(lines))), names, lines, [""] * len(lines), places)
 
     def image(self, row: Row) -> "Image":
         """Raise: there are no pictures in a text file."""
@@ -216,8 +217,24 @@ def _check_images(file: Path, names: Mapping[Any, Any], captions: Mapping[Any, s
         raise InputError(f"{file} lists images twice (ids or file names): {shown(repeated or ['ids'])}.")
 
 
-def caption_table(origin: str, ids: list[Any], names: list[str], captions: list[Any], paths: list[str]) -> "Dataset":
-    """Return the table of `CaptionSource.load`, refusing an empty one, mixed ids and empty captions."""
+def caption_table(
+    origin: str,
+    ids: list[Any],
+    names: list[str],
+    captions: list[Any],
+    paths: list[str],
+    places: Optional[list[str]] = None,
+) -> "Dataset":
+    """Return the table of `CaptionSource.load`, refusing an empty one, mixed ids and empty captions.
+
+    Args:
+        origin: What messages call the source.
+        ids: One an image.
+        names: File names.
+        captions: Texts.
+        paths: Where pictures are, or "".
+        places: What messages call each row, as in `line 3`; by default its file name.
+    """
     from datasets import Dataset
 
     if not ids:
@@ -225,9 +242,10 @@ def caption_table(origin: str, ids: list[Any], names: list[str], captions: list[
     if len(kinds := {type(image_id) for image_id in ids}) > 1 or not kinds <= {int, str}:
         found = sorted(kind.__name__ for kind in kinds)
         raise InputError(f"{origin} has ids of type {', '.join(found)}; expected whole numbers or text, not both.")
-    empty = [name for name, text in zip(names, captions, strict=True) if not isinstance(text, str) or not text.strip()]
+    rows = zip(places or names, captions, strict=True)
+    empty = [place for place, text in rows if not isinstance(text, str) or not text.strip()]
     if empty:
-        raise InputError(f"{origin} has empty captions for {shown(empty)}. Give each a text or remove the image.")
+        raise InputError(f"{origin} has empty captions for {shown(empty)}. Give each a text or remove it.")
     return Dataset.from_dict({"id": ids, "file_name": names, "caption": captions, "path": paths})
 
 

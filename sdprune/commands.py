@@ -31,7 +31,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI  # noqa:
 import sdprune.mini.source  # noqa: E402
 import sdprune.mini.training  # noqa: E402
 import sdprune.modules  # noqa: E402, F401 (classes are found by name among those imported)
-from sdprune.callbacks import ImageProgress  # noqa: E402
+from sdprune.callbacks import CalibrationProgress, ImageProgress  # noqa: E402
 from sdprune.data import CocoDataModule  # noqa: E402
 from sdprune.errors import InputError  # noqa: E402
 from sdprune.locks import release_all  # noqa: E402
@@ -58,7 +58,10 @@ DESCRIPTIONS = {
     "predict": "Prune in memory, draw images from captions, score them, write the record; the same command again goes "
     "on where it stopped.",
 }
-MAIN = {"fit": {"model": "PruningModule", "data": "CocoDataModule"}, "predict": {"model": "GenerationModule", "data": "CocoDataModule"}}
+MAIN = {
+    "fit": {"model": "PruningModule", "data": "CocoDataModule"},
+    "predict": {"model": "GenerationModule", "data": "CocoDataModule"},
+}
 """The classes whose options the help of a verb shows."""
 
 
@@ -132,7 +135,9 @@ class SdpruneCLI(LightningCLI):
         if place:
             for option, main in MAIN[verb].items():
                 if option != place and option not in configuration.classes:
-                    configuration.classes[option] = class_named(option, main, bases_of(configuration.root[option].annotation))
+                    configuration.classes[option] = class_named(
+                        option, main, bases_of(configuration.root[option].annotation)
+                    )
             return manual_of(place, name, configuration)
         text = f"{DESCRIPTIONS[verb]} The options of a class: --data.source.help, --data.source.help CocoDirectory, ..."
         return manual_of_verb(verb, text, configuration, MAIN[verb])
@@ -151,6 +156,7 @@ class SdpruneCLI(LightningCLI):
         if isinstance(self.model, FrozenModule):
             self._attach()
             self.model.check(self.datamodule, str(self.trainer.precision))
+        self._tell_of_machines()
 
     def before_predict(self) -> None:
         """Check, then make the dense record if the pruned run wants it and it is not there."""
@@ -171,6 +177,7 @@ class SdpruneCLI(LightningCLI):
         for record in records:
             if not record.finished:
                 record.start()
+        self._tell_of_machines()
         if model.wants_dense:
             self.trainer.predict(runs[0], datamodule=self.datamodule, return_predictions=False)
 
@@ -180,6 +187,23 @@ class SdpruneCLI(LightningCLI):
             self.model.log_record()
             if self.summary:
                 show(self.model.record)
+
+    def _tell_of_machines(self) -> None:
+        """Say what a run on several machines waits for: it is silent until all of its processes have met."""
+        environment = getattr(self.trainer.strategy, "cluster_environment", None)
+        if environment is None or self.trainer.num_nodes < 2 or environment.local_rank() != 0:
+            return
+        where = f"{environment.main_address}:{environment.main_port}"
+        number = environment.node_rank()
+        line = (
+            f"Waiting for {self.trainer.world_size} processes on {self.trainer.num_nodes} machines to meet at {where}."
+        )
+        if not environment.creates_processes_externally and number == 0:
+            line += (
+                " Start the same command on each other machine with MASTER_ADDR=(this machine) "
+                f"MASTER_PORT={environment.main_port} NODE_RANK=1 and so on, or use torchrun or srun on all of them."
+            )
+        print(line, flush=True)
 
     def _attach(self) -> None:
         if not isinstance(self.datamodule, CocoDataModule):
@@ -198,7 +222,7 @@ _PARSERS: dict[str, tuple[Any, str]] = {
 
 
 def _type(action: Any) -> Any:
-    return Literal[tuple(action.choices)] if action.choices else Any  # type: ignore[misc]
+    return Literal[tuple(action.choices)] if action.choices else Any
 
 
 def root_options(parser: LightningArgumentParser) -> dict[str, Option]:
@@ -267,7 +291,7 @@ def run(arguments: Sequence[str], summary: bool = True) -> dict[str, Any]:
             trainer_class=Trainer,
             parser_class=Parser,
             parser_kwargs={verb: {"usage": f"sdprune {verb} --config FILE [options]"} for verb in MAIN},
-            trainer_defaults={**TRAINER_DEFAULTS, "callbacks": [ImageProgress()]},
+            trainer_defaults={**TRAINER_DEFAULTS, "callbacks": [CalibrationProgress(), ImageProgress()]},
             args=quoted(arguments),
         )
     finally:

@@ -63,7 +63,9 @@ class Configuration:
             return type(default)
         return next(iter(choices.values())) if len(choices) == 1 else None
 
-    def _options(self, place: str, known: Mapping[str, Option] | None, values: Mapping[str, Any], owner: str = "") -> None:
+    def _options(
+        self, place: str, known: Mapping[str, Option] | None, values: Mapping[str, Any], owner: str = ""
+    ) -> None:
         for name, value in values.items():
             here = f"{place}.{name}".lstrip(".")
             if known is not None and name not in known:
@@ -105,11 +107,9 @@ class Configuration:
         if beside := [key for key in value if options is not value and key not in _CLASS_KEYS]:
             raise InputError(f"{place}.{beside[0]} stands beside class_path: put it under init_args.")
         if cls is None and options:
-            choices = list(choices_of(bases))
-            raise InputError(
-                f"{place} has no class yet: name it before its options, as in --{place}={choices[0] if choices else 'X'}. "
-                f"Choices: {', '.join(choices[:12])}."
-            )
+            choices = list(choices_of(bases)) or ["CLASS"]
+            told = f"{place} has no class yet: name it before its options, as in --{place}={choices[0]}."
+            raise InputError(f"{told} Choices: {', '.join(choices[:12])}.")
         if isinstance(options, Mapping) and cls is not None:
             self._options(place, options_of(cls), options, cls.__name__)
 
@@ -128,8 +128,9 @@ def given(words: Sequence[str]) -> Iterator[tuple[str, str | None]]:
 
 
 def help_wanted(words: Sequence[str]) -> tuple[tuple[str, str | None] | None, list[str]]:
-    """What a command line wants explained, (place, class) with an empty place for the verb, if anything; its other words.
+    """What a command line wants explained, if anything, and its other words.
 
+    The first is (place, class); the place is empty for the verb. It stands for
     `--help`, `--data.source.help`, `--data.source.help CocoDirectory`, `--data.source.help=CocoDirectory`.
     """
     for number, word in enumerate(words):

@@ -87,7 +87,9 @@ def bases_of(annotation: Any) -> list[type]:
 
 def takes(annotation: Any, kind: type) -> bool:
     """Whether any value of a kind is one of the annotation's; text then need not be the name of a class."""
-    return annotation in (kind, Any) or (_is_union(annotation) and any(takes(one, kind) for one in get_args(annotation)))
+    return annotation in (kind, Any) or (
+        _is_union(annotation) and any(takes(one, kind) for one in get_args(annotation))
+    )
 
 
 def elements_of(annotation: Any, container: str) -> Any:
@@ -117,6 +119,7 @@ def choices_of(bases: list[type]) -> dict[str, type]:
 
 
 def _descendants(base: type) -> Iterator[type]:
+    cls: type
     for cls in type.__subclasses__(base):
         yield cls
         yield from _descendants(cls)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +13,7 @@ from torch import nn
 
 from sdprune.errors import InputError
 from sdprune.locks import Claim
+from sdprune.modules.calibration_state import CalibrationState
 from sdprune.modules.needs import Need
 from sdprune.pipelines import PipelineFamily
 from sdprune.store import StatisticsStore
@@ -30,6 +31,8 @@ class FrozenModule(LightningModule, ABC):
         super().__init__()
         self._pipeline = [pipeline]
         self.automatic_optimization = False
+        self.on_calibration: Callable[[CalibrationState], None] = lambda state: None
+        """Is called as calibration goes on."""
         self.anchor = nn.Parameter(torch.zeros(()))  # `fit` under DDP wants something to train
 
     @property

@@ -11,9 +11,21 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sdprune.data import Batch
+from sdprune.modules.calibration_state import CalibrationWatch
 from sdprune.modules.needs import Calibration, Need, is_text
 from sdprune.pipelines import PipelineFamily, Sampling
-from sdprune.pruning import Gathering, Listener, Sums, Totals, find_targets, statistic, targets_of
+from sdprune.pruning import (
+    Gathering,
+    Listener,
+    Statistic,
+    Sums,
+    Target,
+    Totals,
+    count_passes,
+    find_targets,
+    statistic,
+    targets_of,
+)
 from sdprune.record import image_seed
 from sdprune.store import StatisticsStore
 
@@ -148,6 +160,8 @@ class Calibrator:
                 groups.append([])
             groups[-1].append(need)
         self._jobs: dict[str, Job] = {}
+        self.watch = CalibrationWatch(lambda: min(job.batches for job in self._jobs.values()) if self._jobs else 0)
+        self._over = 0  # passes of this run that are behind us
         self._start_jobs()
 
     @property
@@ -157,14 +171,17 @@ class Calibrator:
 
     def step(self, batch: Batch) -> None:
         """One batch of prompts in every component's pass."""
+        self.watch.begin_batch(batch.valid * _processes(), sum(map(self._steps_of, self._jobs)))
         for component, job in self._jobs.items():
             job.step(batch, lambda number, c=component, j=job: self._visit(c, j.gathering, number, batch))  # type: ignore[misc]
+        self.watch.end_batch()
 
     def end_pass(self, strategy: Strategy) -> None:
         """All batches are through."""
         for job in self._jobs.values():
             job.end_pass(strategy)
         self._jobs = {component: job for component, job in self._jobs.items() if not job.done}
+        self._over += 1
         self._start_jobs()
 
     def run(self, batches: Callable[[], Iterable[Batch]], strategy: Strategy) -> None:
@@ -184,19 +201,39 @@ class Calibrator:
                 elif _rank() == 0:
                     for need in needs:  # interrupted after the last pass
                         self.store.finish(need.facts)
+        jobs = self._jobs.items()
+        what = ", ".join(f"{name} ({', '.join(need.statistic for need in job.needs)})" for name, job in jobs)
+        self.watch.begin_pass(what, max((self._passes_of(*one) for one in jobs), default=0), self._over)
+
+    def _passes_of(self, component: str, job: Job) -> int:
+        """Number of passes that a component still takes, the current one included."""
+        limit = int(self.calibration.hessian_gib * 2**30)
+        queued = (
+            count_passes(self._targets(needs[0]), self._statistics(needs), needs[0].spec is not None, limit)
+            for needs in self._queues[component]
+        )
+        return len(job.gathering.passes) - job.number + sum(queued)
+
+    def _steps_of(self, component: str) -> int:
+        return 1 if is_text(component) else self.sampling.steps
 
     def _gathering(self, component: str, needs: Sequence[Need]) -> Gathering:
-        module, spec = self.pipeline.components[component], needs[0].spec
-        steps = 1 if is_text(component) else self.sampling.steps
         return Gathering(
-            module,
-            targets_of(module, spec) if spec else find_targets(module, needs[0].layers),
-            [statistic(need.statistic, steps, need.timesteps) for need in needs],
-            spec,
+            self.pipeline.components[component],
+            self._targets(needs[0]),
+            self._statistics(needs),
+            needs[0].spec,
             {need.statistic: self.store.load(need.facts) for need in needs[0].allocation},
             replay=is_text(component),
             hessian_bytes=int(self.calibration.hessian_gib * 2**30),
         )
+
+    def _targets(self, need: Need) -> list[Target]:
+        module = self.pipeline.components[need.component]
+        return targets_of(module, need.spec) if need.spec else find_targets(module, need.layers)
+
+    def _statistics(self, needs: Sequence[Need]) -> list[Statistic]:
+        return [statistic(need.statistic, self._steps_of(need.component), need.timesteps) for need in needs]
 
     def _visit(self, component: str, gathering: Gathering, number: int, batch: Batch) -> dict[str, Sums]:
         text = is_text(component)
@@ -208,7 +245,9 @@ class Calibrator:
 
         # Outside of inference mode tensors tell when they were changed, so that layers with one input can share sums.
         with torch.inference_mode(False), torch.no_grad():
-            return gathering.visit(number, batch.index, self._encode(batch) if text else self._draw(batch), set_up)
+            sums = gathering.visit(number, batch.index, self._encode(batch) if text else self._draw(batch), set_up)
+        self.watch.step()  # the last one, or a text encoder's only one
+        return sums
 
     def _encode(self, batch: Batch) -> Callable[[Sequence[Listener]], None]:
         return lambda _: self.pipeline.encode(batch.prompts)
@@ -220,6 +259,8 @@ class Calibrator:
             def at(step: int) -> None:
                 for listener in listeners:
                     listener.step = min(step, self.sampling.steps - 1)  # some schedulers take one more
+                if step:
+                    self.watch.step()
 
             self.pipeline.generate(batch.prompts, seeds, self.sampling, decode=False, before_step=at)
 
@@ -228,6 +269,10 @@ class Calibrator:
 
 def _rank() -> int:
     return dist.get_rank() if _distributed() else 0
+
+
+def _processes() -> int:
+    return dist.get_world_size() if _distributed() else 1
 
 
 def _distributed() -> bool:

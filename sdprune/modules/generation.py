@@ -224,6 +224,7 @@ class GenerationModule(FrozenModule):
             return
         calibrator = self.plan.calibrator(data, precision)  # of what is missing now
         if not calibrator.done:
+            calibrator.watch.start(self.on_calibration, data.calibration_n, data.calibration_batch_size)
             batches = partial(data.calibration_loader, self.global_rank, self.trainer.world_size)
             calibrator.run(batches, self.trainer.strategy)
         for claim in claims:

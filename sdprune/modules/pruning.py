@@ -208,6 +208,7 @@ class PruningModule(FrozenModule):
         self.load()
         self.claims = self.claim_statistics(self.plan.store, self.plan.needs(self.data, self.precision_name))
         self.calibrator = self.plan.calibrator(self.data, self.precision_name)
+        self.calibrator.watch.start(self.on_calibration, self.data.calibration_n, self.data.calibration_batch_size)
         self.train_for_as_many_passes_as_it_takes()
 
     def training_step(self, batch: Batch) -> None:

@@ -122,6 +122,14 @@ class Gathering:
             self.replay.outputs = {}
 
 
+def count_passes(
+    targets: Sequence[Target], statistics: Sequence[Statistic], sequential: bool, hessian_bytes: int = HESSIAN_BYTES
+) -> int:
+    """How many passes a gathering takes, known before it can begin."""
+    stages = list(by_block(targets).values()) if sequential else [targets]
+    return sum(len(_passes(stage, statistics, hessian_bytes)) for stage in stages)
+
+
 def gather(
     component: nn.Module,
     inputs: Iterable[Any],

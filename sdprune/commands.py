@@ -8,7 +8,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NoReturn, Union
+from typing import Any, Literal, NoReturn, Optional, Union
 
 # Before transformers and diffusers are imported: their remarks on torchvision and accelerate are not the user's.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -38,8 +38,10 @@ from sdprune.locks import release_all  # noqa: E402
 from sdprune.manual import manual_of, manual_of_verb  # noqa: E402
 from sdprune.modules import FrozenModule, GenerationModule  # noqa: E402
 from sdprune.options import Configuration, explain, help_wanted, quoted  # noqa: E402
+from sdprune.record import Record  # noqa: E402
 from sdprune.schema import Option, bases_of, class_named  # noqa: E402
 from sdprune.summary import show  # noqa: E402
+from sdprune.tracking import connect, finish_all, wandb_logger  # noqa: E402
 
 TRAINER_DEFAULTS: dict[str, Any] = {
     "use_distributed_sampler": False,  # the data module deals whole batches to processes
@@ -83,6 +85,8 @@ class Parser(LightningArgumentParser):
 class SdpruneCLI(LightningCLI):
     """Adds the W&B flag, early checks, the dense run beside the pruned one, and the summary."""
 
+    already = False
+    """Whether the run was finished before."""
     summary = True
     """Whether a finished run is printed in full."""
 
@@ -98,21 +102,38 @@ class SdpruneCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The W&B flag."""
         parser.add_argument("--wandb", choices=["off", "offline", "online"], default="off", help="log to W&B")
-        parser.add_argument("--wandb_project", default="sdprune", help="its project")
+        parser.add_argument("--wandb_project", type=Optional[str], help="its project; WANDB_PROJECT, or else sdprune")
+        parser.add_argument(
+            "--wandb_group", type=Optional[str], help="its group of runs; by default those with one dense record"
+        )
 
     def before_instantiate_classes(self) -> None:
         """Choose the logger, unless the configuration names its own."""
         config = self.config[self.subcommand]
         if config.trainer.logger is not True:
             return
-        output = getattr(config.model.get("init_args"), "output", "runs") if config.get("model") else "runs"
         if config.wandb == "off":
-            config.trainer.logger = _class("lightning.pytorch.loggers.CSVLogger", save_dir=output, name="logs")
+            config.trainer.logger = _class("lightning.pytorch.loggers.CSVLogger", save_dir=self._output(), name="logs")
         else:
-            config.trainer.logger = _class(
-                "lightning.pytorch.loggers.WandbLogger",
-                project=config.wandb_project, save_dir=output, offline=config.wandb == "offline",
-            )  # fmt: skip
+            config.trainer.logger = False  # until the record is known
+
+    def _output(self) -> str:
+        """The directory of all runs."""
+        model = self.config[self.subcommand].model
+        return getattr(model.get("init_args"), "output", "runs") if model else "runs"
+
+    def _track(self, dense: Record | None = None) -> None:
+        """Begin to log to W&B, if that is wanted."""
+        config, model = self.config[self.subcommand], self.model
+        if config.wandb != "off" and not self.trainer.loggers:
+            directory = None
+            if isinstance(model, FrozenModule):
+                directory = model.directory(self.datamodule, str(self.trainer.precision))
+            group = config.wandb_group or (dense.directory.name if dense else None)
+            self.trainer.logger = wandb_logger(
+                Path(self._output()), config.wandb == "offline", config.wandb_project, group, directory
+            )
+        connect(self.trainer.loggers)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, with errors of one line."""
@@ -156,6 +177,7 @@ class SdpruneCLI(LightningCLI):
         if isinstance(self.model, FrozenModule):
             self._attach()
             self.model.check(self.datamodule, str(self.trainer.precision))
+        self._track()
         self._tell_of_machines()
 
     def before_predict(self) -> None:
@@ -165,7 +187,7 @@ class SdpruneCLI(LightningCLI):
             raise InputError(f"predict runs GenerationModule, got {type(model).__name__}: use sdprune fit.")
         self._attach()
         if model.plan.infeasible is not None:
-            model.record_infeasible(model.plan.infeasible)
+            self._track(model.record_infeasible(model.plan.infeasible))
             return
         runs = [model.dense(), model] if model.wants_dense else [model]
         precision = str(self.trainer.precision)
@@ -174,6 +196,8 @@ class SdpruneCLI(LightningCLI):
             model.baseline = records[0]
         for run in runs:
             run.check(self.datamodule, precision)
+        self.already = model.record.finished
+        self._track(records[0])
         for record in records:
             if not record.finished:
                 record.start()
@@ -186,7 +210,7 @@ class SdpruneCLI(LightningCLI):
         if self.trainer.is_global_zero:
             self.model.log_record()
             if self.summary:
-                show(self.model.record)
+                show(self.model.record, already=self.already)
 
     def _tell_of_machines(self) -> None:
         """Say what a run on several machines waits for: it is silent until all of its processes have met."""
@@ -294,8 +318,14 @@ def run(arguments: Sequence[str], summary: bool = True) -> dict[str, Any]:
             trainer_defaults={**TRAINER_DEFAULTS, "callbacks": [CalibrationProgress(), ImageProgress()]},
             args=quoted(arguments),
         )
+    except BaseException:
+        finish_all(failed=True)
+        raise
     finally:
         release_all()
+    for line in finish_all(failed=False):
+        if summary:
+            print(f"W&B        {line}")
     _part()
     done = isinstance(cli.model, GenerationModule) and cli.model.record.finished
     return cli.model.record.results if done else {}

@@ -16,6 +16,7 @@ import os
 import re
 import tempfile
 from collections.abc import Iterator, Mapping
+from datetime import datetime
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -56,6 +57,11 @@ def own_version() -> str:
         return version("sdprune")
     except PackageNotFoundError:
         return "unknown"
+
+
+def clock(seconds: float) -> str:
+    """A time in seconds since 1970 for people: local, to the second, with the offset to UTC, as in ISO 8601."""
+    return datetime.fromtimestamp(seconds).astimezone().isoformat(" ", "seconds")
 
 
 def label(prune: Mapping[str, Any]) -> str:

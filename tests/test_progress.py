@@ -21,7 +21,7 @@ def counts(out: str, unit: str = "images") -> list[tuple[int, int]]:
 
 
 CALIBRATIONS = {
-    "fit of statistics": lambda out: fit("calibrate", out, "--model.calibration.hessian_gib=0.002"),
+    "fit of statistics": lambda out: fit("calibrate", out, "--model.calibration.hessian_gib=0.005"),
     "fit of a pruned model": lambda out: fit("prune", out, "--model.prune.unet.criterion=Wanda"),
     "predict": lambda out: predict(out, "--model.prune.unet.criterion=Wanda", "--model.compare_dense=false"),
     "in order": lambda out: fit(

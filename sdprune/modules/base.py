@@ -55,6 +55,10 @@ class FrozenModule(LightningModule, ABC):
         """The trainer's precision, e.g. `16-true`: it decides the weights' dtype."""
         return str(self.trainer.precision)
 
+    def directory(self, data: CocoDataModule, dtype: str) -> Path | None:
+        """Where the result goes, `<label>-<fingerprint>`, if it has a directory of its own."""
+        return None
+
     def claim(self, output: str | Path, name: str) -> Claim:
         """The right to make something below `output` that other runs may want too."""
         strategy = self.trainer.strategy

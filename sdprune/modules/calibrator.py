@@ -171,6 +171,8 @@ class Calibrator:
 
     def step(self, batch: Batch) -> None:
         """One batch of prompts in every component's pass."""
+        if self.done:
+            return
         self.watch.begin_batch(batch.valid * _processes(), sum(map(self._steps_of, self._jobs)))
         for component, job in self._jobs.items():
             job.step(batch, lambda number, c=component, j=job: self._visit(c, j.gathering, number, batch))  # type: ignore[misc]

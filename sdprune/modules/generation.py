@@ -27,6 +27,7 @@ from sdprune.pruning import Budget, PruneReport, PruneSpec
 from sdprune.record import (
     Picture,
     Record,
+    clock,
     fingerprint,
     image_seed,
     label,
@@ -36,6 +37,7 @@ from sdprune.record import (
     save_png,
     versions,
 )
+from sdprune.tracking import summarize
 
 if TYPE_CHECKING:
     from sdprune.data import CocoDataModule
@@ -129,6 +131,10 @@ class GenerationModule(FrozenModule):
         self.record = Record(self.output, label(self.plan.specs), facts)
         return self.record
 
+    def directory(self, data: CocoDataModule, dtype: str) -> Path:
+        """The record's; needs `prepare_record`."""
+        return self.record.directory
+
     def record_infeasible(self, reason: str) -> Record:
         """A record that says why the budget cannot be met; nothing is drawn."""
         budget = {} if self.plan.budget is None else self.plan.budget.describe()
@@ -138,7 +144,8 @@ class GenerationModule(FrozenModule):
         self.record = Record(self.output, name, facts)
         if not self.record.finished:
             self.record.start()
-            self.record.finish({"label": self.record.directory.name, "n": 0, "infeasible": reason, "budget": budget})
+            told = {"label": self.record.directory.name, "n": 0, "infeasible": reason, "budget": budget}
+            self.record.finish({**told, "speed": {"finished": clock(time.time())}})
         return self.record
 
     def check(self, data: CocoDataModule, dtype: str) -> None:
@@ -310,6 +317,7 @@ class GenerationModule(FrozenModule):
             "protocols": self._protocols(),
             "speed": {
                 "seconds": seconds,
+                "finished": clock(time.time()),
                 **{f"{name}_seconds": value for name, value in self.seconds.items()},
                 "generated": generated,
                 "images_per_second": generated / busy if generated else 0.0,
@@ -379,7 +387,8 @@ class GenerationModule(FrozenModule):
         Read from the records, so that a run says the same whether it drew its images or found them finished.
         """
         numbers = _numbers(self.record.results)
-        facts = {"record": self.record.facts, "directory": self.record.directory.name}
+        facts = {"record": self.record.facts, "directory": self.record.directory.name, "model": self.pipeline.name}
+        verdicts = {f"verdicts/{name}": one["verdict"] for name, one in self.record.results.get("verdicts", {}).items()}
         if self.baseline is not None:
             numbers |= {f"dense/{key}": value for key, value in _numbers(self.baseline.results).items()}
             facts["dense_directory"] = self.baseline.directory.name
@@ -387,6 +396,7 @@ class GenerationModule(FrozenModule):
         for logger in self.trainer.loggers:
             logger.log_hyperparams(facts)
             logger.log_metrics(numbers, step=0)
+            summarize(logger, verdicts)
             if hasattr(logger, "log_image") and picture.exists():
                 logger.log_image("samples", [str(picture)], step=0)
             logger.save()

@@ -16,7 +16,7 @@ from sdprune.modules.calibrator import Calibrator, of_everyone
 from sdprune.modules.needs import Calibration, Need, Needs, is_text
 from sdprune.pipelines import PipelineFamily, Sampling
 from sdprune.pruning import Budget, InfeasibleError, PruneReport, PruneSpec, Size, account, apply, targets_of, wholes
-from sdprune.record import fingerprint, label, own_version, read_json, require_writable, write_json
+from sdprune.record import clock, fingerprint, label, own_version, read_json, require_writable, write_json
 from sdprune.store import StatisticsStore
 
 if TYPE_CHECKING:
@@ -232,7 +232,8 @@ class PruningModule(FrozenModule):
     def save(self, directory: Path, reports: Mapping[str, PruneReport]) -> None:
         """Write pipeline, card and report; a finished directory is left as it is."""
         if self._finished(directory):
-            return self.tell(f"Already there: {directory}")
+            written = (directory / "pruning_report.json").stat().st_mtime
+            return self.tell(f"This was finished already, {clock(written)}: {directory}")
         sparsity = self.plan.account(reports)
         self.pipeline.save(directory)
         (directory / "README.md").write_text(model_card(self.pipeline.describe(), sparsity, reports))
@@ -240,6 +241,7 @@ class PruningModule(FrozenModule):
         report = {"sparsity": sparsity, "pruning": summary(reports), "layers": layers, "version": own_version()}
         write_json(directory / "pruning_report.json", report)  # last: its presence says that the rest is whole
         for logger in self.trainer.loggers:
+            logger.log_hyperparams({"model": self.pipeline.name, "prune": self.plan.describe()})
             logger.log_metrics(flat({"sparsity": sparsity}), step=0)
         self.tell(sparsity_table(sparsity))
         self.tell(f"Saved: {directory}")

@@ -120,6 +120,11 @@ class PipelineFamily(ABC):
     def describe(self) -> dict[str, Any]:
         """Model id with its resolved revision, or hashes of its files: what fingerprints need, without loading."""
 
+    @property
+    def name(self) -> str:
+        """What people call the model; decides no fingerprint."""
+        return type(self).__name__
+
     def require(self, names: Sequence[str]) -> None:
         """Raise InputError for a name that is no prunable component."""
         from sdprune.errors import unknown

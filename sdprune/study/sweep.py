@@ -91,7 +91,7 @@ def run(arguments: Sequence[str], run_cell: Callable[[Sequence[str]], Any], tell
         tell(HELP.rstrip())
         return 0
     jobs = _jobs([word for word in arguments if word.startswith("--jobs")])
-    todo = [(cell, [*command(file, cell), *options]) for file in files for cell in cells(file)]
+    todo = [(cell, [*command(file, cell), *_group(file, options), *options]) for file in files for cell in cells(file)]
     apart = jobs > 1 or any(_several_processes(words) for _, words in todo)
     attempt = partial(_attempt, _start if apart else run_cell)
     failed = 0
@@ -109,6 +109,12 @@ def run(arguments: Sequence[str], run_cell: Callable[[Sequence[str]], Any], tell
         + (f", {failed} failed: run the same command again" if failed else "")
     )
     return 1 if failed else 0
+
+
+def _group(path: Path, options: Sequence[str]) -> list[str]:
+    """The cells of a file are a group in W&B, where they are logged there."""
+    wanted = any(word.startswith("--wandb") for word in options)
+    return [f"--wandb_group={_read(path).get('name', path.stem)}"] if wanted else []
 
 
 def _attempt(run_cell: Callable[[Sequence[str]], Any], words: Sequence[str]) -> tuple[str, float]:
@@ -131,7 +137,7 @@ def _several_processes(words: Sequence[str]) -> bool:
 
 def _start(words: Sequence[str]) -> Any:
     """Run a cell in a process of its own."""
-    done = subprocess.run([sys.executable, "-m", "sdprune.cli", *words], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-P", "-m", "sdprune.cli", *words], capture_output=True, text=True)
     if done.returncode != 0:
         raise RuntimeError((done.stderr.strip() or done.stdout.strip()).splitlines()[-1].removeprefix("sdprune: "))
     paths = [line.split(maxsplit=1)[1] for line in done.stdout.splitlines() if line.startswith("results ")]

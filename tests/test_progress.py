@@ -5,6 +5,7 @@ import pty
 import re
 import subprocess
 import sys
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -85,3 +86,17 @@ def test_a_run_of_several_machines_says_what_it_waits_for(miniature, tmp_path):
     out, err = started.communicate(timeout=120)
     assert (started.returncode, other.returncode) == (0, 0), err + other.stderr
     assert "7 of 7 images" in out
+
+
+def test_a_finished_run_says_since_when(sdprune, tmp_path):
+    before = datetime.now().astimezone().replace(microsecond=0)
+    first = sdprune(*predict(tmp_path))
+    after = datetime.now().astimezone()
+    assert "finished already" not in first.out
+    for _ in range(2):
+        told = sdprune(*predict(tmp_path))
+        assert told.code == 0, told.err
+        (line,) = [line for line in told.out.splitlines() if "finished already" in line]
+        when = datetime.fromisoformat(re.search(r"already, (.*): nothing is drawn again", line)[1])
+        assert before <= when <= after
+        assert "images," not in told.out

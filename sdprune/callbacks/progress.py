@@ -3,15 +3,30 @@
 from __future__ import annotations
 
 import time
+from datetime import timedelta
 from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
 from sdprune.modules import CalibrationState, FrozenModule
 
 _SILENCE = 60.0  # seconds; after so long a line is printed whatever was done
+
+
+class _Left(ProgressColumn):
+    """The time that is left. Rich's own column forgets what is older than 30 s, and a batch may take minutes."""
+
+    def __init__(self, meter: Meter) -> None:
+        super().__init__()
+        self.meter = meter
+
+    def render(self, task: Task) -> Text:
+        """As hours, minutes and seconds."""
+        end = self.meter.end
+        return Text("" if end is None else f"{timedelta(seconds=max(0, int(end - time.monotonic())))} left")
 
 
 class Meter:
@@ -28,11 +43,13 @@ class Meter:
         self.started = self.spoke = time.monotonic()
         self.first, self.shares = 0.0, 0
         """What was done when the clock started; how many of `lines` are behind us."""
+        self.end: float | None = None
+        """When all will be done, by the clock of `time.monotonic`."""
         self.bar: Progress | None = None
         console = Console()
         if console.is_terminal:
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-            self.bar = Progress(*columns, console=console)
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+            self.bar = Progress(*columns, _Left(self), console=console)
             self.task = self.bar.add_task(title, total=total)
             self.bar.start()
 
@@ -47,16 +64,18 @@ class Meter:
 
     def update(self, done: float) -> None:
         """So many images are done."""
+        now, left = time.monotonic(), 0.0
+        if self.first < done < self.total:
+            left = self.seconds * (self.total - done) / (done - self.first)
+            self.end = now + left
         if self.bar is not None:
             self.bar.update(self.task, completed=int(done), total=self.total, description=self.title)
             return
-        shares, now = int(done * self.lines / self.total), time.monotonic()
+        shares = int(done * self.lines / self.total)
         if shares > self.shares or now - self.spoke > _SILENCE:
             self.shares, self.spoke = shares, now
-            left = ""
-            if self.first < done < self.total:
-                left = f", about {self.seconds * (self.total - done) / (done - self.first):.0f} s left"
-            print(f"{self.title}: {int(done)} of {self.total} images, {self.seconds:.0f} s{left}", flush=True)
+            about = f", about {left:.0f} s left" if left else ""
+            print(f"{self.title}: {int(done)} of {self.total} images, {self.seconds:.0f} s{about}", flush=True)
 
     def close(self) -> None:
         """Leave the terminal as it was."""
@@ -96,8 +115,8 @@ class MeterCallback(Callback):
 class ImageProgress(MeterCallback):
     """Counts the images that are drawn: those of this process's batches, times the number of processes."""
 
-    def on_predict_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Show the name of the run and an empty bar."""
+    def on_predict_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Show the name of the run and an empty bar, when calibration is over."""
         if trainer.is_global_zero and not pl_module.finished:
             title = pl_module.record.directory.name.rsplit("-", 1)[0]
             self.done, self.name = 0, "progress" if pl_module.plan.wanted else "dense/progress"

@@ -6,9 +6,9 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn, Optional, Union
 
 # Before transformers and diffusers are imported: their remarks on torchvision and accelerate are not the user's.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -24,21 +24,24 @@ for _message in (  # Lightning's talk with its own developers, and advice on tra
     warnings.filterwarnings("ignore", message=_message)
 warnings.filterwarnings("ignore", module=r"jsonargparse\b|lightning\.pytorch\.cli")
 
-import yaml  # noqa: E402
 from lightning import LightningDataModule, LightningModule, Trainer  # noqa: E402
 from lightning.fabric.utilities.exceptions import MisconfigurationException  # noqa: E402
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI  # noqa: E402
 
 import sdprune.mini.source  # noqa: E402
 import sdprune.modules  # noqa: E402, F401 (classes are found by name among those imported)
-from sdprune.callbacks import ImageProgress  # noqa: E402
+from sdprune.callbacks import CalibrationProgress, ImageProgress  # noqa: E402
 from sdprune.data import CocoDataModule  # noqa: E402
 from sdprune.errors import InputError, cause  # noqa: E402
 from sdprune.locks import release_all  # noqa: E402
+from sdprune.manual import manual_of, manual_of_verb  # noqa: E402
 from sdprune.mini.training import Stage  # noqa: E402
 from sdprune.modules import FrozenModule, GenerationModule  # noqa: E402
-from sdprune.options import Names, explain  # noqa: E402
+from sdprune.options import Configuration, explain, help_wanted, quoted  # noqa: E402
+from sdprune.record import Record  # noqa: E402
+from sdprune.schema import Option, bases_of, class_named  # noqa: E402
 from sdprune.summary import show  # noqa: E402
+from sdprune.tracking import connect, finish_all, wandb_logger  # noqa: E402
 
 TRAINER_DEFAULTS: dict[str, Any] = {
     "use_distributed_sampler": False,  # the data module deals whole batches to processes
@@ -48,16 +51,20 @@ TRAINER_DEFAULTS: dict[str, Any] = {
     "max_epochs": 1,
     "logger": True,
 }
+GROUPS = {"trainer": Trainer}
+"""Options whose class is fixed."""
 
-
-_CLASSES = """The options of a class: --model.help {classes}, --data.help CocoDataModule,
---data.source.help CocoDirectory, ... The whole configuration, with values: --config FILE --print_config."""
 DESCRIPTIONS = {
     "fit": "Prune a model and save it as a diffusers directory (PruningModule), or gather calibration statistics "
-    "(CalibrationModule). " + _CLASSES.format(classes="PruningModule"),
+    "(CalibrationModule: --model.help CalibrationModule).",
     "predict": "Prune in memory, draw images from captions, score them, write the record; the same command again goes "
-    "on where it stopped. " + _CLASSES.format(classes="GenerationModule"),
+    "on where it stopped.",
 }
+MAIN = {
+    "fit": {"model": "PruningModule", "data": "CocoDataModule"},
+    "predict": {"model": "GenerationModule", "data": "CocoDataModule"},
+}
+"""The classes whose options the help of a verb shows."""
 
 
 class ParseError(InputError):
@@ -78,6 +85,8 @@ class Parser(LightningArgumentParser):
 class SdpruneCLI(LightningCLI):
     """Adds the W&B flag, early checks, the dense run beside the pruned one, and the summary."""
 
+    already = False
+    """Whether the run was finished before."""
     summary = True
     """Whether a finished run is printed in full."""
 
@@ -93,36 +102,66 @@ class SdpruneCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The W&B flag."""
         parser.add_argument("--wandb", choices=["off", "offline", "online"], default="off", help="log to W&B")
-        parser.add_argument("--wandb_project", default="sdprune", help="its project")
+        parser.add_argument("--wandb_project", type=Optional[str], help="its project; WANDB_PROJECT, or else sdprune")
+        parser.add_argument(
+            "--wandb_group", type=Optional[str], help="its group of runs; by default those with one dense record"
+        )
 
     def before_instantiate_classes(self) -> None:
         """Choose the logger, unless the configuration names its own."""
         config = self.config[self.subcommand]
         if config.trainer.logger is not True:
             return
-        output = getattr(config.model.get("init_args"), "output", "runs") if config.get("model") else "runs"
         if config.wandb == "off":
-            config.trainer.logger = _class("lightning.pytorch.loggers.CSVLogger", save_dir=output, name="logs")
+            config.trainer.logger = _class("lightning.pytorch.loggers.CSVLogger", save_dir=self._output(), name="logs")
         else:
-            config.trainer.logger = _class(
-                "lightning.pytorch.loggers.WandbLogger",
-                project=config.wandb_project, save_dir=output, offline=config.wandb == "offline",
-            )  # fmt: skip
+            config.trainer.logger = False  # until the record is known
+
+    def _output(self) -> str:
+        """The directory of all runs."""
+        model = self.config[self.subcommand].model
+        return getattr(model.get("init_args"), "output", "runs") if model else "runs"
+
+    def _track(self, dense: Record | None = None) -> None:
+        """Begin to log to W&B, if that is wanted."""
+        config, model = self.config[self.subcommand], self.model
+        if config.wandb != "off" and not self.trainer.loggers:
+            directory = None
+            if isinstance(model, FrozenModule):
+                directory = model.directory(self.datamodule, str(self.trainer.precision))
+            group = config.wandb_group or (dense.directory.name if dense else None)
+            self.trainer.logger = wandb_logger(
+                Path(self._output()), config.wandb == "offline", config.wandb_project, group, directory
+            )
+        connect(self.trainer.loggers)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, with errors of one line."""
         try:
+            configuration = Configuration(root_options(self._subcommand_parsers[args[0]]), GROUPS)
+            wanted, words = help_wanted(args[1:])
+            configuration.read(words)
+            if wanted is not None:
+                print(self._manual(args[0], *wanted, configuration))
+                raise SystemExit(0)
             super().parse_arguments(parser, args)
         except ParseError as error:
-            verb = self._subcommand_parsers.get(args[0], parser)
-            own = [name.lstrip("-") for action in verb._actions for name in action.option_strings]
-            names = Names()
-            for option, base in (("model", LightningModule), ("data", LightningDataModule)):
-                names.add(option, base)
-            raise InputError(explain(str(error), names, own)) from error
+            raise InputError(explain(str(error))) from error
         seed = self.config[self.config.subcommand].seed_everything
         if not isinstance(seed, bool) and not 0 <= seed < 2**32:
             raise InputError(f"seed_everything is {seed}: choose from 0 to {2**32 - 1}.")
+
+    @staticmethod
+    def _manual(verb: str, place: str, name: str | None, configuration: Configuration) -> str:
+        if place:
+            for option, main in MAIN[verb].items():
+                if option != place and option not in configuration.classes:
+                    configuration.classes[option] = class_named(
+                        option, main, bases_of(configuration.root[option].annotation)
+                    )
+            return manual_of(place, name, configuration)
+        text = f"{DESCRIPTIONS[verb]} The options of a class: --data.source.help, --data.source.help CocoDirectory, ..."
+        return manual_of_verb(verb, text, configuration, MAIN[verb])
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Lightning says of its own options what is wrong with them."""
@@ -140,6 +179,8 @@ class SdpruneCLI(LightningCLI):
             self.model.check(self.datamodule, str(self.trainer.precision))
         elif isinstance(self.model, Stage):
             self.model.keep_checkpoints(self.trainer)
+        self._track()
+        self._tell_of_machines()
 
     def before_predict(self) -> None:
         """Check, then make the dense record if the pruned run wants it and it is not there."""
@@ -148,7 +189,7 @@ class SdpruneCLI(LightningCLI):
             raise InputError(f"predict runs GenerationModule, got {type(model).__name__}: use sdprune fit.")
         self._attach()
         if model.plan.infeasible is not None:
-            model.record_infeasible(model.plan.infeasible)
+            self._track(model.record_infeasible(model.plan.infeasible))
             return
         runs = [model.dense(), model] if model.wants_dense else [model]
         precision = str(self.trainer.precision)
@@ -157,9 +198,12 @@ class SdpruneCLI(LightningCLI):
             model.baseline = records[0]
         for run in runs:
             run.check(self.datamodule, precision)
+        self.already = model.record.finished
+        self._track(records[0])
         for record in records:
             if not record.finished:
                 record.start()
+        self._tell_of_machines()
         if model.wants_dense:
             self.trainer.predict(runs[0], datamodule=self.datamodule, return_predictions=False)
 
@@ -170,7 +214,24 @@ class SdpruneCLI(LightningCLI):
             self.model.compare()
             self.model.log_record()
             if self.summary:
-                show(self.model.record)
+                show(self.model.record, already=self.already)
+
+    def _tell_of_machines(self) -> None:
+        """Say what a run on several machines waits for: it is silent until all of its processes have met."""
+        environment = getattr(self.trainer.strategy, "cluster_environment", None)
+        if environment is None or self.trainer.num_nodes < 2 or environment.local_rank() != 0:
+            return
+        where = f"{environment.main_address}:{environment.main_port}"
+        number = environment.node_rank()
+        line = (
+            f"Waiting for {self.trainer.world_size} processes on {self.trainer.num_nodes} machines to meet at {where}."
+        )
+        if not environment.creates_processes_externally and number == 0:
+            line += (
+                " Start the same command on each other machine with MASTER_ADDR=(this machine) "
+                f"MASTER_PORT={environment.main_port} NODE_RANK=1 and so on, or use torchrun or srun on all of them."
+            )
+        print(line, flush=True)
 
     def _attach(self) -> None:
         if not isinstance(self.datamodule, CocoDataModule):
@@ -181,31 +242,31 @@ class SdpruneCLI(LightningCLI):
         self.datamodule.trainer = self.trainer
 
 
+_PARSERS: dict[str, tuple[Any, str]] = {
+    "config": (Path, "a configuration file; of several the later ones add to the earlier ones"),
+    "print_config": (None, "print the whole configuration, with values, and exit"),
+    "seed_everything": (Union[bool, int], "seed of whatever is random and has no seed of its own"),
+}
+
+
+def _type(action: Any) -> Any:
+    return Literal[tuple(action.choices)] if action.choices else Any
+
+
+def root_options(parser: LightningArgumentParser) -> dict[str, Option]:
+    """The options of a verb: those of the parser itself, and the classes below them."""
+    own = {one.dest: Option(_type(one), one.default, one.help or "") for one in parser._actions}
+    own |= {name: Option(kind, None, doc) for name, (kind, doc) in _PARSERS.items()}
+    classes = {"trainer": Trainer, "model": LightningModule, "data": LightningDataModule}
+    return {name: one for name, one in own.items() if "." not in name} | {
+        name: Option(cls) for name, cls in classes.items()
+    }
+
+
 def _class(path: str, **init_args: Any) -> Any:
     from jsonargparse import Namespace
 
     return Namespace(class_path=path, init_args=Namespace(**init_args))
-
-
-def _check_files(arguments: Sequence[str]) -> None:
-    """Tell of configuration files that cannot be read by their names, which the parser does not."""
-    for path in _config_files(arguments):
-        try:
-            content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise InputError(f"Cannot read the configuration {path}: {error.strerror}. Give a YAML file.") from error
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            reason = " ".join(str(error).split())
-            raise InputError(f"The configuration {path} is no valid YAML: {reason}") from error
-        if not isinstance(content, dict):
-            raise InputError(f"The configuration {path} holds no options: expected YAML with model: and data:.")
-
-
-def _config_files(arguments: Sequence[str]) -> Iterator[Path]:
-    for name, following in zip(arguments, [*arguments[1:], ""], strict=True):
-        option, given, value = name.partition("=")
-        if option in ("-c", "--config") and (given or following):
-            yield Path(value if given else following)
 
 
 def _tell_of_lost_processes() -> None:
@@ -240,7 +301,6 @@ def run(arguments: Sequence[str], summary: bool = True) -> dict[str, Any]:
     Returns:
         The results of `predict`; nothing of other verbs.
     """
-    _check_files(arguments)
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     _tell_of_lost_processes()
@@ -248,9 +308,15 @@ def run(arguments: Sequence[str], summary: bool = True) -> dict[str, Any]:
     sys.argv[0] = sys.argv[0] or "sdprune"
     SdpruneCLI.summary = summary
     try:
-        cli = SdpruneCLI(**_cli_options(), args=list(arguments))
+        cli = SdpruneCLI(**_cli_options(), args=quoted(arguments))
+    except BaseException:
+        finish_all(failed=True)
+        raise
     finally:
         release_all()
+    for line in finish_all(failed=False):
+        if summary:
+            print(f"W&B        {line}")
     _part()
     done = isinstance(cli.model, GenerationModule) and cli.model.record.finished
     return cli.model.record.results if done else {}
@@ -267,11 +333,8 @@ def _cli_options() -> dict[str, Any]:
         "seed_everything_default": 0,
         "trainer_class": Trainer,
         "parser_class": Parser,
-        "parser_kwargs": {
-            verb: {"description": told, "usage": f"sdprune {verb} --config FILE [options]"}
-            for verb, told in DESCRIPTIONS.items()
-        },
-        "trainer_defaults": {**TRAINER_DEFAULTS, "callbacks": [ImageProgress()]},
+        "parser_kwargs": {verb: {"usage": f"sdprune {verb} --config FILE [options]"} for verb in MAIN},
+        "trainer_defaults": {**TRAINER_DEFAULTS, "callbacks": [CalibrationProgress(), ImageProgress()]},
     }
 
 
@@ -289,7 +352,6 @@ class _Checker(SdpruneCLI):
 
     def _fault(self, parser: LightningArgumentParser, words: Sequence[str]) -> str | None:
         try:
-            _check_files(words)
             super().parse_arguments(parser, words)
             made = parser.instantiate_classes(self.config)[words[0]]
             plan = getattr(made.model, "plan", None)
@@ -315,7 +377,7 @@ def check(commands: Sequence[Sequence[str]]) -> list[str | None]:
     """
     sys.argv[0] = sys.argv[0] or "sdprune"
     try:
-        _Checker(**_cli_options(), args=commands)  # type: ignore[arg-type]
+        _Checker(**_cli_options(), args=[quoted(words) for words in commands])  # type: ignore[misc]
     except _Checked as checked:
         return checked.faults
     raise AssertionError("LightningCLI parses its arguments in its constructor")

@@ -11,8 +11,9 @@ class InputError(ValueError):
 def unknown(kind: str, value: object, choices: Iterable[object]) -> InputError:
     """`Unknown criterion 'Magnitud'. Did you mean 'Magnitude'? Choices: ...`, for the caller to raise."""
     names = [str(choice) for choice in choices]
-    close = get_close_matches(str(value), names, n=1)
-    hint = f" Did you mean {close[0]!r}?" if close else ""
+    by_lower = {name.lower(): name for name in reversed(names)}
+    close = get_close_matches(str(value).lower(), by_lower, n=1)
+    hint = f" Did you mean {by_lower[close[0]]!r}?" if close else ""
     shown = ", ".join(names[:12]) + (f", ... ({len(names)} in all)" if len(names) > 12 else "")
     return InputError(f"Unknown {kind} {str(value)!r}.{hint} Choices: {shown or 'none'}.")
 

@@ -1,78 +1,220 @@
-"""What a configuration may name, and what is wrong with one, in a line: the parser's own messages take fifty."""
+"""Checks a configuration against the signatures of its classes, and says in a line what is wrong with it.
+
+The parser checks the types of values. Its messages on names take fifty lines, and list the choices of other classes.
+"""
 
 from __future__ import annotations
 
 import re
 from ast import literal_eval
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
-from inspect import signature
-from typing import Any, get_args, get_type_hints
+from pathlib import Path
+from typing import Any
 
-from sdprune.errors import unknown
-from sdprune.pruning.spec import subclasses
+import yaml
 
-_KINDS = {"float": "a number", "int": "a whole number", "bool": "true or false", "list": "a list, as in [a, b]",
-          "str": "text, in quotes where YAML takes it for a number, as in '2:4'"}  # fmt: skip
+from sdprune.errors import InputError, unknown
+from sdprune.schema import Option, bases_of, choices_of, class_named, elements_of, options_of, takes
+
+_KINDS = {"float": "a number", "int": "a whole number", "bool": "true or false", "list": "a list, as in [a, b]"}
+_KINDS |= {
+    "dict": "options by name, as in {a: 1}",
+    "str": "text, in quotes where YAML takes it for a number, as in '2:4'",
+}
 _NEXT = "See --help, or --print_config for all options."
+_CLASS_KEYS = {"class_path", "init_args", "dict_kwargs"}
 
 
-@dataclass
-class Names:
-    """The options of every class that can be reached from some options, and the classes that each option takes."""
+class Configuration:
+    """What files and options have named so far: the classes, by place.
 
-    options: dict[str, list[str]] = field(default_factory=dict)
-    classes: dict[str, list[str]] = field(default_factory=dict)
+    Args:
+        root: the options of the verb.
+        groups: the classes of those options that take no other class, by name: the trainer.
+    """
 
-    def add(self, option: str, annotation: Any) -> None:
-        """Follow an option's type annotation."""
-        for base in _classes(annotation):
-            known = {**subclasses(base), base.__name__: base}
-            concrete = {name: cls for name, cls in known.items() if _is_choice(cls)}
-            self.classes[option] = sorted({*self.classes.get(option, []), *concrete})
-            for name, cls in concrete.items():
-                if name not in self.options:
-                    self.options[name] = list(signature(cls).parameters)
-                    for parameter, inner in get_type_hints(cls.__init__).items():  # type: ignore[misc]
-                        self.add(parameter, inner)
+    def __init__(self, root: Mapping[str, Option], groups: Mapping[str, type]) -> None:
+        self.root, self.groups = root, groups
+        self.classes: dict[str, Any] = {}
 
-    def unknown_option(self, option: str, parser: list[str]) -> str:
-        """`Unknown option 'model.prune.unet.sparsty'. Did you mean ...`; `parser` has those outside of classes."""
-        groups = list(self.options.values())
-        every = {name for group in groups for name in group} | {part for name in parser for part in name.split(".")}
-        first, *_ = parts = option.split(".")
-        roots = sorted({name.split(".")[0] for name in parser})
-        for part in [first, *reversed(parts)]:
-            known = roots if part == first and close_to(part, roots) else every
-            if part not in known and (close := close_to(part, sorted(known))):
-                break
+    def read(self, words: Sequence[str]) -> None:
+        """Check the words of a command line in their order.
+
+        Raises:
+            InputError: an option or a class that there is not, a file that cannot be read.
+        """
+        for name, value in given(words):
+            if name in ("c", "config"):
+                if value is None:  # the parser says so
+                    continue
+                self._options("", self.root, read_file(Path(value)))
+            else:
+                nested: Any = parsed(value)
+                for part in reversed(name.split(".")):
+                    nested = {part: nested}
+                self._options("", self.root, nested)
+
+    def class_at(self, place: str, option: Option) -> Any:
+        """The class at a place: as named, else the default, else the only one that there can be."""
+        if place in self.groups or place in self.classes:
+            return self.groups.get(place) or self.classes[place]
+        choices, default = choices_of(bases_of(option.annotation)), option.default
+        if isinstance(default, str):
+            return choices.get(default)
+        if type(default) in choices.values():
+            return type(default)
+        return next(iter(choices.values())) if len(choices) == 1 else None
+
+    def _options(
+        self, place: str, known: Mapping[str, Option] | None, values: Mapping[str, Any], owner: str = ""
+    ) -> None:
+        for name, value in values.items():
+            here = f"{place}.{name}".lstrip(".")
+            if known is not None and name not in known:
+                raise unknown_option(here, value, list(known), owner)
+            if known is not None:
+                self._value(here, known[name], value)
+
+    def _value(self, place: str, option: Option, value: Any) -> None:
+        annotation = option.annotation
+        if value is None:
+            if option.default is not None and not takes(annotation, type(None)):
+                raise InputError(f"{place} is empty: give it a value, or leave it out.")
+        elif isinstance(value, list):
+            for item in value:
+                self._value(place, Option(elements_of(annotation, "list") or Any, None), item)
+        elif isinstance(value, Mapping):
+            if place in self.groups or bases_of(annotation):
+                self._instance(place, option, value)
+            elif inner := elements_of(annotation, "dict"):
+                for name, item in value.items():
+                    self._value(f"{place}.{name}", Option(inner), item)
+            elif inner := elements_of(annotation, "list"):  # options of the last item
+                self._instance(place, Option(inner, None), value)
+        elif isinstance(value, str):
+            bases = bases_of(annotation) or bases_of(elements_of(annotation, "list"))
+            if bases and (content := _content(value)) is not None:
+                self._value(place, option, content)
+            elif bases and (value in choices_of(bases) or not takes(annotation, str)):
+                self.classes[place] = class_named(place, value, bases)
+        elif bases_of(annotation) and not takes(annotation, type(value)):
+            raise InputError(f"{place} is {value}: give its options, as in --{place}.NAME=VALUE. See --{place}.help.")
+
+    def _instance(self, place: str, option: Option, value: Mapping[str, Any]) -> None:
+        bases = bases_of(option.annotation)
+        if isinstance(name := value.get("class_path"), str):
+            self.classes[place] = class_named(place, name, bases)
+        cls = self.class_at(place, option)
+        options: Any = value.get("init_args") or {} if _CLASS_KEYS & set(value) else value
+        if beside := [key for key in value if options is not value and key not in _CLASS_KEYS]:
+            raise InputError(f"{place}.{beside[0]} stands beside class_path: put it under init_args.")
+        if cls is None and options:
+            choices = list(choices_of(bases)) or ["CLASS"]
+            told = f"{place} has no class yet: name it before its options, as in --{place}={choices[0]}."
+            raise InputError(f"{told} Choices: {', '.join(choices[:12])}.")
+        if isinstance(options, Mapping) and cls is not None:
+            self._options(place, options_of(cls), options, cls.__name__)
+
+
+def given(words: Sequence[str]) -> Iterator[tuple[str, str | None]]:
+    """Options and their values; None where there is no value. `+=`, which appends, counts as `=`."""
+    for number, word in enumerate(words):
+        if not word.startswith("--") and word.partition("=")[0] != "-c":
+            continue
+        name, equals, value = word.partition("=")
+        following = words[number + 1] if number + 1 < len(words) else "--"
+        if not equals and following.startswith("--"):
+            yield name.strip("-"), None
         else:
-            return f"Unknown option {option!r}. {_NEXT}"
-        near = [group for group in groups if close[0] in group]
-        choices = f"Choices: {', '.join(near[0])}." if len(near) == 1 else _NEXT
-        return f"Unknown option {option!r}. Did you mean {option.replace(part, close[0])!r}? {choices}"
-
-    def unknown_class(self, option: str, name: str) -> str:
-        """`Unknown criterion 'Magnitud'. Did you mean 'Magnitude'? Choices: ...`."""
-        return str(unknown(option.rpartition(".")[2], name, self.classes.get(option.rpartition(".")[2], [])))
+            yield name.lstrip("-").rstrip("+"), value if equals else following
 
 
-def close_to(name: str, names: list[str]) -> list[str]:
-    """The one name that may have been meant, if any."""
-    return get_close_matches(name, names, n=1, cutoff=0.7)
+def help_wanted(words: Sequence[str]) -> tuple[tuple[str, str | None] | None, list[str]]:
+    """What a command line wants explained, if anything, and its other words.
+
+    The first is (place, class); the place is empty for the verb. It stands for
+    `--help`, `--data.source.help`, `--data.source.help CocoDirectory`, `--data.source.help=CocoDirectory`.
+    """
+    for number, word in enumerate(words):
+        name, equals, value = word.partition("=")
+        if word in ("-h", "--help") or (name.startswith("--") and name.endswith(".help")):
+            following = words[number + 1 : number + 2]
+            takes = bool(name.startswith("--") and not equals and following and not following[0].startswith("-"))
+            rest = [*words[:number], *words[number + 1 + takes :]]
+            place = name.lstrip("-").removesuffix("help").rstrip(".") if name != "-h" else ""
+            return (place, value or (following[0] if takes else None)), rest
+    return None, list(words)
 
 
-def explain(message: str, names: Names, parser: list[str]) -> str:
-    """The parser's message in one line: the option, the value, the choices, the next step."""
+def parsed(value: str | None) -> Any:
+    """The value that a word of the command line holds; text that is no YAML as it is."""
+    try:
+        return None if value in (None, "None") else yaml.safe_load(value)
+    except yaml.YAMLError:
+        return value
+
+
+def quoted(words: Sequence[str]) -> list[str]:
+    """Quote patterns such as `*` in the lists of a command line: YAML takes them for references to something before."""
+    pattern = r""""[^"]*"|'[^']*'|(?<=[\[,\s:{])\*[^,\]}\s]*"""
+    return [
+        re.sub(pattern, lambda found: f'"{found[0]}"' if found[0].startswith("*") else found[0], word)
+        if re.match(r"(--[\w.]+\+?=)?[\[{]", word) and "&" not in word
+        else word
+        for word in words
+    ]
+
+
+def read_file(path: Path) -> dict[str, Any]:
+    """The content of a configuration file.
+
+    Raises:
+        InputError: it cannot be read, or holds no options.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"Cannot read the configuration {path}: {error.strerror}. Give a YAML file.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        hint = " Quote a pattern that begins with *, as in ['*']." if "alias" in reason else ""
+        raise InputError(f"The configuration {path} is no valid YAML: {reason}.{hint}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"The configuration {path} holds no options: expected YAML with model: and data:.")
+    return content
+
+
+def _content(value: str) -> dict[str, Any] | None:
+    """The content of a file that an option names in place of a class."""
+    is_file = value.endswith((".yaml", ".yml", ".json")) and Path(value).is_file()
+    return read_file(Path(value)) if is_file else None
+
+
+def unknown_option(place: str, value: Any, choices: list[str], owner: str) -> InputError:
+    """`Unknown option 'model.prune.unet.sparsty' of PruneSpec. Did you mean ...? Choices: ...`, to be raised."""
+    before, _, name = place.rpartition(".")
+    rest = ""
+    while isinstance(value, Mapping) and len(value) == 1 and not _CLASS_KEYS & set(value):
+        key, value = next(iter(value.items()))
+        rest += f".{key}"
+    close = get_close_matches(str(name), choices, n=1, cutoff=0.7)
+    hint = f" Did you mean {f'{before}.{close[0]}{rest}'.lstrip('.')!r}?" if close else ""
+    shown = ", ".join(choices[:12]) + (f", ... ({len(choices)} in all)" if len(choices) > 12 else "")
+    help_of = f"--{before}.help" if before else "--help"
+    return InputError(
+        f"Unknown option {place + rest!r}{f' of {owner}' if owner else ''}.{hint} "
+        + (f"Choices: {shown}. See {help_of}." if choices else f"{owner} has no options.")
+    )
+
+
+def explain(message: str) -> str:
+    """The parser's message on a value in one line: the option, the value, the choices, the next step."""
     keys = re.findall(r'Parser key "([\w.]+)"', message)
     nested = re.search(r"NestedArg\(key='([\w.+]+)', val=(.*)\)", message)
     place = f"{keys[0]}.{nested[1]}" if keys and nested else ".".join(dict.fromkeys(keys))
-    if found := re.search(r"[Oo]ption '([\w.]+)'|unrecognized arguments: -*([\w.]+)", message):
-        return names.unknown_option(place if nested else found[1] or found[2], parser)
-    if found := re.search(r"Expected a dot import path string: (\S+)", message):
-        key = re.findall(r'Parser key "([\w.]+)"', message[: found.start()])
-        return names.unknown_class(key[-1] if key else place, found[1])
+    if found := re.search(r"unrecognized arguments: (\S+)", message):
+        return f"Unknown option {found[1]!r}. {_NEXT}"
     if found := re.search(r"following arguments are required: (.*)", message):
         return f"Missing: {found[1]}. Give a configuration (--config FILE, as those in configs/), or options."
     value = re.search(r"Got value: (.*)", message) or re.search(r"Given value: (.*)", message)
@@ -80,20 +222,11 @@ def explain(message: str, names: Names, parser: list[str]) -> str:
         choices = dict.fromkeys(str(choice) for literal in literals for choice in literal_eval(literal))
         return str(unknown(place, value[1], choices))
     kinds = [kind for kind in re.findall(r"Expected a <class '([\w.]+)'>", message) if kind != "NoneType"]
+    if value and value[1].startswith("NestedArg"):
+        return f"Unknown option {place!r}. What a class passes on to others goes under dict_kwargs. {_NEXT}"
     if value and kinds:
         wanted = " or ".join(dict.fromkeys(_KINDS.get(kind, kind) for kind in kinds))
         return f"{place} is {value[1][:100]}: give {wanted}."
-    first, *rest = [line.strip(" -") for line in message.splitlines() if line.strip()] or ["bad input"]
+    lines = [line.strip(" -") for line in message.splitlines() if line.strip() and "NestedArg" not in line]
+    first, *rest = lines or ["bad input"]
     return f"{first[:300]} {rest[-1][:100] if rest else ''}".rstrip()
-
-
-def _classes(annotation: Any) -> Iterator[type]:
-    """The classes in an annotation, but for those of the language."""
-    if isinstance(annotation, type) and annotation.__module__ not in ("builtins", "pathlib"):
-        yield annotation
-    for argument in get_args(annotation):
-        yield from _classes(argument)
-
-
-def _is_choice(cls: type) -> bool:
-    return not getattr(cls, "__abstractmethods__", None) and not cls.__module__.startswith(("lightning", "torch"))

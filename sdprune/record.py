@@ -17,6 +17,7 @@ import os
 import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -45,6 +46,11 @@ def image_seed(seed: int, image_id: object) -> int:
 def versions() -> dict[str, str]:
     """Versions of this package and of what its numbers depend on."""
     return {"sdprune": own_version(), **{name: version(name) for name in _PACKAGES}}
+
+
+def clock(seconds: float) -> str:
+    """A time in seconds since 1970 for people: local, to the second, with the offset to UTC, as in ISO 8601."""
+    return datetime.fromtimestamp(seconds).astimezone().isoformat(" ", "seconds")
 
 
 def label(prune: Mapping[str, Any]) -> str:

@@ -11,10 +11,19 @@ from sdprune.pruning import wholes
 from sdprune.record import Record
 
 
-def show(record: Record, console: Console | None = None) -> None:
-    """Print a finished run: scores, differences to the dense model, sparsities, where things lie."""
+def show(record: Record, console: Console | None = None, already: bool = False) -> None:
+    """Print a finished run: scores, differences to the dense model, sparsities, where things lie.
+
+    Args:
+        record: of the run.
+        console: where tables go.
+        already: it was finished before, and nothing was done now.
+    """
     console = console or Console(width=None if Console().is_terminal else 110)
     results = record.results
+    if already:
+        when = results.get("speed", {}).get("finished", "before")
+        print(f"This run was finished already, {when}: nothing is drawn again.")
     if "infeasible" in results:
         print(f"Infeasible: {results['infeasible']}\nresults    {record.directory / 'results.json'}")
         return

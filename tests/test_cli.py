@@ -36,21 +36,69 @@ sys.exit(f"imported {heavy}" if heavy else 0)
     )
 
 
-@pytest.mark.parametrize("verb", ["fit", "predict"])
-def test_help_of_a_verb(sdprune, verb):
+@pytest.mark.parametrize(("verb", "module"), [("fit", "PruningModule"), ("predict", "GenerationModule")])
+def test_help_of_a_verb(sdprune, verb, module):
     told = sdprune(verb, "--help")
     assert (told.code, told.err) == (0, "")
     assert told.out.startswith(f"usage: sdprune {verb} --config FILE [options]\n")
-    assert "--trainer.devices" in told.out
-    assert "--wandb {off,offline,online}" in told.out
-    assert "GenerationModule" in told.out
+    for words in (
+        "--trainer.devices", "--wandb {off,offline,online}", f"{module}: ", "--model.prune.COMPONENT.criterion CLASS",
+        "--model.budget.total", "share of the targeted weights to prune", "Magnitude, SparseGPT, Wanda",
+        "--data.source CLASS", "--trainer.help", "--print_config", "a configuration file",
+    ):  # fmt: skip
+        assert words in told.out
+    assert "trainer.reload_dataloaders" not in told.out
+    assert max(map(len, told.out.splitlines())) <= 160
+    offered = set(re.findall(r"--[\w.]+\.help\b", told.out))
+    assert len(offered) > 6
+    for word in offered:
+        assert sdprune(verb, word).code == 0, word
 
 
-def test_help_of_a_class(sdprune):
-    told = sdprune("predict", "--model.help", "GenerationModule")
-    assert told.code == 0
-    assert "--model.sampling.steps" in told.out
-    assert "denoising steps" in told.out
+HELP = {
+    "class of the model": (["--model.help", "GenerationModule"], ["--model.sampling.steps INT", "denoising steps"]),
+    "with equals": (["--model.help=PruningModule"], ["PruningModule: Prune", "--model.output TEXT"]),
+    "classes of the model": (["--model.help"], ["GenerationModule", "PruningModule", "CalibrationModule"]),
+    "nested class": (["--data.source.help", "CocoDirectory"], ["--data.source.root", "holds both parts", "train2017"]),
+    "nested classes": (["--data.source.help"], ["CocoDirectory", "TextFile", "--data.source.path"]),
+    "specs": (["--model.prune.help"], ["--model.prune.COMPONENT.sparsity FLOAT  (default: 0.0)"]),
+    "one component's": (["--model.prune.unet.help"], ["--model.prune.unet.sparsity FLOAT  (default: 0.0)"]),
+    "criteria": (["--model.prune.unet.criterion.help"], ["Magnitude: |W|", "damping FLOAT  (default: 0.01)"]),
+    "a class of one's own": (
+        ["--model.prune.unet.criterion.help", "shifted.Shifted"],
+        ["Shifted: Magnitude after a shift", "--model.prune.unet.criterion.shift FLOAT  (default: 0.0)", "is added"],
+    ),
+    "metrics": (["--model.metrics.help"], ["KernelInceptionDistance", "--model.metrics.extractor CLASS"]),
+    "an extractor": (["--model.metrics.extractor.help", "InceptionFeatures"], ["--model.metrics.extractor.protocol"]),
+    "the trainer": (["--trainer.help"], ["--trainer.limit_predict_batches", "--trainer.strategy CLASS"]),
+    "the class that is configured": (
+        ["--config", str(CONFIGS / "prune.yaml"), "--model.prune.text_encoder.allocation=OWL", "--model.help"],
+        ["PruningModule"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", HELP)
+def test_help_of_a_class(sdprune, prepared, case, monkeypatch):
+    monkeypatch.chdir(prepared)
+    arguments, words = HELP[case]
+    told = sdprune("predict", *arguments)
+    assert (told.code, told.err) == (0, "")
+    for word in words:
+        assert word in told.out
+    assert "Criterion:" not in told.out, "an abstract class is no choice"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--data.sorce.help"], ["'data.sorce'", "Did you mean 'data.source'"]),
+        (["--data.source.help", "CocoDirectry"], ["Did you mean 'CocoDirectory'"]),
+        (["--data.n.help"], ["--data.n takes no class: it is INT", "Number of captions"]),
+    ],
+)
+def test_help_of_what_there_is_not(sdprune, arguments, words):
+    _is_one_line(sdprune("predict", *arguments), words)
 
 
 def test_print_config(sdprune, tmp_path):
@@ -74,7 +122,53 @@ BAD_OPTIONS = {
     "criterion": (["--model.prune.unet.criterion=Magnitud"], ["criterion 'Magnitud'", "Magnitude, ", "Wanda"]),
     "allocation": (["--model.prune.unet.allocation=Unform"], ["allocation 'Unform'", "Did you mean 'Uniform'"]),
     "granularity": (["--model.prune.unet.granularity=rows"], ["'rows'", "layer, row, column_block"]),
-    "criterion's option": (["--model.prune.unet.criterion.foo=3"], ["'model.prune.unet.criterion.foo'", "--help"]),
+    "criterion without options": (
+        ["--model.prune.unet.criterion.foo=3"],
+        ["'model.prune.unet.criterion.foo' of Magnitude", "Magnitude has no options"],
+    ),
+    "criterion in small letters": (["--model.prune.unet.allocation=owl"], ["Did you mean 'OWL'"]),
+    "criterion that is abstract": (["--model.prune.unet.criterion=Criterion"], ["'Criterion'", "Choices: Magnitude"]),
+    "option of the class that is named": (
+        ["--model.prune.unet.allocation=PerLayer", "--model.prune.unet.allocation.sparsities.down*=0.5"],
+        ["'model.prune.unet.allocation.sparsities.down*' of PerLayer", "Choices: layers."],
+    ),
+    "option of the class that is named in braces": (
+        ["--model.prune.unet.allocation={{class_path: PerLayer, init_args: {{sparsities: {{a: 0.5, b: 0.5}}}}}}"],
+        ["'model.prune.unet.allocation.sparsities' of PerLayer", "Choices: layers."],
+    ),
+    "option of a class that was named before": (
+        ["--model.prune.unet.criterion=SparseGPT", "--model.prune.unet.criterion.damp=0.1"],
+        ["'model.prune.unet.criterion.damp' of SparseGPT", "Choices: "],
+    ),
+    "option of a metric": (
+        ["--model.metrics+=KernelInceptionDistance", "--model.metrics.subset=3"],
+        ["'model.metrics.subset' of KernelInceptionDistance", "Choices: extractor, "],
+    ),
+    "option beside the class": (
+        ["--model.prune.unet.allocation={{class_path: OWL, lamda: 0.1}}"],
+        ["model.prune.unet.allocation.lamda stands beside class_path", "init_args"],
+    ),
+    "module that is not there": (
+        ["--model.prune.unet.criterion=nowhere.Shifted"],
+        ["model.prune.unet.criterion is nowhere.Shifted", "there is no 'nowhere' in {tmp}"],
+    ),
+    "module that needs another": (
+        ["--model.prune.unet.criterion=needing.Shifted"],
+        ["'needing' cannot be imported", "it needs 'a_module_that_nobody_has'"],
+    ),
+    "module that is broken": (
+        ["--model.prune.unet.criterion=broken.Shifted"],
+        ["'broken' cannot be imported", "NameError", "'undefined'"],
+    ),
+    "class that a module lacks": (
+        ["--model.prune.unet.criterion=shifted.Shiftd"],
+        ["class of module 'shifted' 'Shiftd'", "Did you mean 'Shifted'"],
+    ),
+    "class of another kind": (["--model.prune.unet.criterion=shifted.Other"], ["shifted.Other", "no Criterion"]),
+    "class of another kind in the package": (
+        ["--model.prune.unet.criterion=sdprune.pruning.OWL"],
+        ["sdprune.pruning.OWL", "no Criterion"],
+    ),
     "include": (["--model.prune.unet.include=[foo*]"], ["'foo*' matches none", "down_blocks"]),
     "include of one component": (["--model.prune.text_encoder.include=[down*]"], ["'down*' matches none"]),
     "include as text": (["--model.prune.unet.include=foo*"], ["unet.include is foo*", "a list"]),
@@ -152,7 +246,34 @@ def prepared(tmp_path, miniature):
         weights.rename(weights.with_suffix(".bin"))
     shutil.rmtree(tmp_path / "partial" / "unet")
     (tmp_path / "damaged" / "model_index.json").write_text("{")
-    return tmp_path
+    (tmp_path / "needing.py").write_text("import a_module_that_nobody_has")
+    (tmp_path / "broken.py").write_text("undefined")
+    (tmp_path / "shifted.py").write_text(SHIFTED)
+    yield tmp_path
+    sys.modules.pop("shifted", None)
+
+
+SHIFTED = """
+from sdprune.pruning.criteria.base import Ranking
+
+
+class Shifted(Ranking):
+    \"\"\"Magnitude after a shift of every weight.
+
+    Args:
+        shift: is added.
+    \"\"\"
+
+    def __init__(self, shift: float = 0.0):
+        self.shift = shift
+
+    def score(self, weight, statistics):
+        return (weight + self.shift).abs()
+
+
+class Other:
+    pass
+"""
 
 
 @pytest.mark.parametrize("case", BAD_OPTIONS)
@@ -180,10 +301,19 @@ BAD_FILES = {
         ("class_path: StableDiffusion", "class_path: StabelDiffusion"),
         ["Did you mean 'StableDiffusion'"],
     ),
-    "option of a spec": (("unet: {sparsity", "unet: {sparsty"), ["'sparsty'", "Did you mean 'sparsity'"]),
-    "option of a group": (("sampling: {steps", "sampling: {stps"), ["'stps'", "Did you mean 'steps'"]),
-    "option of the data": (("    batch_size:", "    batch_sise:"), ["Did you mean 'batch_size'"]),
+    "option of a spec": (
+        ("unet: {sparsity", "unet: {sparsty"),
+        ["'model.prune.unet.sparsty'", "Did you mean 'model.prune.unet.sparsity'"],
+    ),
+    "option of a group": (("sampling: {steps", "sampling: {stps"), ["Did you mean 'model.sampling.steps'"]),
+    "option of the data": (("    batch_size:", "    batch_sise:"), ["Did you mean 'data.batch_size'"]),
+    "option of a nested class": (
+        ("class_path: EmbeddedWorld}", "class_path: CocoDirectory, init_args: {dir: x}}"),
+        ["'data.source.dir' of CocoDirectory", "Choices: root, split."],
+    ),
     "key at the root": (("model:\n  class", "modle:\n  class"), ["modle", "Did you mean 'model"]),
+    "key at the root with nothing": (("data:\n", "trainr:\ndata:\n"), ["'trainr'", "Did you mean 'trainer'"]),
+    "pattern without quotes": (("text_encoder: {", "text_encoder: {exclude: [*], "), ["valid YAML", "['*']"]),
     "YAML": (("prune:\n", "prune: [\n"), ["{file} is no valid YAML"]),
 }
 

@@ -195,8 +195,9 @@ def write_lines(path, text):
 
 def test_text_file_errors(tmp_path):
     assert "Cannot read prompts" in message(TextFile(tmp_path / "none").load)
-    assert "000000000001.jpg" in message(TextFile(write_lines(tmp_path / "gap", "a\n\nb")).load)
-    assert "empty captions" in message(TextFile(write_lines(tmp_path / "empty", "\n")).load)
+    assert "empty captions for line 1." in message(TextFile(write_lines(tmp_path / "empty", "\n")).load)
+    told = message(TextFile(write_lines(tmp_path / "gaps", "a\n\nb\n \nc\n")).load)
+    assert "empty captions for line 2, line 4." in told
     (tmp_path / "latin").write_bytes(b"caf\xe9")
     assert "not UTF-8" in message(TextFile(tmp_path / "latin").load)
 
@@ -244,6 +245,15 @@ def test_hub_dataset_without_ids_and_with_lists(parquet):
     assert parquet not in json.dumps(described)
     assert described != HubDataset(parquet, "train[:2]", caption="texts", image="picture").describe()
     assert described["captions"] != HubDataset(parquet, "train", caption="text").describe()["captions"]
+
+
+def test_hub_dataset_names_the_rows_of_empty_captions(parquet, tmp_path):
+    import datasets
+
+    captions = {"text": ["a", "again", "", "c"], "key": ["a", "a", "b", "c"]}
+    datasets.Dataset.from_dict(captions).to_parquet(tmp_path / "set" / "train.parquet")
+    told = message(HubDataset(parquet, "train", caption="text", id="key").load)
+    assert "empty captions for row 2." in told
 
 
 def test_hub_dataset_errors(parquet, tmp_path):

@@ -117,7 +117,9 @@ def test_a_saved_pipeline_is_left_as_it_is(sdprune, miniature, tmp_path):
     before = {path: path.stat().st_mtime_ns for path in directory.rglob("*")}
     told = sdprune(*fit("prune", tmp_path))
     assert told.code == 0
-    assert f"Already there: {directory}" in told.out
+    assert re.search(
+        rf"This was finished already, \d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d.*: {directory}$", told.out, re.MULTILINE
+    )
     assert {path: path.stat().st_mtime_ns for path in directory.rglob("*")} == before
 
 

@@ -1,7 +1,10 @@
 """What W&B receives: read back from the run file that `--wandb=offline` writes, and held against the record."""
 
 import json
+import os
 import struct
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +13,7 @@ import numpy as np
 import pytest
 import wandb
 from coco_files import write_coco
+from command_lines import fit, predict
 from PIL import Image
 from wandb.proto.wandb_internal_pb2 import Record
 
@@ -32,6 +36,27 @@ def run_records(path: Path) -> Iterator[Record]:
             record.ParseFromString(parts)
             yield record
             parts = b""
+
+
+def run_of(directory: Path) -> Any:
+    """The run itself: its id, names, project."""
+    return next(record.run for record in run_records(next(directory.glob("*.wandb"))) if record.HasField("run"))
+
+
+def summary_of(directory: Path) -> dict[str, Any]:
+    """What the table of runs shows."""
+    records = run_records(next(directory.glob("*.wandb")))
+    items = [item for record in records for item in record.summary.update]
+    return {".".join(item.nested_key) or item.key: json.loads(item.value_json) for item in items}
+
+
+def rows_of(directory: Path, name: str) -> list[dict[str, Any]]:
+    """The rows of the history that have a column."""
+    rows = []
+    for record in run_records(next(directory.glob("*.wandb"))):
+        row = {".".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item}
+        rows += [row] if name in row else []
+    return rows
 
 
 def logged(run: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -68,18 +93,20 @@ def trial(sdprune, tmp_path):
     write_coco(tmp_path / "coco")
     output = tmp_path / "runs"
 
-    def run() -> tuple[Path, Path]:
+    def run(**more: Any) -> tuple[Path, Path]:
         before = set(output.glob("wandb/offline-run-*"))
         options = {
             "config": MINI, "model.output": output, "model.store": tmp_path / "store", "model.sampling.steps": 2,
             "data.source": "CocoDirectory", "data.source.root": tmp_path / "coco", "data.calibration": "null",
             "data.n": 4, "data.batch_size": 2, "wandb": "offline",
         }  # fmt: skip
+        options |= {name.replace("__", "."): value for name, value in more.items()}
         told = sdprune("predict", *(f"--{key}={value}" for key, value in options.items()))
         assert told.code == 0, told.err
-        wandb.finish()
+        assert wandb.run is None, "the run was finished"
         wandb.teardown()  # the run file is whole only once its writer has ended
         (new,) = set(output.glob("wandb/offline-run-*")) - before
+        assert told.out.splitlines()[-1] == f"W&B        wandb sync {new.resolve()}"
         return new, output
 
     return run
@@ -103,3 +130,87 @@ def test_one_run_holds_the_pruned_and_the_dense_record(trial):
     history, _ = logged(again)
     assert {key: history.get(key) for key in wanted} == pytest.approx(wanted)
     assert history["samples.filenames"]
+
+
+def test_a_record_is_one_run_however_often_it_is_logged(trial, monkeypatch):
+    for name in ("WANDB_RUN_ID", "WANDB_NAME", "WANDB_RUN_GROUP", "WANDB_SWEEP_ID"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WANDB_PROJECT", "my-project")
+    monkeypatch.setenv("WANDB_ENTITY", "my-team")
+    directory, output = trial()
+    (dense,), (pruned,) = output.glob("dense-*"), output.glob("text_encoder-*")
+    run = run_of(directory)
+    label, _, fingerprint = pruned.name.rpartition("-")
+    assert (run.run_id, run.display_name, run.run_group) == (fingerprint, label, dense.name)
+    assert (run.project, run.entity) == ("my-project", "my-team")
+    again, _ = trial()
+    assert run_of(again).run_id == fingerprint
+
+    other, _ = trial(wandb_project="other", wandb_group="mine")
+    assert (run_of(other).project, run_of(other).run_group) == ("other", "mine")
+    monkeypatch.setenv("WANDB_RUN_ID", "of-the-agent")
+    monkeypatch.setenv("WANDB_SWEEP_ID", "sweep1")
+    trials, _ = trial()
+    assert (run_of(trials).run_id, run_of(trials).run_group) == ("of-the-agent", "sweep1")
+
+
+def test_progress_verdicts_and_the_model_arrive(trial):
+    directory, output = trial()
+    for prefix in ("dense/progress", "progress"):
+        rows = rows_of(directory, f"{prefix}/images")
+        assert [row[f"{prefix}/images"] for row in rows] == [2, 4]
+        assert 0 < rows[0][f"{prefix}/seconds"] < rows[1][f"{prefix}/seconds"]
+    (pruned,) = output.glob("text_encoder-*")
+    verdicts = json.loads((pruned / "results.json").read_text())["verdicts"]
+    summary = summary_of(directory)
+    assert verdicts
+    assert {name: summary[f"verdicts/{name}"] for name in verdicts} == {
+        name: one["verdict"] for name, one in verdicts.items()
+    }
+    assert logged(directory)[1]["model"] == "miniature"
+
+
+@pytest.mark.parametrize("verb", ["predict", "fit"])
+def test_without_login_one_line_says_so_before_anything_is_drawn(miniature, tmp_path, verb):
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+    environment |= {"HOME": str(tmp_path), "NETRC": str(tmp_path / "netrc")}
+    arguments = predict(tmp_path / "runs") if verb == "predict" else fit("prune", tmp_path / "runs")
+    command = [Path(sys.executable).parent / "sdprune", *arguments, "--wandb=online"]
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=120
+    )
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.startswith("sdprune: error: W&B cannot be used: No API key")
+    assert "--wandb=offline" in done.stderr
+    assert not list((tmp_path / "runs").rglob("*.png"))
+    assert not list((tmp_path / "runs").glob("*-*"))
+
+
+def test_the_cells_of_a_sweep_are_runs_of_one_group(sdprune, tmp_path, monkeypatch):
+    for name in ("WANDB_RUN_ID", "WANDB_RUN_GROUP", "WANDB_SWEEP_ID"):
+        monkeypatch.delenv(name, raising=False)
+    sweep = {
+        "name": "two_cells", "method": "grid", "parameters": {"model.prune.unet.sparsity": {"values": [0.1, 0.2]}},
+        "command": ["sdprune", "predict", f"--config={MINI}", "--wandb=online", "${args}"],
+    }  # fmt: skip
+    (tmp_path / "sweep.yaml").write_text(json.dumps(sweep))
+    options = [word for word in predict(tmp_path / "runs", "--wandb=offline") if word.startswith("--") and "=" in word]
+    told = sdprune("sweep", tmp_path / "sweep.yaml", *options)
+    assert told.code == 0, told.out + told.err
+    wandb.teardown()
+    runs = [run_of(path) for path in (tmp_path / "runs" / "wandb").glob("offline-run-*")]
+    assert len({run.run_id for run in runs}) == 2
+    assert {run.run_group for run in runs} == {"two_cells"}
+
+
+def test_a_pruned_model_is_a_run_too(sdprune, tmp_path, monkeypatch):
+    monkeypatch.delenv("WANDB_RUN_ID", raising=False)
+    told = sdprune(*fit("prune", tmp_path, "--wandb=offline"))
+    assert told.code == 0, told.err
+    wandb.teardown()
+    (directory,) = tmp_path.glob("wandb/offline-run-*")
+    (saved,) = tmp_path.glob("pruned-*")
+    assert saved.name == f"{run_of(directory).display_name}-{run_of(directory).run_id}"
+    report = json.loads((saved / "pruning_report.json").read_text())
+    assert logged(directory)[0]["sparsity/nominal"] == pytest.approx(report["sparsity"]["nominal"])

@@ -1,5 +1,5 @@
 """What watches a run."""
 
-from sdprune.callbacks.progress import ImageProgress
+from sdprune.callbacks.progress import CalibrationProgress, ImageProgress
 
-__all__ = ["ImageProgress"]
+__all__ = ["CalibrationProgress", "ImageProgress"]

@@ -1,17 +1,91 @@
-"""One progress bar over images; plain lines when the output is no terminal."""
+"""How far a run is: a bar in a terminal, a few plain lines elsewhere, and numbers for the loggers."""
 
 from __future__ import annotations
 
 import time
+from datetime import timedelta
 from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn
+from rich.text import Text
+
+from sdprune.modules import CalibrationState, FrozenModule
+
+_SILENCE = 60.0  # seconds; after so long a line is printed whatever was done
 
 
-class ImageProgress(Callback):
-    """Counts the images of this process's batches, times the number of processes.
+class _Left(ProgressColumn):
+    """The time that is left. Rich's own column forgets what is older than 30 s, and a batch may take minutes."""
+
+    def __init__(self, meter: Meter) -> None:
+        super().__init__()
+        self.meter = meter
+
+    def render(self, task: Task) -> Text:
+        """As hours, minutes and seconds."""
+        end = self.meter.end
+        return Text("" if end is None else f"{timedelta(seconds=max(0, int(end - time.monotonic())))} left")
+
+
+class Meter:
+    """Shows how many images of how many are done.
+
+    Args:
+        title: of what.
+        total: number of images.
+        lines: how many lines are printed where no bar can be drawn.
+    """
+
+    def __init__(self, title: str, total: int, lines: int) -> None:
+        self.title, self.total, self.lines = title, total, lines
+        self.started = self.spoke = time.monotonic()
+        self.first, self.shares = 0.0, 0
+        """What was done when the clock started; how many of `lines` are behind us."""
+        self.end: float | None = None
+        """When all will be done, by the clock of `time.monotonic`."""
+        self.bar: Progress | None = None
+        console = Console()
+        if console.is_terminal:
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+            self.bar = Progress(*columns, _Left(self), console=console)
+            self.task = self.bar.add_task(title, total=total)
+            self.bar.start()
+
+    @property
+    def seconds(self) -> float:
+        """Since the start."""
+        return time.monotonic() - self.started
+
+    def begin(self, done: float) -> None:
+        """So many images were done before the clock started."""
+        self.first, self.shares = done, int(done * self.lines / self.total)
+
+    def update(self, done: float) -> None:
+        """So many images are done."""
+        now, left = time.monotonic(), 0.0
+        if self.first < done < self.total:
+            left = self.seconds * (self.total - done) / (done - self.first)
+            self.end = now + left
+        if self.bar is not None:
+            self.bar.update(self.task, completed=int(done), total=self.total, description=self.title)
+            return
+        shares = int(done * self.lines / self.total)
+        if shares > self.shares or now - self.spoke > _SILENCE:
+            self.shares, self.spoke = shares, now
+            about = f", about {left:.0f} s left" if left else ""
+            print(f"{self.title}: {int(done)} of {self.total} images, {self.seconds:.0f} s{about}", flush=True)
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+        if self.bar is not None:
+            self.bar.stop()
+            self.bar = None
+
+
+class MeterCallback(Callback):
+    """Has a meter on the first process while something is going on.
 
     Args:
         lines: how many lines are printed where no bar can be drawn.
@@ -19,42 +93,72 @@ class ImageProgress(Callback):
 
     def __init__(self, lines: int = 5) -> None:
         self.lines = lines
-        self.bar: Progress | None = None
+        self.meter: Meter | None = None
 
-    def on_predict_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Show the name of the run and an empty bar."""
-        self.shown = trainer.is_global_zero and not pl_module.finished
-        if not self.shown:
-            return
-        self.total, self.done, self.started, self.printed = len(pl_module.data.examples), 0, time.monotonic(), 0
-        self.title = pl_module.record.directory.name.rsplit("-", 1)[0]
-        console = Console()
-        if console.is_terminal:
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-            self.bar = Progress(*columns, console=console)
-            self.task = self.bar.add_task(self.title, total=self.total)
-            self.bar.start()
+    def close(self) -> None:
+        """Remove the bar."""
+        if self.meter is not None:
+            self.meter.close()
+            self.meter = None
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave the terminal as it was."""
+        self.close()
+
+    def tell_loggers(self, trainer: Trainer, name: str, done: float) -> None:
+        """Tell the loggers how many images are done, and in how many seconds."""
+        assert self.meter is not None
+        for logger in trainer.loggers:
+            logger.log_metrics({f"{name}/images": done, f"{name}/seconds": self.meter.seconds}, step=int(done))
+
+
+class ImageProgress(MeterCallback):
+    """Counts the images that are drawn: those of this process's batches, times the number of processes."""
+
+    def on_predict_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Show the name of the run and an empty bar, when calibration is over."""
+        if trainer.is_global_zero and not pl_module.finished:
+            title = pl_module.record.directory.name.rsplit("-", 1)[0]
+            self.done, self.name = 0, "progress" if pl_module.plan.wanted else "dense/progress"
+            self.meter = Meter(title, len(pl_module.data.examples), self.lines)
 
     def on_predict_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *args: Any
     ) -> None:
         """Count a batch."""
-        if not self.shown:
-            return
-        self.done = min(self.total, self.done + batch.valid * trainer.world_size)
-        if self.bar is not None:
-            self.bar.update(self.task, completed=self.done)
-        elif self.done * self.lines // self.total > self.printed:
-            self.printed = self.done * self.lines // self.total
-            seconds = time.monotonic() - self.started
-            print(f"{self.title}: {self.done} of {self.total} images, {seconds:.0f} s", flush=True)
+        if self.meter is not None:
+            self.done = min(self.meter.total, self.done + batch.valid * trainer.world_size)
+            self.meter.update(self.done)
+            self.tell_loggers(trainer, self.name, self.done)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remove the bar."""
-        if self.bar is not None:
-            self.bar.stop()
-            self.bar = None
+        self.close()
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave the terminal as it was."""
-        self.on_predict_end(trainer, pl_module)
+
+class CalibrationProgress(MeterCallback):
+    """Counts the images that calibration has been over, in `fit` and `predict` alike, every pass anew."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Let the module report."""
+        if isinstance(pl_module, FrozenModule) and trainer.is_global_zero:
+            pl_module.on_calibration = self.show
+            self.trainer = trainer
+
+    def show(self, state: CalibrationState) -> None:
+        """Show how far it is."""
+        if state.number > state.passes:
+            return self.close()
+        title = f"calibration of {state.what}" + (
+            f", pass {state.number} of {state.passes}" if state.passes > 1 else ""
+        )
+        done = (state.number - 1) * state.images + state.done
+        if self.meter is None:
+            self.meter = Meter(title, state.images * state.passes, self.lines)
+            self.meter.begin(done)
+            if self.meter.bar is None:
+                print(f"{title}: {state.images} images", flush=True)
+        self.meter.title, self.meter.total = title, state.images * state.passes
+        self.meter.update(done)
+        if state.done == int(state.done):  # a batch is over
+            self.tell_loggers(self.trainer, "calibration", done)

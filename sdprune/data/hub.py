@@ -52,7 +52,8 @@ class HubDataset(CaptionSource):
         """Read ids and captions. Files are named by row number: text ids may not be names of files."""
         rows = list(self._rows.values())
         names = [f"{row:012d}.jpg" for row in rows]
-        return caption_table(f"dataset {self.dataset}", list(self._rows), names, self._captions(rows), [""] * len(rows))
+        origin, places = f"dataset {self.dataset}", [f"row {row}" for row in rows]
+        return caption_table(origin, list(self._rows), names, self._captions(rows), [""] * len(rows), places)
 
     def image(self, row: Row) -> "Image":
         """Return the picture of a row, in RGB."""

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, Union
+from typing import TYPE_CHECKING, Any, Optional, TypeVar, Union
 
 from sdprune.errors import InputError, unknown
 from sdprune.identity import FileDigests
@@ -205,7 +205,8 @@ class TextFile(CaptionSource):
         except UnicodeDecodeError as error:
             raise InputError(f"{self.path} is not UTF-8 text ({error}). Expected one prompt a line.") from error
         names = [f"{line:012d}.jpg" for line in range(len(lines))]
-        return caption_table(str(self.path), list(range(len(lines))), names, lines, [""] * len(lines))
+        places = [f"line {number}" for number in range(1, len(lines) + 1)]
+        return caption_table(str(self.path), list(range(len(lines))), names, lines, [""] * len(lines), places)
 
     def image(self, row: Row) -> "Image":
         """Raise: there are no pictures in a text file."""
@@ -271,8 +272,23 @@ def _is_text(value: object) -> bool:
         return False
 
 
-def caption_table(origin: str, ids: list[Any], names: list[str], captions: list[Any], paths: list[str]) -> "Dataset":
+def caption_table(
+    origin: str,
+    ids: list[Any],
+    names: list[str],
+    captions: list[Any],
+    paths: list[str],
+    places: Optional[list[str]] = None,
+) -> "Dataset":
     """Return the table of `CaptionSource.load`.
+
+    Args:
+        origin: What messages call the source.
+        ids: One an image.
+        names: File names.
+        captions: Texts.
+        paths: Where pictures are, or "".
+        places: What messages call each row, as in `line 3`; by default its file name.
 
     Raises:
         InputError: It is empty, has ids of several types, an empty caption, or images whose drawn pictures would be
@@ -288,12 +304,13 @@ def caption_table(origin: str, ids: list[Any], names: list[str], captions: list[
     wrong = [value for value in ids if not (value in _INT64 if isinstance(value, int) else _is_text(value))]
     if wrong:
         raise InputError(f"{origin} has ids that are no text and no 64-bit numbers: {shown(map(ascii, wrong))}.")
-    broken = [name for name, text in zip(names, captions, strict=True) if isinstance(text, str) and not _is_text(text)]
+    rows = list(zip(places or names, captions, strict=True))
+    broken = [place for place, text in rows if isinstance(text, str) and not _is_text(text)]
     if broken:
         raise InputError(f"{origin} has captions that are not valid Unicode for {shown(broken)}. Write them anew.")
-    empty = [name for name, text in zip(names, captions, strict=True) if not isinstance(text, str) or not text.strip()]
+    empty = [place for place, text in rows if not isinstance(text, str) or not text.strip()]
     if empty:
-        raise InputError(f"{origin} has empty captions for {shown(empty)}. Give each a text or remove the image.")
+        raise InputError(f"{origin} has empty captions for {shown(empty)}. Give each a text or remove it.")
     _check_drawn_names(origin, names)
     return Dataset.from_dict({"id": ids, "file_name": names, "caption": captions, "path": paths})
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +13,7 @@ from torch import nn
 
 from sdprune.errors import InputError
 from sdprune.locks import Claim
+from sdprune.modules.calibration_state import CalibrationState
 from sdprune.modules.needs import Need
 from sdprune.pipelines import PipelineFamily
 from sdprune.store import StatisticsStore
@@ -30,6 +31,8 @@ class FrozenModule(LightningModule, ABC):
         super().__init__()
         self._pipeline = [pipeline]
         self.automatic_optimization = False
+        self.on_calibration: Callable[[CalibrationState], None] = lambda state: None
+        """Is called as calibration goes on."""
         self.anchor = nn.Parameter(torch.zeros(()))  # `fit` under DDP wants something to train
 
     @property
@@ -51,6 +54,10 @@ class FrozenModule(LightningModule, ABC):
     def precision_name(self) -> str:
         """The trainer's precision, e.g. `16-true`: it decides the weights' dtype."""
         return str(self.trainer.precision)
+
+    def directory(self, data: CocoDataModule, dtype: str) -> Path | None:
+        """Where the result goes, `<label>-<fingerprint>`, if it has a directory of its own."""
+        return None
 
     def claim(self, output: str | Path, name: str) -> Claim:
         """The right to make something below `output` that other runs may want too."""

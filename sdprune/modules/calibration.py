@@ -75,6 +75,7 @@ class CalibrationModule(FrozenModule):
         self.claims = self.claim_statistics(self.store, self.needs)
         self.there = [need.facts in self.store for need in self.needs]
         self.calibrator = Calibrator(self.pipeline, self.needs, self.sampling, self.seed, self.calibration, self.store)
+        self.calibrator.watch.start(self.on_calibration, self.data.calibration_n, self.data.calibration_batch_size)
         self.train_for_as_many_passes_as_it_takes()
 
     def _needs(self, data: CocoDataModule, dtype: str) -> list[Need]:

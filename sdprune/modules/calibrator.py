@@ -11,14 +11,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sdprune.data import Batch
+from sdprune.modules.calibration_state import CalibrationWatch
 from sdprune.modules.needs import Calibration, Need, is_text
 from sdprune.pipelines import PipelineFamily, Sampling
 from sdprune.pruning import (
     Gathering,
     Listener,
+    Statistic,
     Sums,
     Target,
     Totals,
+    count_passes,
     find_targets,
     order_of_calls,
     statistic,
@@ -158,6 +161,9 @@ class Calibrator:
                 groups.append([])
             groups[-1].append(need)
         self._jobs: dict[str, Job] = {}
+        self._orders: dict[str, list[str]] = {}
+        self.watch = CalibrationWatch(lambda: min(job.batches for job in self._jobs.values()) if self._jobs else 0)
+        self._over = 0  # passes of this run that are behind us
         self._start_jobs()
 
     @property
@@ -167,14 +173,19 @@ class Calibrator:
 
     def step(self, batch: Batch) -> None:
         """One batch of prompts in every component's pass."""
+        if self.done:
+            return
+        self.watch.begin_batch(batch.valid * _processes(), sum(map(self._steps_of, self._jobs)))
         for component, job in self._jobs.items():
             job.step(batch, lambda number, c=component, j=job: self._visit(c, j.gathering, number, batch))  # type: ignore[misc]
+        self.watch.end_batch()
 
     def end_pass(self, strategy: Strategy) -> None:
         """All batches are through."""
         for job in self._jobs.values():
             job.end_pass(strategy)
         self._jobs = {component: job for component, job in self._jobs.items() if not job.done}
+        self._over += 1
         self._start_jobs()
 
     def run(self, batches: Callable[[], Iterable[Batch]], strategy: Strategy) -> None:
@@ -194,6 +205,31 @@ class Calibrator:
                 elif _rank() == 0:
                     for need in needs:  # interrupted after the last pass
                         self.store.finish(need.facts)
+        jobs = self._jobs.items()
+        what = ", ".join(f"{name} ({', '.join(need.statistic for need in job.needs)})" for name, job in jobs)
+        self.watch.begin_pass(what, self._passes_left() if jobs else 0, self._over)
+
+    def _passes_left(self) -> int:
+        """Number of passes to come, the current one included: components are gathered together, or, where they are
+        pruned in sequential order, one after another."""
+        together, apart = dict.fromkeys(self._queues, 0), 0
+        left = [
+            (one, job.gathering.plan is None, len(job.gathering.passes) - job.number) for one, job in self._jobs.items()
+        ]
+        for component, groups in self._queues.items():
+            for needs in groups:
+                targets, limit = self._targets(needs[0]), int(self.calibration.hessian_gib * 2**30)
+                order = self._order(component, targets) if needs[0].spec else None
+                left.append((component, order is None, count_passes(targets, self._statistics(needs), order, limit)))
+        for component, dense, passes in left:
+            if dense:
+                together[component] += passes
+            else:
+                apart += passes
+        return max(together.values(), default=0) + apart
+
+    def _steps_of(self, component: str) -> int:
+        return 1 if is_text(component) else self.sampling.steps
 
     def _may_start(self, component: str, needs: Sequence[Need]) -> bool:
         """Whoever prunes its component runs alone: the others' statistics are those of a dense pipeline."""
@@ -202,13 +238,11 @@ class Calibrator:
         return component not in self._jobs and not any(job.gathering.plan for job in self._jobs.values())
 
     def _gathering(self, component: str, needs: Sequence[Need]) -> Gathering:
-        module, spec = self.pipeline.components[component], needs[0].spec
-        steps = 1 if is_text(component) else self.sampling.steps
-        targets = targets_of(module, spec) if spec else find_targets(module, needs[0].layers)
+        targets, spec = self._targets(needs[0]), needs[0].spec
         return Gathering(
-            module,
+            self.pipeline.components[component],
             targets,
-            [statistic(need.statistic, steps, need.timesteps) for need in needs],
+            self._statistics(needs),
             spec,
             self._order(component, targets) if spec else (),
             {need.statistic: self.store.load(need.facts) for need in needs[0].allocation},
@@ -218,6 +252,8 @@ class Calibrator:
 
     def _order(self, component: str, targets: Sequence[Target]) -> list[str]:
         """In which order the layers run; the prompt is always the same, and so is what all processes find."""
+        if component in self._orders:
+            return self._orders[component]
         prompts = ["a picture"]
 
         def run() -> None:
@@ -227,7 +263,15 @@ class Calibrator:
                 self.pipeline.generate(prompts, [0], self.sampling, decode=False)
 
         with torch.inference_mode(False):
-            return order_of_calls(self.pipeline.components[component], targets, run)
+            self._orders[component] = order_of_calls(self.pipeline.components[component], targets, run)
+        return self._orders[component]
+
+    def _targets(self, need: Need) -> list[Target]:
+        module = self.pipeline.components[need.component]
+        return targets_of(module, need.spec) if need.spec else find_targets(module, need.layers)
+
+    def _statistics(self, needs: Sequence[Need]) -> list[Statistic]:
+        return [statistic(need.statistic, self._steps_of(need.component), need.timesteps) for need in needs]
 
     def _visit(self, component: str, gathering: Gathering, number: int, batch: Batch) -> dict[str, Sums]:
         text = is_text(component)
@@ -239,7 +283,9 @@ class Calibrator:
 
         # Outside of inference mode tensors tell when they were changed, so that layers with one input can share sums.
         with torch.inference_mode(False), torch.no_grad():
-            return gathering.visit(number, batch.index, self._encode(batch) if text else self._draw(batch), set_up)
+            sums = gathering.visit(number, batch.index, self._encode(batch) if text else self._draw(batch), set_up)
+        self.watch.step()  # the last one, or a text encoder's only one
+        return sums
 
     def _encode(self, batch: Batch) -> Callable[[Sequence[Listener]], None]:
         return lambda _: self.pipeline.encode(batch.prompts)
@@ -251,6 +297,8 @@ class Calibrator:
             def at(step: int) -> None:
                 for listener in listeners:
                     listener.step = step
+                if step:
+                    self.watch.step()
 
             self.pipeline.generate(batch.prompts, seeds, self.sampling, decode=False, before_step=at)
 
@@ -259,6 +307,10 @@ class Calibrator:
 
 def _rank() -> int:
     return dist.get_rank() if _distributed() else 0
+
+
+def _processes() -> int:
+    return dist.get_world_size() if _distributed() else 1
 
 
 def _distributed() -> bool:

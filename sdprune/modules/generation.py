@@ -29,12 +29,14 @@ from sdprune.pruning import Budget, PruneReport, PruneSpec
 from sdprune.record import (
     Picture,
     Record,
+    clock,
     image_seed,
     label,
     read_png,
     save_png,
     versions,
 )
+from sdprune.tracking import summarize
 
 if TYPE_CHECKING:
     from sdprune.data import CocoDataModule
@@ -128,6 +130,10 @@ class GenerationModule(FrozenModule):
         self.record = Record(self.output, label(self.plan.specs), facts)
         return self.record
 
+    def directory(self, data: CocoDataModule, dtype: str) -> Path:
+        """The record's; needs `prepare_record`."""
+        return self.record.directory
+
     def record_infeasible(self, reason: str) -> Record:
         """A record that says why the budget cannot be met; nothing is drawn."""
         budget = {} if self.plan.budget is None else self.plan.budget.describe()
@@ -137,7 +143,8 @@ class GenerationModule(FrozenModule):
         self.record = Record(self.output, name, facts)
         if not self.record.finished:
             self.record.start()
-            self.record.finish({"label": self.record.directory.name, "n": 0, "infeasible": reason, "budget": budget})
+            told = {"label": self.record.directory.name, "n": 0, "infeasible": reason, "budget": budget}
+            self.record.finish({**told, "speed": {"finished": clock(time.time())}})
         return self.record
 
     def check(self, data: CocoDataModule, dtype: str) -> None:
@@ -199,6 +206,7 @@ class GenerationModule(FrozenModule):
             return
         calibrator = self.plan.calibrator(data, precision)  # of what is missing now
         if not calibrator.done:
+            calibrator.watch.start(self.on_calibration, data.calibration_n, data.calibration_batch_size)
             batches = partial(data.calibration_loader, self.global_rank, self.trainer.world_size)
             calibrator.run(batches, self.trainer.strategy)
         for claim in claims:
@@ -293,6 +301,7 @@ class GenerationModule(FrozenModule):
             "protocols": self._protocols(),
             "speed": {
                 "seconds": seconds,
+                "finished": clock(time.time()),
                 **{f"{name}_seconds": value for name, value in self.seconds.items()},
                 "generated": generated,
                 "images_per_second": generated / busy if generated else 0.0,
@@ -360,7 +369,8 @@ class GenerationModule(FrozenModule):
         Read from the records, so that a run says the same whether it drew its images or found them finished.
         """
         numbers = _numbers(self.record.results)
-        facts = {"record": self.record.facts, "directory": self.record.directory.name}
+        facts = {"record": self.record.facts, "directory": self.record.directory.name, "model": self.pipeline.name}
+        verdicts = {f"verdicts/{name}": one["verdict"] for name, one in self.record.results.get("verdicts", {}).items()}
         if self.baseline is not None:
             numbers |= {f"dense/{key}": value for key, value in _numbers(self.baseline.results).items()}
             facts["dense_directory"] = self.baseline.directory.name
@@ -368,6 +378,7 @@ class GenerationModule(FrozenModule):
         for logger in self.trainer.loggers:
             logger.log_hyperparams(facts)
             logger.log_metrics(numbers, step=0)
+            summarize(logger, verdicts)
             if hasattr(logger, "log_image") and picture.exists():
                 logger.log_image("samples", [str(picture)], step=0)
             logger.save()

@@ -20,7 +20,7 @@ from sdprune.modules.needs import Calibration, Need, Needs, is_text
 from sdprune.pipelines import PipelineFamily, Sampling
 from sdprune.pruning import Budget, InfeasibleError, PruneReport, PruneSpec, Size, account, apply, targets_of, wholes
 from sdprune.pruning.spec import AGREEMENT
-from sdprune.record import label, read_json, require_writable, write_json
+from sdprune.record import clock, label, read_json, require_writable, write_json
 from sdprune.store import StatisticsStore
 
 if TYPE_CHECKING:
@@ -245,6 +245,7 @@ class PruningModule(FrozenModule):
         self.load()
         self.claims = self.claim_statistics(self.plan.store, needs)
         self.calibrator = self.plan.calibrator(self.data, self.precision_name)
+        self.calibrator.watch.start(self.on_calibration, self.data.calibration_n, self.data.calibration_batch_size)
         self.train_for_as_many_passes_as_it_takes()
 
     def training_step(self, batch: Batch) -> None:
@@ -269,7 +270,8 @@ class PruningModule(FrozenModule):
         """Write pipeline, card and report, as a whole or not at all; a finished directory is left as it is."""
         facts = self.facts(self.data, self.precision_name)
         if self._finished(directory, facts):
-            return self.tell(f"Already there: {directory}")
+            written = (directory / "pruning_report.json").stat().st_mtime
+            return self.tell(f"This was finished already, {clock(written)}: {directory}")
         sparsity = self.plan.account(reports)
         part = directory.absolute().with_name(f".{directory.absolute().name}.part")
         shutil.rmtree(part, ignore_errors=True)  # what a killed attempt left
@@ -287,6 +289,7 @@ class PruningModule(FrozenModule):
             shutil.rmtree(directory, ignore_errors=True)
         os.replace(part, directory)
         for logger in self.trainer.loggers:
+            logger.log_hyperparams({"model": self.pipeline.name, "prune": self.plan.describe()})
             logger.log_metrics(flat({"sparsity": sparsity}), step=0)
         self.tell(sparsity_table(sparsity))
         scored = f", with the scores of {', '.join(one.name for one in measured)}" if measured else ""

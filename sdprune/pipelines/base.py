@@ -150,6 +150,11 @@ class PipelineFamily(ABC):
         """For model cards: the model as it was named, and where its files and its own card lie, if on this machine."""
         return "", None
 
+    @property
+    def name(self) -> str:
+        """What people call the model; decides no fingerprint."""
+        return type(self).__name__
+
     def require(self, names: Sequence[str]) -> None:
         """Raise InputError for a name that is no prunable component."""
         from sdprune.errors import unknown

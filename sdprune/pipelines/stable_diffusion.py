@@ -238,6 +238,11 @@ class StableDiffusion(PipelineFamily):
         self._pipe.scheduler = self._scheduler  # not the one that images were drawn with
         save_portable(self._pipe, directory)
 
+    @property
+    def name(self) -> str:
+        """The hub id, or the name of the directory."""
+        return Path(self.model).name if Path(self.model).is_dir() else self.model
+
     def describe(self) -> dict[str, Any]:
         """See PipelineFamily."""
         path = self.files.path

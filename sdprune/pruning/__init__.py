@@ -11,9 +11,19 @@ from sdprune.pruning.criteria.magnitude import Magnitude
 from sdprune.pruning.criteria.wanda import Wanda
 from sdprune.pruning.engine import LayerReport, PruneReport, apply, masks, targets_of
 from sdprune.pruning.execution import order_of_calls
-from sdprune.pruning.gathering import Gathering, gather, statistic
+from sdprune.pruning.gathering import Gathering, count_passes, gather, statistic
 from sdprune.pruning.spec import PruneSpec, subclasses
-from sdprune.pruning.statistics import STATISTICS, Hessian, InputNorm, Listener, Sums, Timesteps, Totals, weigh
+from sdprune.pruning.statistics import (
+    STATISTICS,
+    Hessian,
+    InputNorm,
+    Listener,
+    Statistic,
+    Sums,
+    Timesteps,
+    Totals,
+    weigh,
+)
 from sdprune.pruning.targets import Target, find_targets, module_block
 
 __all__ = [
@@ -33,6 +43,7 @@ __all__ = [
     "Ranking",
     "Reconstruction",
     "Size",
+    "Statistic",
     "Sums",
     "Target",
     "Timesteps",
@@ -41,6 +52,7 @@ __all__ = [
     "Wanda",
     "account",
     "apply",
+    "count_passes",
     "find_targets",
     "gather",
     "masks",

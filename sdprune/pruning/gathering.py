@@ -146,6 +146,17 @@ class Gathering:
             self.replay.outputs = {}
 
 
+def count_passes(
+    targets: Sequence[Target],
+    statistics: Sequence[Statistic],
+    order: Optional[Sequence[str]] = None,
+    hessian_bytes: int = HESSIAN_BYTES,
+) -> int:
+    """How many passes a gathering takes, known before it can begin; in sequential order by the order of the layers."""
+    parts = [targets] if order is None else stages(targets, order)
+    return sum(len(_passes(part, statistics, hessian_bytes)) for part in parts)
+
+
 def gather(
     component: nn.Module,
     inputs: Iterable[Any],

@@ -202,11 +202,15 @@ class PruneSpec:
 
 
 def subclasses(base: type) -> dict[str, type]:
-    """All concrete subclasses known by now, by name."""
+    """All concrete subclasses known by now, by name; a name of this package means its own class."""
     found: dict[str, type] = {}
     cls: type
     for cls in base.__subclasses__():
-        found |= subclasses(cls) if inspect.isabstract(cls) else {cls.__name__: cls, **subclasses(cls)}
+        known = subclasses(cls) if inspect.isabstract(cls) else {cls.__name__: cls, **subclasses(cls)}
+        found |= {
+            name: one for name, one in known.items()
+            if name not in found or not found[name].__module__.startswith("sdprune.")
+        }  # fmt: skip
     return found
 
 

@@ -78,7 +78,7 @@ def run(arguments: Sequence[str], tell: Callable[[str], None] = print) -> int:
 
 def _todo(files: Iterable[Path], options: Sequence[str]) -> list[Cell]:
     return [
-        Cell(file, number, _name(cell, options), [*command(file, cell), *options])
+        Cell(file, number, _name(cell, options), [*command(file, cell), *_group(file, options), *options])
         for file in files
         for number, cell in enumerate(cells(file), 1)
     ]
@@ -120,6 +120,12 @@ def _run(todo: Sequence[Cell], runner: Runner, tell: Callable[[str], None]) -> i
     again = f", {failed} failed: run the same command again" if failed else ""
     tell(f"{len(todo) - failed} of {len(todo)} cells done{again}")
     return 1 if failed else 0
+
+
+def _group(path: Path, options: Sequence[str]) -> list[str]:
+    """The cells of a file are a group in W&B, where they are logged there."""
+    wanted = any(word.startswith("--wandb") for word in options)
+    return [f"--wandb_group={read(path).get('name', path.stem)}"] if wanted else []
 
 
 def _jobs(given: Sequence[str]) -> int:

@@ -30,7 +30,7 @@ class Worker:
     def __init__(self, threads: int | None = None) -> None:
         environment = os.environ if threads is None else os.environ | {"OMP_NUM_THREADS": str(threads)}
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "sdprune.study.worker"], env=environment, text=True,
+            [sys.executable, "-P", "-m", "sdprune.study.worker"], env=environment, text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
         )  # fmt: skip
 
@@ -92,7 +92,7 @@ def run_process(words: Sequence[str]) -> dict[str, Any]:
     Raises:
         FailedError: with one line on what went wrong.
     """
-    done = subprocess.run([sys.executable, "-m", "sdprune.cli", *words], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-P", "-m", "sdprune.cli", *words], capture_output=True, text=True)
     if done.returncode != 0:
         lines = (done.stderr.strip() or done.stdout.strip() or f"exit code {done.returncode}").splitlines()
         raise FailedError(lines[-1].removeprefix("sdprune: ").removeprefix("error: ").removeprefix("failed: "))

@@ -1,0 +1,82 @@
+"""W&B: one run for each record, however often it is resumed or logged."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import Logger, WandbLogger
+
+from sdprune.errors import InputError
+
+_started: list[Any] = []
+"""The W&B runs that were started here, which are ours to finish."""
+
+
+def wandb_logger(
+    output: Path, offline: bool, project: str | None, group: str | None, directory: Path | None
+) -> WandbLogger:
+    """A logger that continues the W&B run of a record, if there is one.
+
+    It respects WANDB_PROJECT, WANDB_ENTITY, WANDB_NAME, WANDB_RUN_GROUP, and WANDB_RUN_ID, which a sweep's agent sets.
+
+    Args:
+        output: where W&B keeps its files.
+        offline: without a server.
+        project: of W&B.
+        group: of runs.
+        directory: the record's, `<label>-<fingerprint>`; it gives the run its name and id.
+    """
+    environment = os.environ
+    environment.setdefault("WANDB_INIT_TIMEOUT", "30")  # seconds that a server is waited for
+    label, _, fingerprint = (directory.name if directory else "").rpartition("-")
+    output.mkdir(parents=True, exist_ok=True)
+    logger = WandbLogger(
+        project=project or environment.get("WANDB_PROJECT") or "sdprune",
+        save_dir=output,
+        offline=offline,
+        name=None if environment.get("WANDB_NAME") else label or None,
+        id=None if environment.get("WANDB_RUN_ID") else fingerprint or None,
+        group=environment.get("WANDB_RUN_GROUP") or environment.get("WANDB_SWEEP_ID") or group,
+    )
+    logger._wandb_init.pop("anonymous", None)  # wandb warns of it, and only Lightning gives it
+    return logger
+
+
+def connect(loggers: Iterable[Logger]) -> None:
+    """Start the run of every W&B logger, so that what is wrong shows before anything costly starts.
+
+    Raises:
+        InputError: nobody is logged in, or the server does not answer.
+    """
+    for logger in loggers:
+        if isinstance(logger, WandbLogger):
+            import wandb
+
+            running = wandb.run
+            try:
+                run: Any = logger.experiment
+            except wandb.errors.Error as error:
+                reason = " ".join(str(error).split())[:300].rstrip(".")
+                hint = "Run `wandb login`, or use --wandb=offline and `wandb sync` later."
+                raise InputError(f"W&B cannot be used: {reason}. {hint}") from error
+            if running is None and run is wandb.run:
+                _started.append(run)
+
+
+def summarize(logger: Logger, values: Mapping[str, Any]) -> None:
+    """Put values that are no numbers into the summary of a W&B run."""
+    if isinstance(logger, WandbLogger):
+        logger.experiment.summary.update(dict(values))
+
+
+def finish_all(failed: bool) -> list[str]:
+    """End the runs that were started here; where each can be seen, or how it gets to the server."""
+    lines = []
+    while _started:
+        run = _started.pop()
+        lines.append(f"wandb sync {run.settings.sync_dir}" if run.offline else str(run.url))
+        run.finish(exit_code=int(failed))
+    return lines

@@ -1,0 +1,66 @@
+"""A user's own classes: found by dotted path in the current directory, for what a configuration names alone."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from command_lines import predict, process, the_run
+from test_cli import SHIFTED
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A working directory with a criterion in it."""
+    (tmp_path / "shifted.py").write_text(SHIFTED)
+    monkeypatch.chdir(tmp_path)
+    yield tmp_path
+    sys.modules.pop("shifted", None)
+
+
+def test_a_class_of_the_working_directory(miniature, here):
+    """By the console script, which by itself does not search the working directory."""
+    options = ["--model.prune.unet.criterion=shifted.Shifted", "--model.prune.unet.criterion.shift=0.5"]
+    done = process(predict(here / "runs", *options))
+    assert done.returncode == 0, done.stderr
+    prune = json.loads((the_run(here / "runs", "text_encoder") / "config.json").read_text())["prune"]
+    assert prune["unet"]["criterion"] == {"class": "Shifted", "options": {"shift": 0.5}}
+
+
+def test_nothing_else_is_searched_in_the_working_directory(sdprune, here):
+    """What a model directory names is code of strangers: naming a class here must not open the directory to it."""
+    before = list(sys.path)
+    options = ["--model.prune.unet.criterion=shifted.Shifted", "--print_config"]
+    told = sdprune(*predict(here / "runs", *options))
+    assert told.code == 0, told.err
+    assert "class_path: shifted.Shifted" in told.out
+    assert sys.path == before
+
+
+def test_a_class_here_does_not_take_the_name_of_one_of_the_package(miniature, here):
+    (here / "mine.py").write_text(SHIFTED.replace("class Shifted", "class Magnitude"))
+    options = ["--model.prune.unet.criterion=mine.Magnitude", "--model.prune.unet.criterion.shift=0.5"]
+    done = process(predict(here / "runs", *options, "--model.compare_dense=false"))
+    assert done.returncode == 0, done.stderr
+    prune = json.loads((the_run(here / "runs", "text_encoder") / "config.json").read_text())["prune"]
+    assert prune["unet"]["criterion"]["options"] == {"shift": 0.5}
+    assert prune["text_encoder"]["criterion"] == {"class": "Magnitude", "options": {}}
+
+
+def test_a_pattern_of_all_layers_needs_no_quotes(sdprune, tmp_path):
+    for word in ("[*]", "[*attn*, foo]", "['*', \"a *b\"]"):
+        told = sdprune(*predict(tmp_path, f"--model.prune.unet.exclude={word}", "--print_config"))
+        assert told.code == 0, told.err
+        assert ("- '*attn*'" if "attn" in word else "- '*'") in told.out
+    assert "- a *b" in told.out
+    for words in (["--model.prune.unet.exclude", "[*]"], ["--model.prune.unet={sparsity: 0.1, exclude: [*]}"]):
+        told = sdprune(*predict(tmp_path, *words, "--print_config"))
+        assert "- '*'" in told.out, told.err
+
+
+def test_options_before_their_class_say_so(sdprune, tmp_path: Path):
+    arguments = [word for word in predict(tmp_path) if "calibration" not in word]
+    told = sdprune("predict", "--data=CocoDataModule", "--data.calibration.split=train", *arguments[3:])
+    assert told.code == 2
+    assert "data.calibration has no class yet" in told.err
+    assert told.err.count("\n") == 1

@@ -37,7 +37,7 @@ def order_of_calls(component: nn.Module, targets: Sequence[Target], run: Callabl
 
     with ExitStack() as stack:
         for target in targets:
-            for one in target.calls:
+            for one in target.by_module:
                 hook = one.module.register_forward_pre_hook(partial(called, one), with_kwargs=True)
                 stack.callback(hook.remove)
         stack.callback(component.register_forward_hook(stop).remove)

@@ -72,7 +72,7 @@ def _answering(block: nn.Module, output: Any) -> Iterator[None]:
 @contextmanager
 def _stopping_after(targets: Sequence[Target]) -> Iterator[None]:
     """End the run when every layer has heard its input; nothing after that is of use."""
-    modules = [one.module for target in targets for one in target.calls]
+    modules = [one.module for target in targets for one in target.by_module]
     waiting = {id(module) for module in modules}
 
     def heard(module: nn.Module, args: Any) -> None:

@@ -216,7 +216,7 @@ class Listener:
         handles = [
             one.module.register_forward_pre_hook(partial(self._hear, one), with_kwargs=True)
             for target in self.targets.values()
-            for one in target.calls
+            for one in target.by_module
         ]
         try:
             yield self

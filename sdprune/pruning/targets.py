@@ -41,7 +41,7 @@ class Target:
         return [self.name, *(name for name, _ in self.tied)]
 
     @property
-    def calls(self) -> "list[Target]":
+    def by_module(self) -> "list[Target]":
         """The target seen from each module that uses its weight: inputs differ, and so may a convolution's stride."""
         modules = {id(module): module for module in (self.module, *(module for _, module in self.tied))}
         return [replace(self, module=module) for module in modules.values()]

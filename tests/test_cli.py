@@ -21,7 +21,7 @@ def test_version_and_help_import_nothing_heavy():
     code = """
 import sys
 from sdprune.cli import main
-for arguments in (["--version"], ["--help"], [], ["predct"]):
+for arguments in (["--version"], ["--help"], [], ["predct"], ["sweep", "--help"], ["report", "-h"], ["report"]):
     main(arguments)
 heavy = {"torch", "lightning", "jsonargparse", "diffusers", "transformers", "numpy"} & set(sys.modules)
 sys.exit(f"imported {heavy}" if heavy else 0)
@@ -30,6 +30,8 @@ sys.exit(f"imported {heavy}" if heavy else 0)
     assert done.returncode == 0, done.stderr
     assert re.match(r"sdprune \d+\.\d+", done.stdout)
     assert "predict  --config FILE" in done.stdout
+    assert "usage: sdprune sweep FILE" in done.stdout
+    assert done.stdout.count("usage: sdprune report DIR") == 2
     assert (
         done.stderr
         == "sdprune: error: Unknown verb 'predct'. Did you mean 'predict'? Choices: fit, predict, sweep, report.\n"

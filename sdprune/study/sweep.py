@@ -14,19 +14,7 @@ from typing import Any
 
 from sdprune.errors import InputError
 from sdprune.record import read_json
-
-HELP = """usage: sdprune sweep FILE [FILE ...] [--option=value ...]
-
-Run every cell of W&B sweep files (method: grid) here, without a server. Each cell is the command that `wandb agent`
-would start, without --wandb; options given here are added to all of them. A finished cell is not run again, and one
-that failed is tried again, when the same command is given again.
-
-  sdprune sweep wandb_sweeps/mini_methods_unet.yaml --data.n=64
-
-  --jobs=N   run N cells at once, each in a process of its own; 1 by default
-
-Exit code: 0 when every cell is done, else 1.
-"""
+from sdprune.study.usage import SWEEP as HELP
 
 
 def cells(path: Path) -> list[dict[str, Any]]:

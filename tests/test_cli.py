@@ -146,6 +146,12 @@ BAD_OPTIONS = {
         ["--model.metrics+=KernelInceptionDistance", "--model.metrics.subset=3"],
         ["'model.metrics.subset' of KernelInceptionDistance", "Choices: extractor, "],
     ),
+    "a number in place of a spec": (["--model.prune.unet=0.3"], ["model.prune.unet is 0.3", "--model.prune.unet.help"]),
+    "an empty value": (["--model.sampling.steps="], ["model.sampling.steps is empty"]),
+    "what a class passes on": (
+        ["--trainer.logger=WandbLogger", "--trainer.logger.grop=y"],
+        ["Unknown option 'trainer.logger.grop'", "dict_kwargs"],
+    ),
     "option beside the class": (
         ["--model.prune.unet.allocation={{class_path: OWL, lamda: 0.1}}"],
         ["model.prune.unet.allocation.lamda stands beside class_path", "init_args"],
@@ -315,6 +321,9 @@ BAD_FILES = {
     ),
     "key at the root": (("model:\n  class", "modle:\n  class"), ["modle", "Did you mean 'model"]),
     "key at the root with nothing": (("data:\n", "trainr:\ndata:\n"), ["'trainr'", "Did you mean 'trainer'"]),
+    "a spec with nothing": (("unet: {sparsity: 0.35}", "unet:"), ["model.prune.unet is empty"]),
+    "a sparsity of nothing": (("unet: {sparsity: 0.35}", "unet: {sparsity: }"), ["model.prune.unet.sparsity is empty"]),
+    "a root of nothing": (("data:\n", "other:\ndata:\n"), ["Unknown option 'other'"]),
     "pattern without quotes": (("text_encoder: {", "text_encoder: {exclude: [*], "), ["valid YAML", "['*']"]),
     "YAML": (("prune:\n", "prune: [\n"), ["{file} is no valid YAML"]),
 }

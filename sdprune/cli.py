@@ -44,6 +44,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if first not in VERBS:
             raise unknown("verb", first, VERBS)
+        if first in ("sweep", "report") and (len(arguments) == 1 or {"-h", "--help"} & set(arguments)):
+            from sdprune.study import usage
+
+            print(getattr(usage, first.upper()), end="")
+            return 0
         if first == "sweep":
             from sdprune.study import sweep
 

@@ -21,7 +21,7 @@ def test_version_and_help_import_nothing_heavy():
     code = """
 import sys
 from sdprune.cli import main
-for arguments in (["--version"], ["--help"], [], ["predct"]):
+for arguments in (["--version"], ["--help"], [], ["predct"], ["sweep", "--help"], ["report", "-h"], ["report"]):
     main(arguments)
 heavy = {"torch", "lightning", "jsonargparse", "diffusers", "transformers", "numpy"} & set(sys.modules)
 sys.exit(f"imported {heavy}" if heavy else 0)
@@ -30,6 +30,8 @@ sys.exit(f"imported {heavy}" if heavy else 0)
     assert done.returncode == 0, done.stderr
     assert re.match(r"sdprune \d+\.\d+", done.stdout)
     assert "predict  --config FILE" in done.stdout
+    assert "usage: sdprune sweep FILE" in done.stdout
+    assert done.stdout.count("usage: sdprune report DIR") == 2
     assert (
         done.stderr
         == "sdprune: error: Unknown verb 'predct'. Did you mean 'predict'? Choices: fit, predict, sweep, report.\n"
@@ -143,6 +145,12 @@ BAD_OPTIONS = {
     "option of a metric": (
         ["--model.metrics+=KernelInceptionDistance", "--model.metrics.subset=3"],
         ["'model.metrics.subset' of KernelInceptionDistance", "Choices: extractor, "],
+    ),
+    "a number in place of a spec": (["--model.prune.unet=0.3"], ["model.prune.unet is 0.3", "--model.prune.unet.help"]),
+    "an empty value": (["--model.sampling.steps="], ["model.sampling.steps is empty"]),
+    "what a class passes on": (
+        ["--trainer.logger=WandbLogger", "--trainer.logger.grop=y"],
+        ["Unknown option 'trainer.logger.grop'", "dict_kwargs"],
     ),
     "option beside the class": (
         ["--model.prune.unet.allocation={{class_path: OWL, lamda: 0.1}}"],
@@ -313,6 +321,9 @@ BAD_FILES = {
     ),
     "key at the root": (("model:\n  class", "modle:\n  class"), ["modle", "Did you mean 'model"]),
     "key at the root with nothing": (("data:\n", "trainr:\ndata:\n"), ["'trainr'", "Did you mean 'trainer'"]),
+    "a spec with nothing": (("unet: {sparsity: 0.35}", "unet:"), ["model.prune.unet is empty"]),
+    "a sparsity of nothing": (("unet: {sparsity: 0.35}", "unet: {sparsity: }"), ["model.prune.unet.sparsity is empty"]),
+    "a root of nothing": (("data:\n", "other:\ndata:\n"), ["Unknown option 'other'"]),
     "pattern without quotes": (("text_encoder: {", "text_encoder: {exclude: [*], "), ["valid YAML", "['*']"]),
     "YAML": (("prune:\n", "prune: [\n"), ["{file} is no valid YAML"]),
 }

@@ -4,8 +4,10 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from command_lines import predict, process, the_run
+from PIL import Image
 from test_cli import SHIFTED
 
 
@@ -25,6 +27,52 @@ def test_a_class_of_the_working_directory(miniature, here):
     assert done.returncode == 0, done.stderr
     prune = json.loads((the_run(here / "runs", "text_encoder") / "config.json").read_text())["prune"]
     assert prune["unet"]["criterion"] == {"class": "Shifted", "options": {"shift": 0.5}}
+
+
+BRIGHTNESS = """
+import torch
+from sdprune.metrics import PerImageMetric
+
+
+class Brightness(PerImageMetric):
+    higher_is_better = True
+    columns = ("brightness",)
+
+    def __init__(self, name: str = "brightness"):
+        super().__init__()
+        self.name = name
+
+    def prepare(self, device):
+        self.to(device)
+
+    def update(self, images, prompts, positions, features=None, dense=None):
+        self.append(positions, brightness=images.float().mean((1, 2, 3)) / 255)
+
+    def compute(self):
+        return {self.name: float(self.rows()["brightness"].mean())}
+
+    def compare(self, dense_rows):
+        own, dense = self._paired(dense_rows)
+        return {f"{self.name}_diff": float((own["brightness"] - dense["brightness"]).mean())}
+
+    def describe(self):
+        return {"class": "Brightness"}
+"""
+
+
+def test_a_metric_of_the_working_directory(sdprune, here):
+    (here / "brightness.py").write_text(BRIGHTNESS)
+    told = sdprune(*predict(here / "runs", "--model.metrics=[{class_path: brightness.Brightness}]"))
+    sys.modules.pop("brightness", None)
+    assert told.code == 0, told.err
+    means = {}
+    for name in ("dense", "text_encoder"):
+        run = the_run(here / "runs", name)
+        pictures = [np.asarray(Image.open(path).convert("RGB")) for path in (run / "images").iterdir()]
+        means[name] = np.mean([picture.mean() / 255 for picture in pictures])
+        results = json.loads((run / "results.json").read_text())
+        assert results["metrics"]["brightness"] == pytest.approx(means[name], abs=1e-6)
+    assert results["comparison"]["brightness_diff"] == pytest.approx(means["text_encoder"] - means["dense"], abs=1e-6)
 
 
 def test_nothing_else_is_searched_in_the_working_directory(sdprune, here):

@@ -16,17 +16,7 @@ from sdprune.study.group import Study
 from sdprune.study.markdown import escape
 from sdprune.study.reading import Found, read
 from sdprune.study.tables import Reference, published, tables
-
-HELP = """usage: sdprune report DIR [DIR ...] [--out=DIR] [--reference=FILE]
-
-Make the study's tables and figures from the runs below these directories: report.html (one page with everything in it),
-report.md, figures/ and tables/*.csv. Runs of unlike prompts, noise, sampling or protocol are reported apart.
-Damaged and unfinished runs are left out, and named.
-
-  --out=DIR          where to; <first DIR>/report by default
-  --reference=FILE   results of others to stand beside, a CSV with text_method, unet_method, text_sparsity,
-                     unet_sparsity, fid and clip_score; the published ones stand beside runs of SD2 anyway
-"""
+from sdprune.study.usage import REPORT as HELP
 
 
 def run(arguments: Sequence[str]) -> int:

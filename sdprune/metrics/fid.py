@@ -62,8 +62,10 @@ class FrechetInceptionDistance(FeatureMetric):
         """FID minus the dense model's FID: `<name>_diff`, and `_low`, `_high` and `_se` over pairs of images.
 
         The interval speaks of the difference at this number of images, with the finite-sample excess that both FIDs
-        have, against these real images: it is about other prompts and noise, not about other real images. Fewer than
-        three images have no interval.
+        have, against these real images: it is about other prompts and noise, not about other real images. In
+        simulations with half to four times as many images as features it held the expected difference in 96 to 97 % of
+        the cases, where the real images changed with the prompts in 92 to 94 % (64 features,
+        tests/benchmarks/test_fid_interval.py). Fewer than three images have no interval.
         """
         own, dense, distance = self._features(), self._dense_features(dense_rows), self._to_reference()
         title = f"{self.name}_diff"

@@ -254,3 +254,27 @@ def test_the_card_names_the_base_model_and_its_licence(sdprune, miniature, tmp_p
         assert (head["base_model"], head["license"]) == ("some/model", "openrail++")
         assert "Base model: some/model." in body
         assert str(tmp_path) not in body
+
+
+@pytest.mark.parametrize(
+    ("prune", "name"),
+    [
+        ({"unet": {"sparsity": 0.35, "criterion": "Wanda", "allocation": "OWL"}}, "unet-owl-wanda-row-0.35"),
+        ({"unet": {"sparsity": 0.5, "granularity": "2:4"}}, "unet-magnitude-2_4"),
+        ({"unet": {"band": (0.1, 0.2)}}, "unet-magnitude-layer-band-0.1-0.2"),
+        ({"unet": {"sparsity": 0.3, "granularity": "row"}}, "unet-magnitude-row-0.3"),
+        (
+            {
+                "text_encoder": {"sparsity": 0.475, "criterion": "SparseGPT", "allocation": "GlobalRanking"},
+                "unet": {"sparsity": 0.35, "criterion": "SparseGPT", "allocation": "GlobalRanking"},
+            },
+            "text_encoder-globalranking-sparsegpt-0.475-unet-globalranking-sparsegpt-0.35",
+        ),
+    ],
+)
+def test_directories_are_named_after_the_whole_method(prune, name):
+    from sdprune.pruning import PruneSpec
+    from sdprune.record import label
+
+    assert label({component: PruneSpec(**choices) for component, choices in prune.items()}) == name
+    assert len(f"pruned-{name}-0123456789ab") < 100

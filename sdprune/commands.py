@@ -20,6 +20,7 @@ for _message in (  # Lightning's talk with its own developers, and advice on tra
     r"The number of training batches \(",
     r"The '\w+' does not have many workers",
     "`torch_dtype` is deprecated",
+    "The `local_dir_use_symlinks` argument is deprecated",
 ):
     warnings.filterwarnings("ignore", message=_message)
 warnings.filterwarnings("ignore", module=r"jsonargparse\b|lightning\.pytorch\.cli")

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 _PICTURES = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # not EPS: Pillow runs Ghostscript for it
 _LARGEST = 2**20  # of the numbers in a model's configuration; sizes beyond are damage that would exhaust memory
 _MOST_LAYERS = 1_000
+_DEEPEST = 64
 _UNPACKED = 2**26
 _RATIO = 100
 
@@ -70,7 +71,22 @@ def read_json(path: Path, then: str = "Restore it or give another.") -> Any:
         InputError: the file is missing, damaged, or nested too deeply.
     """
     with reading(f"{path} is damaged", then):
-        return json.loads(path.read_bytes(), parse_constant=_refuse_constant)
+        values = json.loads(path.read_bytes(), parse_constant=_refuse_constant)
+        _refuse_depth(values)
+        return values
+
+
+def _refuse_depth(values: Any) -> None:
+    """Refuse what libraries that follow a configuration by recursion cannot follow."""
+    level = [values]
+    for _ in range(_DEEPEST):
+        inner = [
+            tuple(one.values()) if isinstance(one, dict) else one for one in level if isinstance(one, (dict, list))
+        ]
+        level = [value for one in inner for value in one]
+        if not level:
+            return
+    raise ValueError(f"nested more than {_DEEPEST} levels deep")
 
 
 def _refuse_constant(name: str) -> float:

@@ -459,7 +459,7 @@ def test_n_of_m_sets_the_sparsity_by_itself(granularity, given):
     spec = PruneSpec(sparsity=sparsity, granularity=granularity)
     assert (spec.sparsity, spec.nominal, spec.dense) == (n / m, n / m, False)
     assert spec.describe() == PruneSpec(n / m, granularity=granularity).describe()
-    assert label({"unet": spec}) == f"unet-magnitude-{n / m:g}"
+    assert label({"unet": spec}) == f"unet-magnitude-{n}_{m}"
     report = prune(net, spec)
     assert report.nominal == n / m
     assert report.pruned == report.zeros == 5 * 12 * n // m

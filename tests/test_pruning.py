@@ -294,7 +294,7 @@ def test_describe_tells_options_apart():
             self.power = power
 
     described = PruneSpec(criterion=Power(power=2.0)).describe()["criterion"]
-    assert described == {"class": "Power", "options": {"power": 2.0}}
+    assert (described["class"], described["options"]) == ("Power", {"power": 2.0})
 
 
 class Model:

@@ -196,7 +196,7 @@ def test_statistics_and_inputs_exclude_each_other():
         ({}, "Nothing is to be pruned: give a sparsity"),
         ({"criterion": "Wanda"}, "Nothing is to be pruned"),
         ({"sparsity": "0.5"}, "sparsity is '0.5': give a number"),
-        ({"sparsity": None}, "sparsity is None: give a number"),
+        ({"sparsity": None}, "Nothing is to be pruned: give a sparsity"),
         ({"sparsity": [0.5]}, r"sparsity is \[0\.5\]: give a number"),
         ({"sparsity": True}, "sparsity is True: give a number"),
         ({"band": ("0.1", 0.2)}, "band is '0.1': give a number"),

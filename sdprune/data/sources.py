@@ -160,10 +160,11 @@ class CocoDirectory(CaptionSource):
 
     def _path(self, row: Row) -> Path:
         path = Path(row["path"])
-        if not path.resolve().is_relative_to(self._image_directory().resolve()):
-            raise InputError(f"{row['file_name']} leaves the image directory {self.root / self.split}.")
-        if not path.is_file():
-            raise InputError(f"{row['file_name']} is missing from {self.root / self.split}.")
+        with reading(f"{row['file_name']} is damaged"):
+            if not path.resolve().is_relative_to(self._image_directory().resolve()):
+                raise InputError(f"{row['file_name']} leaves the image directory {self.root / self.split}.")
+            if not path.is_file():
+                raise InputError(f"{row['file_name']} is missing from {self.root / self.split}.")
         return path
 
     def _annotation_file(self) -> Path:

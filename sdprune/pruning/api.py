@@ -69,6 +69,6 @@ def _spec(spec: Optional[PruneSpec], options: dict[str, Any]) -> PruneSpec:
         if option not in fields:
             raise unknown("option", option, fields)
     made = PruneSpec(**options)
-    if made.dense and made.pattern is None and "sparsity" not in options:
+    if made.dense and made.pattern is None and options.get("sparsity") is None:
         raise InputError("Nothing is to be pruned: give a sparsity, as in sparsity=0.5, a band or a granularity N:M.")
     return made

@@ -325,7 +325,10 @@ BAD_FILES = {
     "key at the root": (("model:\n  class", "modle:\n  class"), ["modle", "Did you mean 'model"]),
     "key at the root with nothing": (("data:\n", "trainr:\ndata:\n"), ["'trainr'", "Did you mean 'trainer'"]),
     "a spec with nothing": (("unet: {sparsity: 0.35}", "unet:"), ["model.prune.unet is empty"]),
-    "a sparsity of nothing": (("unet: {sparsity: 0.35}", "unet: {sparsity: }"), ["model.prune.unet.sparsity is empty"]),
+    "a width of nothing": (
+        ("unet: {sparsity: 0.35}", "unet: {block_width: }"),
+        ["model.prune.unet.block_width is empty"],
+    ),
     "a root of nothing": (("data:\n", "other:\ndata:\n"), ["Unknown option 'other'"]),
     "pattern without quotes": (("text_encoder: {", "text_encoder: {exclude: [*], "), ["valid YAML", "['*']"]),
     "YAML": (("prune:\n", "prune: [\n"), ["{file} is no valid YAML"]),

@@ -105,8 +105,6 @@ def test_a_weight_that_is_a_property_is_refused():
 
 ODD = {
     "lazy": (lambda: nn.LazyLinear(4), "not initialized yet; run the module once"),
-    "no outputs": (lambda: nn.Linear(8, 0), "empty, [0, 8]"),
-    "no inputs": (lambda: nn.Linear(0, 4), "empty, [4, 0]"),
     "float8": (lambda: with_weight(torch.zeros(8, 8).to(torch.float8_e4m3fn)), "torch.float8_e4m3fn; load"),
     "int8": (lambda: with_weight(torch.zeros(8, 8, dtype=torch.int8)), "torch.int8"),
     "complex": (lambda: nn.Linear(8, 8, dtype=torch.complex64), "torch.complex64"),

@@ -23,7 +23,7 @@ def require_prunable(component: nn.Module, targets: Sequence[Target]) -> None:
         targets: the chosen layers.
 
     Raises:
-        InputError: for a weight that is computed from others, not initialized, empty, quantized, or shares memory with
+        InputError: for a weight that is computed from others, not initialized, quantized, or shares memory with
             a tensor that is not the weight of the same target.
     """
     for target in targets:
@@ -66,8 +66,6 @@ def _unusual(weight: Tensor) -> Optional[str]:
     if weight.layout != torch.strided or weight.dtype not in _DTYPES:
         kind = weight.dtype if weight.layout == torch.strided else weight.layout
         return f"its weight is {kind}; load it as float32, bfloat16 or float16"
-    if not weight.numel():
-        return f"its weight is empty, {list(weight.shape)}; give it inputs and outputs"
     place = region(weight)
     if place is not None and place.stop - place.start < weight.numel() * weight.element_size():
         return "several of its weights lie at one address, as after expand; store them one by one (clone)"

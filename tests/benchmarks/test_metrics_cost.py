@@ -116,4 +116,4 @@ def test_every_score_of_one_model():
     assert {f"{name}_diff_low" for name in intervals} <= set(found)
     if FULL and N == 10_000 and SHRINK == 1:
         assert max(peaks.values()) < 4
-        assert total < 180 * 2 / torch.get_num_threads()
+        assert cpu < 2 * 180  # three minutes on two cores; CPU time, since the machine may have other work

@@ -1,9 +1,9 @@
 """Time and memory of every score of configs/sd2/metrics.yaml and of its comparison to the dense model.
 
-    OMP_NUM_THREADS=2 SDPRUNE_BENCHMARK=1 pytest -n 0 -s tests/benchmarks/test_metrics_cost.py
+    SDPRUNE_BENCHMARK=1 pytest -n 0 -s tests/benchmarks/test_metrics_cost.py
 
-measures one model at 10,000 images with 2,048 features of Inception and 512 to 1,024 of CLIP, all of them random and
-correlated; no network runs. Otherwise every number is smaller, and what comes out is looked at.
+measures one model on two threads, at 10,000 images with 2,048 features of Inception and 512 to 1,024 of CLIP, all of
+them random and correlated; no network runs. Otherwise every number is smaller, and what comes out is looked at.
 
 SDPRUNE_IMAGES and SDPRUNE_SHRINK choose other sizes.
 """
@@ -15,6 +15,7 @@ import time
 import zlib
 from pathlib import Path
 
+import pytest
 import torch
 import yaml
 
@@ -87,7 +88,15 @@ def rows(metric, kind, d):
     return {name: columns[name] for name in metric.columns}
 
 
-def test_every_score_of_one_model():
+@pytest.fixture
+def threads(one_thread):
+    if FULL:
+        torch.set_num_threads(2)
+    yield torch.get_num_threads()
+    torch.set_num_threads(1)
+
+
+def test_every_score_of_one_model(threads):
     total, cpu, peaks, found = 0.0, 0.0, {}, {}
     for metric, d in metrics():
         if isinstance(metric, sdprune.metrics.FeatureMetric):
@@ -107,10 +116,7 @@ def test_every_score_of_one_model():
         line = ", ".join(f"{key} {value:.4f}" for key, value in scores.items() if not key.endswith(("_low", "_high")))
         print(f"\n{name}, {d} features: {seconds[0]:.1f} s, compared in {seconds[1]:.1f} s; {line}", flush=True)
         found |= scores
-    print(
-        f"{N} images: {total:.0f} s ({cpu:.0f} s of CPU) on {torch.get_num_threads()} threads, at most "
-        f"{max(peaks.values()):.1f} GiB"
-    )
+    print(f"{N} images: {total:.0f} s ({cpu:.0f} s of CPU) on {threads} threads, at most {max(peaks.values()):.1f} GiB")
     assert all(math.isfinite(value) for value in found.values())
     intervals = ("fid", "fid_study", "fid_pytorch", "kid", "cmmd", "precision", "clip_score", "pick_score")
     assert {f"{name}_diff_low" for name in intervals} <= set(found)

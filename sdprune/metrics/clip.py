@@ -174,7 +174,10 @@ def _require_fit(config: Any, tokenizer: Any, preprocessing: ClipPreprocessing) 
     made = preprocessing.crop or preprocessing.size or (size, size)
     if made != (size, size) or not all(1 <= edge <= _LONGEST_EDGE for edge in edges):
         raise ValueError(f"its preprocessing does not make pictures of {size} x {size}, which the network takes")
-    if len(preprocessing.mean) != 3 or len(preprocessing.std) != 3:
+    if any(
+        len(colours) != 3 or not torch.tensor(colours).isfinite().all()
+        for colours in (preprocessing.mean, preprocessing.std)
+    ):
         raise ValueError("its preprocessing is not for pictures of three colours")
     if max(tokenizer.get_vocab().values()) >= words or tokenizer.model_max_length < 2:
         raise ValueError(f"its tokenizer does not number tokens below {words}, which the network takes")

@@ -86,7 +86,12 @@ class ModelDirectory:
         Raises:
             InputError: it is damaged, or has numbers that no model has.
         """
-        return read_config(self.path / name / file)
+        values = read_config(self.path / name / file)
+        if self.index[name][0] == "diffusers" and not isinstance(values.get("_class_name"), str):
+            raise InputError(
+                f"{self.path / name / file} is damaged: it names no class. Restore it or give another model."
+            )
+        return values
 
     def skeleton(self, name: str) -> nn.Module:
         """A component without weights, float32 on the meta device.

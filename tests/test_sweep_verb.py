@@ -123,7 +123,7 @@ def test_the_same_fault_in_every_cell_stops_the_sweep(sdprune, tmp_path):
 
 FAULTS = {
     "model.prune.unet.sparsity": ([0.2, 1.5], "sparsity is 1.5: give a share between 0 and 1"),
-    "model.prune.unet.sparsty": ([0.2, 0.3], "Unknown option 'model.prune.unet.sparsty'. Did you mean"),
+    "model.prune.unet.sparsty": ([0.2, 0.3], "Unknown option 'model.prune.unet.sparsty' of PruneSpec. Did you mean"),
     "model.prune.unet.criterion": (["Wanda", "Wandaa"], "Did you mean 'Wanda'?"),
     "model.prune.unett.sparsity": ([0.2, 0.3], "Unknown component 'unett'. Did you mean 'unet'?"),
     "data.n": (["many", "7"], "data"),

@@ -147,7 +147,7 @@ class CocoDataModule(LightningDataModule):
         facts |= {"batch_size": self.batch_size, "reference": "file" if self.reference_file else self.reference}
         return facts | ({"reference_images": self.reference_digest} if reference else {})
 
-    @cached_property
+    @property
     def reference_digest(self) -> str:
         """SHA-256 of the real images of the reference, or of the file of statistics.
 
@@ -156,6 +156,10 @@ class CocoDataModule(LightningDataModule):
         """
         if self.reference_file is not None:
             return hashlib.sha256(_read_statistics(self.reference_file)).hexdigest()
+        return self._image_digest
+
+    @cached_property
+    def _image_digest(self) -> str:
         return self._prepared(self.source).digest(self.reference_rows)
 
     def describe_calibration(self) -> dict[str, Any]:

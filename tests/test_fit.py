@@ -91,7 +91,7 @@ def test_n_of_m_needs_no_sparsity(sdprune, miniature, tmp_path):
     told = sdprune(*fit("prune", tmp_path, "--model.prune={unet: {sparsity: null, granularity: '2:4'}}"))
     assert (told.code, told.err) == (0, "")
     directory = saved(tmp_path)
-    assert directory.name.startswith("pruned-unet-magnitude-0.5-")
+    assert directory.name.startswith("pruned-unet-magnitude-2_4-")
     before = weights(miniature / "pipeline", "unet")
     for layer in json.loads((directory / "pruning_report.json").read_text())["layers"]["unet"]:
         weight = before[f"{layer['name']}.weight"]

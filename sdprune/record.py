@@ -34,7 +34,6 @@ COMPARED = ("version", "pipeline", "dtype", "data", "seed", "sampling", "metrics
 """The facts that records which are compared have in common: all but what was pruned and how."""
 _LABEL = 79  # characters: with "pruned-" before and "-<fingerprint>" behind, 99
 _NOT_FINITE = "sdprune not finite"
-_SECTIONS = {"n", "metrics", "comparison", "verdicts", "images", "sparsity", "pruning", "speed", "protocols"}
 _PACKAGES = ("torch", "lightning", "diffusers", "transformers", "torchmetrics", "datasets", "numpy")
 
 
@@ -134,10 +133,9 @@ class Record:
         """
         path = self.directory / "results.json"
         results = read_json(path)
-        if "infeasible" not in results and (missing := _SECTIONS - set(results)):
+        if not is_whole(results):
             raise InputError(
-                f"{path} is damaged (it has no {', '.join(sorted(missing))}): delete it and run again; images that are "
-                "there are kept."
+                f"{path} is damaged (its digest is another): delete it and run again; images that are there are kept."
             )
         return results
 
@@ -225,8 +223,20 @@ class Record:
             ) from error
 
     def finish(self, results: Mapping[str, Any]) -> None:
-        """Write the results; the run is finished."""
-        write_json(self.directory / "results.json", results)
+        """Write the results with a digest of them all; the run is finished."""
+        values = {name: value for name, value in results.items() if name != "digest"}
+        write_json(self.directory / "results.json", {**values, "digest": _digest(values)})
+
+
+def is_whole(results: Mapping[str, Any]) -> bool:
+    """Whether results that were read are those that were written."""
+    return results.get("digest") == _digest({name: value for name, value in results.items() if name != "digest"})
+
+
+def _digest(values: Mapping[str, Any]) -> str:
+    """SHA-256 of JSON values, as they are after writing and reading."""
+    plain = json.loads(json.dumps(values))
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
 def require_writable(directory: Path, option: str) -> None:
@@ -293,7 +303,7 @@ def read_png(path: Path) -> Picture:
         with Image.open(io.BytesIO(content), formats=["PNG"]) as image:
             pixels, finite = np.array(image.convert("RGB")), _NOT_FINITE not in image.info
         return Picture(pixels, finite, short_digest(hashlib.sha256(content).hexdigest()))
-    except (OSError, SyntaxError, UnidentifiedImageError) as error:
+    except (OSError, SyntaxError, ValueError, UnidentifiedImageError, Image.DecompressionBombError) as error:
         raise _damaged_image(path) from error
 
 
@@ -314,7 +324,7 @@ def read_json(path: Path) -> dict[str, Any]:
         if not isinstance(values, dict):
             raise ValueError("no object")
         return values
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(
             f"{path} is damaged ({error}): delete it and run again; images that are there are kept."
         ) from error

@@ -13,7 +13,7 @@ import numpy as np
 
 from sdprune.errors import InputError
 from sdprune.identity import fingerprint
-from sdprune.record import COMPARED, read_json
+from sdprune.record import COMPARED, is_whole, read_json
 from sdprune.study.group import Study
 from sdprune.study.records import Run, component
 from sdprune.study.values import DamagedError, Value, printable
@@ -61,6 +61,8 @@ def read(directories: Iterable[str | Path]) -> Found:
             continue
         try:
             results = read_json(place / "results.json")
+            if "digest" in results and not is_whole(results):
+                raise InputError("results.json is damaged, its digest is another")
             if "infeasible" in results:
                 found.infeasible.append(_infeasible(Value(results, "results.json")))
                 continue

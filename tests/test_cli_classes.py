@@ -26,7 +26,9 @@ def test_a_class_of_the_working_directory(miniature, here):
     done = process(predict(here / "runs", *options))
     assert done.returncode == 0, done.stderr
     prune = json.loads((the_run(here / "runs", "text_encoder") / "config.json").read_text())["prune"]
-    assert prune["unet"]["criterion"] == {"class": "Shifted", "options": {"shift": 0.5}}
+    criterion = prune["unet"]["criterion"]
+    assert (criterion["class"], criterion["options"]) == ("Shifted", {"shift": 0.5})
+    assert len(criterion["code"]) == 12  # of shifted.py
 
 
 BRIGHTNESS = """

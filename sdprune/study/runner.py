@@ -74,7 +74,7 @@ class Runner:
         finally:
             self.stopped = True
             for worker in self.workers:
-                worker.process.terminate()
+                worker.process.kill()
             pool.shutdown(cancel_futures=True)
 
     def _attempt(self, words: Sequence[str]) -> Outcome:

@@ -64,8 +64,8 @@ class Worker:
         return answer["results"]
 
     def end(self) -> None:
-        """Stop it, also in the middle of a cell."""
-        self.process.terminate()
+        """Stop it, also in the middle of a cell: the trainer would hear a mere request to terminate when it is done."""
+        self.process.kill()
         self.process.communicate()
 
 

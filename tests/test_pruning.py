@@ -331,3 +331,20 @@ def test_every_granularity_is_deterministic_across_the_order_of_calls(net):
         spec = PruneSpec(0.5, granularity=granularity)
         first = {target.name: mask for target, mask in masks(targets, spec)}
         assert all(torch.equal(mask, first[target.name]) for target, mask in masks(targets, spec))
+
+
+@pytest.mark.parametrize(
+    ("score", "found"),
+    [
+        (lambda weight: weight.abs().mean(0), r"\[6\]"),
+        (lambda weight: weight.abs().T, r"\[6, 4\]"),
+        (lambda weight: None, "NoneType"),
+    ],
+)
+def test_a_users_scores_of_another_shape_are_named(score, found):
+    class Own(Magnitude):
+        def score(self, weight, statistics):
+            return score(weight)
+
+    with pytest.raises(InputError, match=rf"Own scores layer '0' with {found}: .* shape \[4, 6\]"):
+        sdprune.prune(nn.Sequential(nn.Linear(6, 4)), sparsity=0.5, criterion=Own())

@@ -232,7 +232,14 @@ class Plan:
             if name == "input_norm":
                 statistic = weigh({target.name: statistic}, self.spec.timesteps)[target.name]
             own[name] = target.by_row(statistic, rows)
-        scores = criterion.score(target.rows(rows), own)
+        weight = target.rows(rows)
+        scores = criterion.score(weight, own)
+        if not isinstance(scores, Tensor) or scores.shape != weight.shape:
+            found = list(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+            raise InputError(
+                f"{type(criterion).__name__} scores layer {target.name!r} with {found}: `score` must return one of "
+                f"the weight's shape {list(weight.shape)}, [rows, columns]."
+            )
         return scores.to(torch.promote_types(scores.dtype, dtype)) if scores.is_floating_point() else scores
 
 

@@ -148,15 +148,16 @@ class CocoDirectory(CaptionSource):
         """Return the SHA-256 of the picture files; one that has not changed since the last time is not read again."""
         rows = list(rows)
         directory = self._image_directory().resolve()
-        found = FileDigests(str(directory)).of(self._each(rows, self._path))
-        problems = [
-            f"{row['file_name']} cannot be read ({one.strerror})"
-            for row, one in zip(rows, found, strict=True)
-            if isinstance(one, OSError)
-        ]
-        if problems:
-            raise InputError(f"{len(problems)} real images cannot be used: {shown(problems, '; ')}. Restore them.")
-        return digest_of([row["id"] for row in rows], [str(one) for one in found])
+        ids = [row["id"] for row in rows]
+        digests = dict(zip(ids, FileDigests(str(directory)).of(self._each(rows, self._path)), strict=True))
+
+        def content(row: Row) -> str:
+            digest = digests[row["id"]]
+            if isinstance(digest, OSError):
+                raise InputError(f"{row['file_name']} cannot be read ({digest.strerror}).")
+            return digest
+
+        return digest_of(ids, self._each(rows, content))
 
     def _path(self, row: Row) -> Path:
         path = Path(row["path"])

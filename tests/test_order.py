@@ -16,6 +16,19 @@ from sdprune.pruning import PruneSpec
 from sdprune.record import image_seed
 
 
+class Middle(nn.Module):
+    """A block beside the lists of blocks, with a list of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(8, 8), nn.Dropout(0.5), nn.BatchNorm1d(8)])
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
 class Shuffled(nn.Module):
     """Registered as a U-Net is, in another order than it runs: conv_in, down, mid, up, conv_out."""
 
@@ -26,7 +39,7 @@ class Shuffled(nn.Module):
         self.never = nn.Linear(8, 8)
         self.down_blocks = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)])
         self.up_blocks = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)])
-        self.mid_block = nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5), nn.BatchNorm1d(8))
+        self.mid_block = Middle()
 
     def forward(self, x):
         x = self.conv_in(x).relu()
@@ -35,7 +48,7 @@ class Shuffled(nn.Module):
         return self.conv_out(x)
 
 
-ORDER = ["conv_in", "down_blocks.0", "down_blocks.1", "mid_block.0", "up_blocks.0", "up_blocks.1", "conv_out"]
+ORDER = ["conv_in", "down_blocks.0", "down_blocks.1", "mid_block.layers.0", "up_blocks.0", "up_blocks.1", "conv_out"]
 
 
 def squares(module, batches, names):
@@ -107,7 +120,7 @@ def test_what_sequential_statistics_are_gathered_on_is_what_is_pruned_in_the_end
 
 def test_gathering_leaves_the_mode_and_the_buffers_of_every_submodule_alone():
     net = Shuffled().train()
-    net.mid_block[1].eval()
+    net.mid_block.layers[1].eval()
     modes = [module.training for module in net.modules()]
     before = copy.deepcopy(net.state_dict())
     batches = [torch.randn(7, 6)]

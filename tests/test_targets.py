@@ -1,11 +1,13 @@
 """Which layers are found, and the block each belongs to."""
 
+from fnmatch import fnmatchcase
+
 import pytest
 import torch
 from torch import nn
 
 from sdprune.errors import InputError
-from sdprune.pruning import find_targets, module_block
+from sdprune.pruning import find_targets
 
 
 def names(*args, **kwargs):
@@ -80,18 +82,51 @@ def test_two_parameters_on_one_storage_are_listed_once():
     assert names(layers) == ["0"]
 
 
+def text_encoder():
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2, "vocab_size": 10}
+    return CLIPTextModel(CLIPTextConfig(num_hidden_layers=14, **sizes))
+
+
+def unet():
+    from diffusers import UNet2DConditionModel
+
+    levels = {"block_out_channels": (8, 8), "norm_num_groups": 4, "cross_attention_dim": 8, "attention_head_dim": 2}
+    down, up = ("CrossAttnDownBlock2D", "DownBlock2D"), ("UpBlock2D", "CrossAttnUpBlock2D")
+    return UNet2DConditionModel(sample_size=8, down_block_types=down, up_block_types=up, **levels)
+
+
+def transformer():
+    from diffusers import FluxTransformer2DModel
+
+    sizes = {"num_attention_heads": 2, "attention_head_dim": 16, "axes_dims_rope": (4, 6, 6), "in_channels": 8}
+    return FluxTransformer2DModel(num_layers=2, num_single_layers=2, joint_attention_dim=8, **sizes)
+
+
 @pytest.mark.parametrize(
-    ("name", "block"),
+    ("make", "name", "block", "fine"),
     [
-        ("encoder.layers.3.self_attn.q_proj", "encoder.layers.3"),
-        ("text_model.encoder.layers.13.mlp.fc1", "encoder.layers.13"),
-        ("down_blocks.0.attentions.1.transformer_blocks.0.attn1.to_q", "down_blocks.0"),
-        ("mid_block.attentions.0.proj_in", "mid_block"),
-        ("up_blocks.2.resnets.0.time_emb_proj", "up_blocks.2"),
-        ("time_embedding.linear_1", "stem"),
-        ("conv_in", "stem"),
-        ("text_projection", "stem"),
+        (text_encoder, "*encoder.layers.13.mlp.fc1", "*encoder.layers.13", "*encoder.layers.13"),
+        (
+            unet, "down_blocks.0.attentions.1.transformer_blocks.0.attn1.to_q", "down_blocks.0",
+            "down_blocks.0.attentions.1.transformer_blocks.0",
+        ),
+        (unet, "down_blocks.0.attentions.1.proj_in", "down_blocks.0", "down_blocks.0.attentions.1"),
+        (unet, "mid_block.attentions.0.proj_in", "mid_block", "mid_block.attentions.0"),
+        (unet, "mid_block.resnets.0.time_emb_proj", "mid_block", "mid_block.resnets.0"),
+        (unet, "up_blocks.1.resnets.0.time_emb_proj", "up_blocks.1", "up_blocks.1.resnets.0"),
+        (unet, "time_embedding.linear_1", "stem", "stem"),
+        (unet, "conv_in", "stem", "stem"),
+        (transformer, "transformer_blocks.1.attn.to_q", "transformer_blocks.1", "transformer_blocks.1"),
+        (transformer, "single_transformer_blocks.0.proj_mlp", *["single_transformer_blocks.0"] * 2),
+        (transformer, "context_embedder", "stem", "stem"),
+        (lambda: nn.Sequential(nn.Sequential(nn.Linear(2, 2)), nn.Linear(2, 2)), "0.0", "0.0", "0.0"),
+        (lambda: nn.Sequential(nn.Sequential(nn.Linear(2, 2)), nn.Linear(2, 2)), "1", "stem", "stem"),
     ],
-)
-def test_module_block(name, block):
-    assert module_block(name) == block
+)  # fmt: skip
+def test_blocks_are_read_off_the_structure(make, name, block, fine):
+    net = make()
+    for blocks, wanted in (("module", block), ("transformer", fine)):
+        (target,) = find_targets(net, ["Linear", "Conv2d"], include=[name], blocks=blocks)
+        assert fnmatchcase(target.block, wanted)

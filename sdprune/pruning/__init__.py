@@ -4,6 +4,7 @@ from sdprune.pruning.accounting import account, wholes
 from sdprune.pruning.allocation import Allocation
 from sdprune.pruning.allocation.uniform import Uniform
 from sdprune.pruning.api import prune
+from sdprune.pruning.blocks import block_names
 from sdprune.pruning.budget import Budget, InfeasibleError, Size
 from sdprune.pruning.criteria import Criterion
 from sdprune.pruning.criteria.base import Ranking, Reconstruction
@@ -24,7 +25,7 @@ from sdprune.pruning.statistics import (
     Totals,
     weigh,
 )
-from sdprune.pruning.targets import Target, find_targets, module_block
+from sdprune.pruning.targets import Target, find_targets
 
 __all__ = [
     "STATISTICS",
@@ -52,11 +53,11 @@ __all__ = [
     "Wanda",
     "account",
     "apply",
+    "block_names",
     "count_passes",
     "find_targets",
     "gather",
     "masks",
-    "module_block",
     "order_of_calls",
     "prune",
     "statistic",

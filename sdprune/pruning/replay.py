@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from sdprune.pruning.blocks import STEM
 from sdprune.pruning.execution import Stop
 from sdprune.pruning.statistics import Listener
 from sdprune.pruning.targets import Target
@@ -22,15 +23,14 @@ class Replay:
     """
 
     def __init__(self, component: nn.Module, stages: Sequence[Sequence[Target]]) -> None:
-        prefix = "text_model." if any(t.name.startswith("text_model.") for stage in stages for t in stage) else ""
         self.blocks: list[nn.Module] = []
         self.index: dict[str, int] = {}  # by layer, how many blocks come before
         numbers: dict[str, int] = {}
         for stage in stages:
             block = stage[0].block
-            if block != "stem" and block not in numbers:
+            if block != STEM and block not in numbers:
                 numbers[block] = len(self.blocks)
-                self.blocks.append(component.get_submodule(prefix + block))
+                self.blocks.append(component.get_submodule(block))
             self.index |= {target.name: numbers.get(block, len(self.blocks)) for target in stage}
         self.outputs: dict[int, tuple[int, Any]] = {}  # by batch: number of a block, what it gave
 

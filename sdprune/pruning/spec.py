@@ -13,10 +13,11 @@ from sdprune.errors import InputError, unknown
 from sdprune.identity import code_of
 from sdprune.pruning.allocation import Allocation
 from sdprune.pruning.allocation.uniform import Uniform
+from sdprune.pruning.blocks import Blocks
 from sdprune.pruning.criteria import Criterion
 from sdprune.pruning.criteria.base import Ranking
 from sdprune.pruning.statistics import Timesteps
-from sdprune.pruning.targets import LAYER_KINDS, Blocks
+from sdprune.pruning.targets import LAYER_KINDS
 
 GRANULARITIES = ("layer", "row", "column_block", "module_block", "component", "N:M")
 AGREEMENT = 1e-3

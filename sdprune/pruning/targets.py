@@ -1,12 +1,11 @@
 """Which weights of a component can be pruned, each as a matrix, with the block it belongs to."""
 
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
-from typing import Any, Literal, Optional, cast
+from typing import Any, Optional, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,16 +13,10 @@ from torch.nn import functional
 from torch.nn.parameter import is_lazy
 
 from sdprune.errors import InputError, unknown
+from sdprune.pruning.blocks import Blocks, block_of
 from sdprune.pruning.memory import region
 
-Blocks = Literal["module", "transformer"]
 LAYER_KINDS = ("Linear", "Conv2d", "Conv1D")
-
-# The outermost numbered part, or the one block that has no number. Older text encoders wrap theirs in `text_model`.
-_BLOCK = re.compile(r"(?:text_model\.)?(.*?(?:\bmid_block|\.\d+))(?=\.|$)")
-# One step further down in a U-Net: a transformer block, or whatever else is numbered beside it.
-_FINE_BLOCK = re.compile(r".*?\.transformer_blocks\.\d+(?=\.)|.*?\bmid_block\.\w+\.\d+(?=\.)|.*?\.\d+\.\w+\.\d+(?=\.)")
-
 
 @dataclass(frozen=True)
 class Target:
@@ -159,7 +152,7 @@ def find_targets(
         include: shell patterns on dotted module names; a layer that matches one of them is a target ...
         exclude: ... unless it matches one of these. Layers that share a weight are one target: it is included, or
             excluded, under any of their names.
-        blocks: what counts as a block, see `module_block`.
+        blocks: what counts as a block, see `block_names`.
 
     Raises:
         InputError: for an unknown kind, a pattern that matches no layer, or when no target is left.
@@ -196,18 +189,6 @@ def by_block(targets: Sequence[Target]) -> dict[str, list[Target]]:
     return blocks
 
 
-def module_block(name: str, blocks: Blocks = "module") -> str:
-    """The block a layer belongs to: `encoder.layers.3`, `down_blocks.0`, `mid_block`; outside of all blocks, `stem`.
-
-    With blocks `transformer` a U-Net's blocks are cut further, into transformer blocks, resnets and samplers:
-    `down_blocks.0.attentions.1.transformer_blocks.0`, `mid_block.resnets.0`.
-    """
-    if blocks == "transformer" and (fine := _FINE_BLOCK.match(name)):
-        return fine[0]
-    found = _BLOCK.match(name)
-    return found[1] if found else "stem"
-
-
 def layer_kind(module: nn.Module) -> Optional[str]:
     """Which of LAYER_KINDS a module is, if any."""
     if isinstance(module, nn.Linear):
@@ -233,7 +214,8 @@ def _layers(component: nn.Module, kinds: Sequence[str], blocks: Blocks) -> list[
     for name, module in component.named_modules(remove_duplicate=False):
         if layer_kind(module) in kinds and not _is_empty(module):
             layers.setdefault(_identity(module), []).append((name, module))
-    return [Target(*members[0], module_block(members[0][0], blocks), tuple(members[1:])) for members in layers.values()]
+    block = block_of(component, blocks)
+    return [Target(*members[0], block(members[0][0]), tuple(members[1:])) for members in layers.values()]
 
 
 def _is_empty(module: nn.Module) -> bool:

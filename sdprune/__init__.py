@@ -7,7 +7,8 @@ sdprune.prune(module, sparsity=0.5, criterion="Wanda", inputs=batches)
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sdprune.pruning import PruneReport, PruneSpec, gather, prune
+    from sdprune.api import gather, prune
+    from sdprune.pruning import PruneReport, PruneSpec
 
 __all__ = ["PruneReport", "PruneSpec", "gather", "prune"]
 
@@ -19,6 +20,6 @@ def __dir__() -> list[str]:
 def __getattr__(name: str) -> Any:
     if name not in __all__:  # torch takes seconds to import: `sdprune --version` does without
         raise AttributeError(f"module 'sdprune' has no attribute {name!r}")
-    from sdprune import pruning
+    from sdprune import api
 
-    return getattr(pruning, name)
+    return getattr(api, name)

@@ -79,7 +79,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _tell(f"error: {bad_input}", 2)
 
 
-def _tell(line: str, code: int) -> int:
+def _tell(text: str, code: int) -> int:
+    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)  # names and ids come from outside
     rank = os.environ.get("RANK") or os.environ.get("LOCAL_RANK", "0")
     if rank == "0":  # speaks for all
         print(f"sdprune: {line}", file=sys.stderr, flush=True)

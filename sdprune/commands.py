@@ -39,6 +39,7 @@ from sdprune.manual import manual_of, manual_of_verb  # noqa: E402
 from sdprune.mini.training import Stage  # noqa: E402
 from sdprune.modules import FrozenModule, GenerationModule  # noqa: E402
 from sdprune.options import Configuration, explain, help_wanted, quoted  # noqa: E402
+from sdprune.pruning import InfeasibleError  # noqa: E402
 from sdprune.record import Record  # noqa: E402
 from sdprune.schema import Option, bases_of, class_named  # noqa: E402
 from sdprune.summary import show  # noqa: E402
@@ -127,9 +128,7 @@ class SdpruneCLI(LightningCLI):
         """Begin to log to W&B, if that is wanted."""
         config, model = self.config[self.subcommand], self.model
         if config.wandb != "off" and not self.trainer.loggers:
-            directory = None
-            if isinstance(model, FrozenModule):
-                directory = model.directory(self.datamodule, str(self.trainer.precision))
+            directory = model.directory() if isinstance(model, FrozenModule) else None
             group = config.wandb_group or (dense.directory.name if dense else None)
             self.trainer.logger = wandb_logger(
                 Path(self._output()), config.wandb == "offline", config.wandb_project, group, directory
@@ -177,11 +176,18 @@ class SdpruneCLI(LightningCLI):
             raise InputError("fit runs PruningModule or CalibrationModule, got GenerationModule: use sdprune predict.")
         if isinstance(self.model, FrozenModule):
             self._attach()
-            self.model.check(self.datamodule, str(self.trainer.precision))
+            self.model.resolve(self.datamodule, str(self.trainer.precision))
         elif isinstance(self.model, Stage):
             self.model.keep_checkpoints(self.trainer)
         self._track()
         self._tell_of_machines()
+
+    def fit(self, model: LightningModule, **kwargs: Any) -> None:
+        """Train a stage of the miniature; calibration and pruning are inference."""
+        if isinstance(model, FrozenModule):
+            self.trainer.predict(model, datamodule=self.datamodule, return_predictions=False)
+        else:
+            self.trainer.fit(model, **kwargs)
 
     def before_predict(self) -> None:
         """Check, then make the dense record if the pruned run wants it and it is not there."""
@@ -189,16 +195,19 @@ class SdpruneCLI(LightningCLI):
         if not isinstance(model, GenerationModule):
             raise InputError(f"predict runs GenerationModule, got {type(model).__name__}: use sdprune fit.")
         self._attach()
-        if model.plan.infeasible is not None:
-            self._track(model.record_infeasible(model.plan.infeasible))
+        precision = str(self.trainer.precision)
+        try:
+            model.resolve(self.datamodule, precision)
+        except InfeasibleError as error:
+            self._track(model.record_infeasible(error.reason))
             return
         runs = [model.dense(), model] if model.wants_dense else [model]
-        precision = str(self.trainer.precision)
-        records = [run.prepare_record(self.datamodule, precision) for run in runs]
+        runs[0].resolve(self.datamodule, precision)
+        records = [run.record for run in runs]
         if model.wants_dense:
             model.baseline = records[0]
         for run in runs:
-            run.check(self.datamodule, precision)
+            run.check(self.datamodule)
         self.already = model.record.finished
         self._track(records[0])
         for record in records:

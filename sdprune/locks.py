@@ -8,53 +8,47 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock, Timeout
 
-Everyone = Callable[[Any], Any]
-"""Hands the first process's value to all processes of a run; collective."""
+from sdprune.processes import Processes
 
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 _POLL = 2.0  # seconds between two looks; the processes of a run must hear of each other before they give up
-_held: list[Claim] = []
+_held: list[RunLock] = []
 
 
-def alone(value: Any) -> Any:
-    """Everyone, in a run of one process."""
-    return value
-
-
-class Claim:
-    """The right to make something.
+class RunLock:
+    """The right to make something; of a run's processes the first one holds it for all.
 
     Args:
-        path: of the lock; equal for all that want the same thing.
-        everyone: reaches the run's other processes. Only the first one holds the lock.
-        first: whether this is the first process.
+        output: directory of what is made; the lock's file lies below it.
+        name: of what is made.
+        processes: of this run.
     """
 
-    def __init__(self, path: Path, everyone: Everyone = alone, first: bool = True) -> None:
-        self.path, self.everyone, self.first = path, everyone, first
+    def __init__(self, output: str | Path, name: str, processes: Processes | None = None) -> None:
+        self.path = Path(output) / ".locks" / f"{name}.lock"
+        self.processes = processes or Processes()
         self._lock: FileLock | None = None
 
-    def acquire(self, done: Callable[[], bool]) -> bool:
+    def acquire(self, done: Callable[[], bool] = lambda: False) -> bool:
         """Wait until it is either made by somebody or this run's to make; collective.
 
         Args:
             done: whether it has been made; asked on the first process.
 
         Returns:
-            Whether this run is to make it, and to `release` the claim afterwards.
+            Whether this run is to make it, and to `release` the lock afterwards.
         """
-        told = False
+        reported = False
         while True:
-            state = self.everyone(self._try(done) if self.first else None)
+            state = self.processes.broadcast(self._try(done) if self.processes.is_first else None)
             if state != "taken":
                 return state == "mine"
-            if self.first and not told:
+            if self.processes.is_first and not reported:
                 print(f"Another run is making {self.path.stem}: waiting for it.", flush=True)
-            told = True
+            reported = True
 
     def release(self) -> None:
         """Let others have it."""
@@ -68,7 +62,7 @@ class Claim:
             return "done"
         self.path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            lock = _lock(self.path)
+            lock = _file_lock(self.path)
             lock.acquire(timeout=_POLL)
         except Timeout:
             return "taken"
@@ -85,7 +79,7 @@ class Claim:
         return "mine"
 
 
-def _lock(path: Path) -> FileLock:
+def _file_lock(path: Path) -> FileLock:
     try:  # newer versions else mark the file instead, and a mark outlives whoever is killed
         return FileLock(path, fallback_to_soft=False)
     except TypeError:
@@ -94,5 +88,5 @@ def _lock(path: Path) -> FileLock:
 
 def release_all() -> None:
     """Let go of everything this process holds, after a failure."""
-    for claim in list(_held):
-        claim.release()
+    for lock in list(_held):
+        lock.release()

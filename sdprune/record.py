@@ -345,6 +345,10 @@ class replacing:  # noqa: N801 (reads as a verb: with replacing(path) as tempora
     def __exit__(self, kind: Any, *rest: Any) -> None:
         if kind is None:
             self.temporary.chmod(0o644)
-            os.replace(self.temporary, self.path)
+            try:
+                os.replace(self.temporary, self.path)
+            except IsADirectoryError as error:
+                self.temporary.unlink()
+                raise InputError(f"{self.path} is a directory where a file belongs: remove it and run again.") from error
         else:
             self.temporary.unlink(missing_ok=True)

@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from sdprune.pruning import wholes
+from sdprune.pruning import scopes
 from sdprune.record import Record
 
 
@@ -123,7 +123,7 @@ def _sparsities(sparsity: dict[str, Any]) -> Table:
     table = Table(title=f"sparsity reached (nominal {sparsity['nominal']:.2%})")
     for column in ("of", "pruned", "zero", "weights"):
         table.add_column(column, justify="left" if column == "of" else "right")
-    for name, whole in wholes(sparsity).items():
+    for name, whole in scopes(sparsity).items():
         shares = (f"{whole['pruned_fraction']:.2%}", f"{whole['zero_fraction']:.2%}", f"{whole['parameters']:,}")
         table.add_row(name, *shares)
     return table

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from sdprune import prune
 from sdprune.errors import InputError
-from sdprune.pruning import PruneSpec, account, prune
+from sdprune.pruning import PruneSpec, account
 
 
 def component(rows, *, bias=True):

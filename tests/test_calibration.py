@@ -12,9 +12,10 @@ import torch
 from command_lines import fit, predict, process, the_run
 from safetensors.torch import load_file
 
-from sdprune.modules.calibrator import Calibrator
+from sdprune import gather
+from sdprune.calibration.collect import Collector
 from sdprune.pipelines import Sampling, StableDiffusion
-from sdprune.pruning import PruneSpec, apply, find_targets, gather, targets_of
+from sdprune.pruning import PruneSpec, apply, find_targets, targets_of
 from sdprune.record import image_seed
 
 BOTH = ("text_encoder", "unet")
@@ -115,7 +116,7 @@ def test_the_text_encoders_statistics_are_those_of_its_inputs(alone, miniature):
     """The same numbers from the public function on token ids alone."""
     model, (prompts, _) = loaded(), prompts_and_seeds()
     text = model.components["text_encoder"]
-    tokens = model.tokenizer(prompts, padding="max_length", return_tensors="pt")["input_ids"]
+    tokens = model.tokenizers["tokenizer"](prompts, padding="max_length", return_tensors="pt")["input_ids"]
     own = gather(text, [tokens[:2], tokens[2:4], tokens[4:]], PruneSpec(0.5, criterion="Wanda"), ["input_norm"])
     (stored,) = (v for k, v in statistics(alone["wanda"]).items() if k.startswith("text_encoder-input_norm"))
     assert stored.keys() == own["input_norm"].keys()
@@ -127,7 +128,7 @@ def test_sequential_order_on_the_text_encoder_is_block_by_block_by_hand(alone, m
     """Replayed blocks give the statistics of whole runs of the partly pruned model."""
     model, (prompts, _) = loaded(), prompts_and_seeds()
     text = model.components["text_encoder"]
-    tokens = model.tokenizer(prompts, padding="max_length", return_tensors="pt")["input_ids"]
+    tokens = model.tokenizers["tokenizer"](prompts, padding="max_length", return_tensors="pt")["input_ids"]
     batches = [tokens[:2], tokens[2:4], tokens[4:]]
     spec = PruneSpec(0.475, criterion="Wanda", allocation="OWL", order="sequential")
     dense = gather(text, batches, PruneSpec(0.475, allocation="OWL"), ["input_norm"])
@@ -185,7 +186,7 @@ def test_packages_that_fit_into_memory_give_the_same_hessians(alone, tmp_path, s
 @pytest.mark.parametrize("method", ["wanda-owl-conv", "sparsegpt", "sequential"])
 def test_an_interrupted_gathering_goes_on(alone, tmp_path, sdprune, monkeypatch, method):
     """Stop after some batches, again and again: none is run twice, and the result is the same."""
-    visit, counted, limits = Calibrator._visit, [], [2, 1, 4, 3, 5, 2, 7, 10_000]
+    visit, counted, limits = Collector._visit, [], [2, 1, 4, 3, 5, 2, 7, 10_000]
 
     def counting(self, *arguments):
         if len(counted) == limits[0]:
@@ -193,8 +194,8 @@ def test_an_interrupted_gathering_goes_on(alone, tmp_path, sdprune, monkeypatch,
         counted.append(1)
         return visit(self, *arguments)
 
-    monkeypatch.setattr(Calibrator, "_visit", counting)
-    monkeypatch.setattr("sdprune.modules.calibrator._SAVING", 1e9)  # after every batch, whatever it costs
+    monkeypatch.setattr(Collector, "_visit", counting)
+    monkeypatch.setattr("sdprune.calibration.collect._SAVING", 1e9)  # after every batch, whatever it costs
     total = 0
     while sdprune(*fit("prune", tmp_path, *METHODS[method])).code == 1:
         total += len(counted)
@@ -228,7 +229,7 @@ def test_forty_cells_cost_one_gathering(sdprune, tmp_path, monkeypatch, miniatur
     """4 methods x 10 sparsities find every statistic in the store."""
     calibrate = fit("calibrate", tmp_path, "--model.statistics=[input_norm, hessian]")
     assert sdprune(*calibrate).code == 0
-    monkeypatch.setattr(Calibrator, "_visit", lambda *args: pytest.fail("a forward pass"))
+    monkeypatch.setattr(Collector, "_visit", lambda *args: pytest.fail("a forward pass"))
     methods = [("Magnitude", "Uniform"), ("Magnitude", "OWL"), ("Wanda", "OWL"), ("SparseGPT", "Uniform")]
     for criterion, allocation in methods:
         options = [*each(f"criterion={criterion}"), *each(f"allocation={allocation}")]

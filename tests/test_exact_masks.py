@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import nn
 
-from sdprune.pruning import OWL, GlobalRanking, PerLayer, PruneSpec, SparseGPT, Uniform, find_targets, masks, prune
+from sdprune import prune
+from sdprune.pruning import OWL, GlobalRanking, PerLayer, PruneSpec, SparseGPT, Uniform, find_targets, masks
 
 GRANULARITIES = ["layer", "row", "column_block", "module_block", "component", "1:3", "2:4"]
 SPARSITIES = [0.0, 0.001, 0.1, 0.25, 0.3, 0.35, 0.5, 0.7, 0.9, 0.999, 1.0]

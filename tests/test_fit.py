@@ -159,11 +159,11 @@ def test_calibration_is_gathered_once(sdprune, tmp_path, monkeypatch):
 
 
 def test_predict_finds_the_calibration_of_fit(sdprune, tmp_path, monkeypatch):
-    from sdprune.modules.calibrator import Calibrator
+    from sdprune.calibration.collect import Collector
 
     same = ["--data.source.split=train", "--data.calibration=null"]
     assert sdprune(*fit("calibrate", tmp_path)).code == 0
-    monkeypatch.setattr(Calibrator, "_visit", lambda *args: pytest.fail("gathered again"))
+    monkeypatch.setattr(Collector, "_visit", lambda *args: pytest.fail("gathered again"))
     options = ["--data.source.images=20", *same, *WANDA, "--model.compare_dense=false"]
     told = sdprune(*predict(tmp_path, *options))
     assert (told.code, told.err) == (0, "")

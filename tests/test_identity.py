@@ -215,7 +215,7 @@ def test_pruning_does_not_use_damaged_statistics(sdprune, tmp_path):
 
 @pytest.mark.parametrize("place", [0.01, 0.3, 0.99])
 def test_the_sums_of_an_interrupted_pass_are_checked(tmp_path, place):
-    from sdprune.store import StatisticsStore
+    from sdprune.calibration.store import StatisticsStore
 
     progress = StatisticsStore(tmp_path).progress({"of": "a pass"})
     sums = {"input_norm/layer": torch.arange(300.0, dtype=torch.float64)}

@@ -168,11 +168,10 @@ def test_a_killed_comparison_is_picked_up_without_drawing(sdprune, miniature, tm
 
 
 def test_a_run_waits_for_another_and_says_so(tmp_path, monkeypatch, capsys):
-    from sdprune.locks import Claim
+    from sdprune.locks import RunLock
 
     monkeypatch.setattr("sdprune.locks._POLL", 0.01)
-    path = tmp_path / ".locks" / "dense-0.lock"
-    holder, waiting, late = Claim(path), Claim(path), Claim(path)
+    holder, waiting, late = (RunLock(tmp_path, "dense-0") for _ in range(3))
     assert holder.acquire(lambda: False)
     looks = iter([False, False, False, True])
     assert not waiting.acquire(lambda: next(looks))
@@ -290,11 +289,11 @@ def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch, capsys):
 
     from filelock import FileLock
 
-    from sdprune.locks import Claim
+    from sdprune.locks import RunLock
 
     def refuse(self, **_):
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(FileLock, "acquire", refuse)
-    assert Claim(tmp_path / "a.lock").acquire(lambda: False)
+    assert RunLock(tmp_path, "a").acquire()
     assert "on a file system without locks: start one run at a time" in capsys.readouterr().out

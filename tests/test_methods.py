@@ -9,21 +9,10 @@ import pytest
 import torch
 from torch import nn
 
+from sdprune import gather, prune
+from sdprune.calibration.passes import plan_passes
 from sdprune.errors import InputError
-from sdprune.pruning import (
-    OWL,
-    Gathering,
-    GlobalRanking,
-    PerLayer,
-    PruneSpec,
-    SparseGPT,
-    apply,
-    find_targets,
-    gather,
-    masks,
-    prune,
-    statistic,
-)  # fmt: skip
+from sdprune.pruning import OWL, GlobalRanking, PerLayer, PruneSpec, SparseGPT, apply, find_targets, masks, statistic
 from sdprune.record import label
 
 LAYERS = {
@@ -668,11 +657,9 @@ def test_a_hessian_that_exceeds_the_memory_names_the_layer():
     net = Blocks()
     targets = find_targets(net)
     with pytest.raises(InputError, match=r"layer 'layers\.1\.1' takes"):
-        Gathering(net, targets, [statistic("hessian")], hessian_bytes=8 * 12 * 12)
-    gathering = Gathering(net, targets, [statistic("input_norm"), statistic("hessian")], hessian_bytes=8 * 30 * 30)
-    assert len(gathering.passes) > 3
-    assert [one.name for one, _ in gathering.passes[0]] == ["input_norm", "hessian"]
-    listed = [
-        target.name for passed in gathering.passes for one, ts in passed if one.name == "hessian" for target in ts
-    ]
+        plan_passes(targets, [statistic("hessian")], memory=8 * 12 * 12)
+    passes = plan_passes(targets, [statistic("hessian"), statistic("input_norm")], memory=8 * 30 * 30)
+    assert len(passes) > 3
+    assert passes[0].observed[0][0].name == "input_norm"  # the small one first
+    listed = [target.name for one in passes for kind, ts in one.observed if kind.name == "hessian" for target in ts]
     assert listed == [target.name for target in targets]

@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 import torch
 
+from sdprune import prune
 from sdprune.metrics import ClipImageFeatures, CLIPScore, FrechetInceptionDistance, feature_statistics
 from sdprune.mini.attributes import classify
 from sdprune.mini.world import scenes
 from sdprune.pipelines import Sampling, StableDiffusion
 from sdprune.pipelines.resolve import resolve
-from sdprune.pruning import PruneSpec, prune
+from sdprune.pruning import PruneSpec
 from sdprune.record import image_seed
 
 SAMPLING = Sampling(steps=20, guidance=2.5)

@@ -49,7 +49,7 @@ def weights(part: Path) -> Path:
 
 
 def test_what_turns_text_into_latents_can_be_pruned(miniature):
-    assert StableDiffusion("miniature").prunable == ["text_encoder", "unet"]
+    assert list(StableDiffusion("miniature").prunable) == ["text_encoder", "unet"]
 
 
 def test_half_precision_on_disk_is_loaded_exactly_in_single(family, directory):

@@ -353,7 +353,7 @@ def test_records_of_other_protocols_or_prompts_are_not_compared(output):
 
 
 def test_wanda_differs_from_magnitude_and_gathers_once(output, sdprune, tmp_path, monkeypatch):
-    from sdprune.modules.calibrator import Calibrator
+    from sdprune.calibration.collect import Collector
 
     assert sdprune(*predict(tmp_path, *WANDA)).code == 0
     wanda = the_run(tmp_path, "text_encoder-wanda")
@@ -362,7 +362,7 @@ def test_wanda_differs_from_magnitude_and_gathers_once(output, sdprune, tmp_path
     assert results(wanda)["pruning"]["unet"]["mask_hash"] != results(magnitude)["pruning"]["unet"]["mask_hash"]
     assert pictures(the_run(tmp_path, "dense")) == pictures(the_run(output, "dense"))
     assert pictures(wanda) != pictures(magnitude)
-    monkeypatch.setattr(Calibrator, "_visit", lambda *args: pytest.fail("gathered again"))
+    monkeypatch.setattr(Collector, "_visit", lambda *args: pytest.fail("gathered again"))
     assert sdprune(*predict(tmp_path, *WANDA, "--model.prune.unet.sparsity=0.4")).code == 0
 
 

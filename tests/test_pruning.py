@@ -11,11 +11,13 @@ from jsonargparse import ArgumentParser
 from torch import nn
 
 import sdprune.pruning
+from sdprune import prune
 from sdprune.errors import InputError
 from sdprune.pruning import (
     OWL,
     Allocation,
     Criterion,
+    InputNorm,
     Magnitude,
     PerLayer,
     PruneSpec,
@@ -24,10 +26,8 @@ from sdprune.pruning import (
     Wanda,
     find_targets,
     masks,
-    prune,
     subclasses,
-    weigh,
-)  # fmt: skip
+)
 from sdprune.pruning.spec import GRANULARITIES
 
 
@@ -101,7 +101,8 @@ def test_every_reconstruction_prunes_what_is_picked_and_touches_nothing(net, cls
 @pytest.mark.parametrize("sparsity", [0.0, 0.01, 0.35, 0.5, 0.99, 1.0])
 def test_every_allocation_keeps_the_overall_sparsity(net, cls, sparsity):
     targets = find_targets(net)
-    norms = weigh(Statistics(net)["input_norm"], "uniform")
+    stored = Statistics(net)["input_norm"]
+    norms = {name: InputNorm.read(name, stored[name], "uniform") for name in stored}
     got = cls().sparsities(targets, sparsity, {"input_norm": norms})
     assert list(got) == [target.name for target in targets]
     assert all(0 <= share <= 1 for share in got.values())

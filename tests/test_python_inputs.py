@@ -158,7 +158,7 @@ def test_a_convolution_may_see_single_images(criterion):
 @pytest.mark.parametrize(
     ("criterion", "statistics", "words"),
     [
-        ("Wanda", {"input_norm": {"0": torch.ones(8)}}, r"input_norm has shape \[8\], not \[steps, groups, columns\]"),
+        ("Wanda", {"input_norm": {"0": torch.ones(8)}}, r"input_norm of layer '0' has shape \[8\], not \[steps"),
         ("Wanda", {"input_norm": {"0": torch.ones(1, 1, 9)}}, r"input_norm has shape \[9\] for a weight"),
         ("SparseGPT", {"hessian": {"0": torch.eye(8)}}, r"hessian of layer '0' has shape \[8, 8\], not \[groups"),
         ("Wanda", [torch.ones(8)], "statistics is a list: give what sdprune.gather returns"),

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import nn
 
+from sdprune import prune
 from sdprune.errors import InputError
-from sdprune.pruning import Magnitude, PruneSpec, Ranking, find_targets, masks, prune
+from sdprune.pruning import Magnitude, PruneSpec, Ranking, find_targets, masks
 
 SPARSITIES = [0.0, 0.001, 0.25, 0.35, 0.475, 0.5, 0.999, 1.0]
 GRANULARITIES = ["layer", "row", "column_block", "module_block", "component"]

@@ -47,7 +47,7 @@ def test_all_stages_make_a_pipeline(trained: Path, monkeypatch) -> None:
     images = model.generate(["a red star on a sand background"], [1], Sampling(steps=2)).images
     assert images.shape == (1, 3, 64, 64)
     assert images.dtype == torch.uint8
-    assert model.prunable == ["text_encoder", "unet"]
+    assert list(model.prunable) == ["text_encoder", "unet"]
 
 
 def test_losses_are_recorded(trained: Path) -> None:

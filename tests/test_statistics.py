@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from sdprune.calibration.observer import InputObserver, Totals
 from sdprune.errors import InputError
-from sdprune.pruning import Hessian, InputNorm, Listener, Totals, find_targets, statistic, weigh
+from sdprune.pruning import Hessian, InputNorm, find_targets, statistic
 
 CONVOLUTIONS = {
     "1x1": {"kernel_size": 1},
@@ -22,14 +23,14 @@ CONVOLUTIONS = {
 }
 
 
-def listen(net, statistic, run, kinds=("Linear",), **set_up):
+def observe(net, statistic, run, kinds=("Linear",), **set_up):
     """What one batch comes to, by layer."""
-    listener = Listener(find_targets(net, kinds), statistic)
+    observer = InputObserver(find_targets(net, kinds), statistic)
     for name, value in set_up.items():
-        setattr(listener, name, value)
-    with listener.listening(), torch.no_grad():
-        run(listener)
-    return listener.take().totals
+        setattr(observer, name, value)
+    with observer.observing(), torch.no_grad():
+        run(observer)
+    return observer.take().totals
 
 
 def outer(positions):
@@ -90,8 +91,8 @@ def test_linear_layers_count_all_positions_average_their_calls_and_change_nothin
     batches = [torch.randn(shape, dtype=torch.bfloat16).to(dtype) for _ in range(3)]
     before = [batch.clone() for batch in batches]
     hidden = [net[1](net[0](batch)).detach() for batch in batches]
-    norms = listen(net, InputNorm(), lambda _: [net(batch) for batch in batches])
-    hessians = listen(net, Hessian(), lambda _: [net(batch) for batch in batches])
+    norms = observe(net, InputNorm(), lambda _: [net(batch) for batch in batches])
+    hessians = observe(net, Hessian(), lambda _: [net(batch) for batch in batches])
     assert all(torch.equal(batch, old) for batch, old in zip(batches, before, strict=True))
     for name, inputs in (("0", batches), ("2", hidden)):
         wanted = outer(rows_of(inputs))
@@ -107,8 +108,8 @@ def test_convolutions_see_what_their_kernel_covers(options):
     images = torch.randn(3, 4, 6, 7)
     wanted = [outer(group) for group in windows(conv, images)]
     layer = conv.weight.flatten(1).shape[1]
-    norms = listen(nn.Sequential(conv), InputNorm(), lambda _: conv(images), ["Conv2d"])["0"]
-    hessian = listen(nn.Sequential(conv), Hessian(), lambda _: conv(images), ["Conv2d"])["0"]
+    norms = observe(nn.Sequential(conv), InputNorm(), lambda _: conv(images), ["Conv2d"])["0"]
+    hessian = observe(nn.Sequential(conv), Hessian(), lambda _: conv(images), ["Conv2d"])["0"]
     assert norms.shape == (1, conv.groups, layer)
     assert hessian.shape == (conv.groups, layer, layer)
     for group, total in enumerate(wanted):
@@ -117,22 +118,22 @@ def test_convolutions_see_what_their_kernel_covers(options):
 
 
 def test_hooks_are_gone_afterwards_even_after_an_error(net):
-    listener = Listener(find_targets(net), InputNorm())
-    with pytest.raises(InputError, match=r"'0' sees inputs of shape \[2, 99\]"), listener.listening():
+    observer = InputObserver(find_targets(net), InputNorm())
+    with pytest.raises(InputError, match=r"'0' sees inputs of shape \[2, 99\]"), observer.observing():
         net(torch.ones(2, 99))
-    listener.take()
+    observer.take()
     net(torch.ones(2, 5))
-    assert listener.take().totals == {}
+    assert observer.take().totals == {}
 
 
 def test_a_take_starts_again(net):
-    listener = Listener(find_targets(net, include=["0"]), InputNorm())
-    with listener.listening():
+    observer = InputObserver(find_targets(net, include=["0"]), InputNorm())
+    with observer.observing():
         net[0](input=torch.full((2, 5), 3.0))  # by keyword
-        first = listener.take()
-        assert listener.take().totals == {}
+        first = observer.take()
+        assert observer.take().totals == {}
         net[0](torch.full((1, 5), 1.0))
-        second = listener.take()
+        second = observer.take()
     assert first.totals["0"].flatten().tolist() == [18.0] * 5
     assert second.totals["0"].flatten().tolist() == [1.0] * 5
     assert first.calls == second.calls == {"0": {0: 1}}
@@ -153,7 +154,7 @@ def test_layers_that_share_an_input_are_right_also_when_it_is_changed_in_place()
 
     for one in (InputNorm(), Hessian()):
         changed.copy_(x)
-        got = listen(net, one, run)
+        got = observe(net, one, run)
         torch.testing.assert_close(got["0"], got["1"], rtol=0, atol=0)
         torch.testing.assert_close(got["2"], got["0"] * 4)
         whole = outer(x.tolist())
@@ -167,8 +168,8 @@ def test_layers_that_share_an_input_are_right_also_when_it_is_changed_in_place()
 def test_filler_does_not_count_and_the_unconditional_half_as_much_as_is_said(net, valid, copies, unconditional):
     batch = torch.randn(copies * 3, 2, 5)
     set_up = {"batch_size": 3, "valid": valid, "unconditional": unconditional}
-    norms = listen(net, InputNorm(), lambda _: net(batch), **set_up)["0"][0, 0]
-    hessian = listen(net, Hessian(), lambda _: net(batch), **set_up)["0"][0]
+    norms = observe(net, InputNorm(), lambda _: net(batch), **set_up)["0"][0, 0]
+    hessian = observe(net, Hessian(), lambda _: net(batch), **set_up)["0"][0]
     wanted = torch.zeros(5, 5, dtype=torch.float64)
     for copy in range(copies):
         weight = unconditional if copies == 2 and copy == 0 else 1.0
@@ -181,18 +182,18 @@ def test_filler_does_not_count_and_the_unconditional_half_as_much_as_is_said(net
 def test_only_chosen_tokens_count(net):
     batch = torch.randn(2, 4, 5)
     tokens = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 0]]).bool()
-    norms = listen(net, InputNorm(), lambda _: net(batch), batch_size=2, tokens=tokens)["0"][0, 0]
+    norms = observe(net, InputNorm(), lambda _: net(batch), batch_size=2, tokens=tokens)["0"][0, 0]
     kept = [batch[i, j].tolist() for i in range(2) for j in range(4) if tokens[i, j]]
     torch.testing.assert_close(norms, outer(kept).diagonal().contiguous(), rtol=1e-12, atol=0)
     # A layer behind the pooling sees [items, columns]: everything counts.
-    pooled = listen(net, InputNorm(), lambda _: net(batch[:, 0]), batch_size=2, tokens=tokens)["0"][0, 0]
+    pooled = observe(net, InputNorm(), lambda _: net(batch[:, 0]), batch_size=2, tokens=tokens)["0"][0, 0]
     torch.testing.assert_close(pooled, outer(batch[:, 0].tolist()).diagonal().contiguous(), rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("batch_size", [None, 4])
 def test_filler_needs_a_batch_size_that_divides(net, batch_size):
     with pytest.raises(InputError, match=r"'0' sees 6 items.*batch_size"):
-        listen(net, InputNorm(), lambda _: net(torch.ones(6, 5)), batch_size=batch_size, valid=2)
+        observe(net, InputNorm(), lambda _: net(torch.ones(6, 5)), batch_size=batch_size, valid=2)
 
 
 def weights_of(name, steps):
@@ -206,8 +207,8 @@ def weights_of(name, steps):
 def test_steps_are_weighted_in_norms_afterwards_and_in_hessians_at_once(net, timesteps):
     batches = [torch.randn(2, 5) * (step + 1) for step in range(4)]
 
-    def run(listener):
-        for listener.step, batch in enumerate(batches):
+    def run(observer):
+        for observer.step, batch in enumerate(batches):
             net(batch)
 
     alpha = weights_of(timesteps, 4)
@@ -215,11 +216,11 @@ def test_steps_are_weighted_in_norms_afterwards_and_in_hessians_at_once(net, tim
     norms, hessians = Totals(statistic("input_norm", 4)), Totals(statistic("hessian", 4, timesteps))
     for totals in (norms, hessians):
         totals.samples = 2
-        for name, value in listen(net, totals.statistic, run).items():
+        for name, value in observe(net, totals.statistic, run).items():
             totals.add(name, value)
     kept = norms.finish()["0"]
     assert kept.shape == (4, 1, 5)
-    torch.testing.assert_close(weigh({"0": kept}, timesteps)["0"][0].double(), wanted.diagonal(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(InputNorm.read("0", kept, timesteps)[0].double(), wanted.diagonal(), rtol=1e-6, atol=0)
     torch.testing.assert_close(hessians.finish()["0"][0].double(), 2 * wanted, rtol=1e-5, atol=1e-5)
 
 
@@ -229,7 +230,7 @@ def test_an_unknown_weighting_is_told():
 
 
 def test_log_decrease_goes_from_1_2_to_0_8():
-    weights = Hessian(statistic("hessian", 50, "log_decrease").weights).weights
+    weights = statistic("hessian", 50, "log_decrease").weights
     assert weights[0] == pytest.approx(1.2)
     assert weights[-1] == pytest.approx(0.8)
     assert weights == sorted(weights, reverse=True)
@@ -243,7 +244,7 @@ def test_batches_of_the_running_statistics(net):
     for batch in batches:
         for total in totals.values():
             total.samples += len(batch)
-            for name, value in listen(net, total.statistic, lambda _, batch=batch: net(batch)).items():
+            for name, value in observe(net, total.statistic, lambda _, batch=batch: net(batch)).items():
                 total.add(name, value)
         running *= n / (n + len(batch))
         hessian *= n / (n + len(batch))

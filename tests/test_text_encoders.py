@@ -4,7 +4,10 @@ import pytest
 import torch
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
-from sdprune.pruning import Gathering, InputNorm, PruneSpec, Totals, find_targets, gather, prune, statistic, targets_of
+from sdprune import gather, prune
+from sdprune.calibration.collect import Collector, Request
+from sdprune.calibration.store import MemoryStore
+from sdprune.pruning import PruneSpec, find_targets
 
 SPEC = PruneSpec(0.5, criterion="Wanda", order="sequential")
 
@@ -40,13 +43,30 @@ def test_blocks_are_the_transformer_blocks(encoder):
     if isinstance(encoder, T5EncoderModel):
         assert blocks == ["encoder.block.0", "encoder.block.1", "encoder.block.2"]
     else:
-        assert blocks == ["encoder.layers.0", "encoder.layers.1", "encoder.layers.2", "stem"]
+        assert blocks == [*(f"text_model.encoder.layers.{i}" for i in range(3)), "stem"]
+
+
+class Chain:
+    """A text encoder as calibration sees it, block by block."""
+
+    name, is_chain, steps = "text_encoder", True, 1
+
+    def __init__(self, module):
+        self.module = module
+
+    def run(self, batch, before_step):
+        self.module(batch)
+
+    def try_out(self):
+        self.module(batches()[0])
+
+    def set_up(self, observer, batch):
+        pass
 
 
 def test_replayed_blocks_give_what_whole_runs_give(encoder):
     before = {name: value.clone() for name, value in encoder.state_dict().items()}
     whole = gather(encoder, batches(), SPEC, ["input_norm"])["input_norm"]
-    gathering = Gathering(encoder, targets_of(encoder, SPEC), [statistic("input_norm")], SPEC, replay=True)
     ran: list[int] = []
     stack = encoder.encoder.block if isinstance(encoder, T5EncoderModel) else encoder.text_model.encoder.layers
     hooks = [
@@ -55,24 +75,18 @@ def test_replayed_blocks_give_what_whole_runs_give(encoder):
         )
         for i, block in enumerate(stack)
     ]
-    gathered: dict[str, dict[str, torch.Tensor]] = {"input_norm": {}}
-    for number in range(len(gathering.passes)):
-        totals = Totals(InputNorm())
-        for key, batch in enumerate(batches()):
-            with torch.no_grad():
-                sums = gathering.visit(number, key, lambda _, batch=batch: encoder(batch), lambda _: None)
-            totals.samples += 2
-            for name, value in sums["input_norm"].totals.items():
-                totals.add(name, value)
-        gathered["input_norm"] |= totals.finish()
-        gathering.finish(number, gathered)
-    gathering.close()
+    store, facts = MemoryStore(), {"statistic": "input_norm"}
+    request = Request("text_encoder", "input_norm", SPEC, facts, sequential=True)
+    collector = Collector({"text_encoder": Chain(encoder)}, [request], store)
+    collector.run(lambda: ((batch, index, 2) for index, batch in enumerate(batches())))
     for hook in hooks:
         hook.remove()
-    assert gathered["input_norm"].keys() == whole.keys()
-    assert all(torch.equal(value, whole[name]) for name, value in gathered["input_norm"].items())
+    gathered = store.load(facts)
+    assert gathered.keys() == whole.keys()
+    assert all(torch.equal(value, whole[name]) for name, value in gathered.items())
     assert all(torch.equal(value, before[name]) for name, value in encoder.state_dict().items())
-    assert len(ran) == 3 * (2 * len(stack) - (1 if isinstance(encoder, T5EncoderModel) else 0))  # each dense and pruned
+    # Each block dense and pruned for every batch, and once to see in which order the layers run.
+    assert len(ran) == len(stack) + 3 * (2 * len(stack) - (1 if isinstance(encoder, T5EncoderModel) else 0))
 
 
 @pytest.mark.parametrize("criterion", ["Magnitude", "Wanda", "SparseGPT"])

@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from sdprune.modules import CalibrationState, FrozenModule
+from sdprune.calibration.progress import CalibrationState
+from sdprune.modules import FrozenModule, GenerationModule
 
 _SILENCE = 60.0  # seconds; after so long a line is printed whatever was done
 
@@ -117,9 +118,9 @@ class ImageProgress(MeterCallback):
 
     def on_predict_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Show the name of the run and an empty bar, when calibration is over."""
-        if trainer.is_global_zero and not pl_module.finished:
+        if isinstance(pl_module, GenerationModule) and trainer.is_global_zero and not pl_module.finished:
             title = pl_module.record.directory.name.rsplit("-", 1)[0]
-            self.done, self.name = 0, "progress" if pl_module.plan.wanted else "dense/progress"
+            self.done, self.name = 0, "progress" if pl_module.options.wanted else "dense/progress"
             self.meter = Meter(title, len(pl_module.data.examples), self.lines)
 
     def on_predict_batch_end(

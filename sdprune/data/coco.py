@@ -74,6 +74,8 @@ class CocoDataModule(LightningDataModule):
         self.workers = workers
         self.calibrates = True
         """Whether the run needs calibration captions; without, their source is left alone."""
+        self.passes: Optional[int] = None
+        """Over the calibration captions, for a module that calibrates in the predict loop; others draw images."""
 
     def prepare_data(self) -> None:
         """Let the sources make what they read; the trainer calls this on one process a node."""
@@ -95,28 +97,28 @@ class CocoDataModule(LightningDataModule):
         require_images(len(table), self.calibration_n)
         return table.select(range(self.calibration_n))
 
-    def predict_dataloader(self) -> "DataLoader[Batch]":
-        """Return this process's batches of drawn prompts, each a `Batch` of `batch_size`.
+    def predict_dataloader(self) -> "DataLoader[Batch] | list[DataLoader[Batch]]":
+        """Return this process's batches of drawn prompts, each a `Batch` of `batch_size`; or, for a module that
+        calibrates, a loader of calibration batches for each of its passes, at least one.
 
         Raises:
             InputError: More processes than batches.
         """
+        if self.passes is not None:
+            return [self.calibration_loader() for _ in range(self.passes)] or [self.calibration_loader(empty=True)]
         sampler = BatchSampler(self.n, self.batch_size, *self._place())
         return self._loader(Batches(self.examples, self.batch_size), sampler)
 
-    def train_dataloader(self) -> "DataLoader[Batch]":
-        """Return this process's calibration batches, as many as every other process has."""
-        return self.calibration_loader(*self._place())
+    def calibration_loader(self, empty: bool = False) -> "DataLoader[Batch]":
+        """Return this process's calibration batches, as many as every other process has: fillers even them out.
 
-    def calibration_loader(self, rank: int = 0, world_size: int = 1) -> "DataLoader[Batch]":
-        """Return the calibration batches of process `rank` of `world_size`; fillers (`valid` 0) even them out.
-
-        A run that does not calibrate gets a filler.
+        Args:
+            empty: A filler is all there is; captions need not be there.
         """
         from datasets import Dataset
 
-        rows = self.calibration_examples if self.calibrates else Dataset.from_dict({})
-        sampler = BatchSampler(len(rows), self.calibration_batch_size, rank, world_size, fill=True)
+        rows = Dataset.from_dict({}) if empty else self.calibration_examples
+        sampler = BatchSampler(len(rows), self.calibration_batch_size, *self._place(), fill=True)
         return self._loader(Batches(rows, self.calibration_batch_size), sampler)
 
     @property

@@ -2,8 +2,7 @@
 
 from sdprune.modules.base import FrozenModule
 from sdprune.modules.calibration import CalibrationModule
-from sdprune.modules.calibration_state import CalibrationState
 from sdprune.modules.generation import GenerationModule
 from sdprune.modules.pruning import PruningModule
 
-__all__ = ["CalibrationModule", "CalibrationState", "FrozenModule", "GenerationModule", "PruningModule"]
+__all__ = ["CalibrationModule", "FrozenModule", "GenerationModule", "PruningModule"]

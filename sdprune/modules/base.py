@@ -1,22 +1,22 @@
-"""What the three modules share: a pipeline that is not trained, on the trainer's device and in its dtype."""
+"""What the modules share: a pipeline that is not trained, on the trainer's device and in its dtype."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning import LightningModule
-from torch import nn
 
+from sdprune.calibration.progress import CalibrationState
+from sdprune.data import Batch
 from sdprune.errors import InputError
-from sdprune.locks import Claim
-from sdprune.modules.calibration_state import CalibrationState
-from sdprune.modules.needs import Need
-from sdprune.pipelines import PipelineFamily
-from sdprune.store import StatisticsStore
+from sdprune.locks import RunLock
+from sdprune.modules.pruning_plan import CalibrationPlan
+from sdprune.pipelines import DiffusersFamily
+from sdprune.processes import Processes
 
 if TYPE_CHECKING:
     from sdprune.data import CocoDataModule
@@ -27,16 +27,14 @@ _DTYPES = {"16-true": torch.float16, "bf16-true": torch.bfloat16, "64-true": tor
 class FrozenModule(LightningModule, ABC):
     """Holds a pipeline outside the module tree, so that neither DDP nor checkpoints nor casts reach it."""
 
-    def __init__(self, pipeline: PipelineFamily):
+    def __init__(self, pipeline: DiffusersFamily):
         super().__init__()
         self._pipeline = [pipeline]
-        self.automatic_optimization = False
         self.on_calibration: Callable[[CalibrationState], None] = lambda state: None
         """Is called as calibration goes on."""
-        self.anchor = nn.Parameter(torch.zeros(()))  # `fit` under DDP wants something to train
 
     @property
-    def pipeline(self) -> PipelineFamily:
+    def pipeline(self) -> DiffusersFamily:
         """The model."""
         return self._pipeline[0]
 
@@ -55,51 +53,77 @@ class FrozenModule(LightningModule, ABC):
         """The trainer's precision, e.g. `16-true`: it decides the weights' dtype."""
         return str(self.trainer.precision)
 
-    def directory(self, data: CocoDataModule, dtype: str) -> Path | None:
-        """Where the result goes, `<label>-<fingerprint>`, if it has a directory of its own."""
-        return None
+    @property
+    @abstractmethod
+    def calibrates(self) -> bool:
+        """Whether calibration captions are needed."""
 
-    def claim(self, output: str | Path, name: str) -> Claim:
-        """The right to make something below `output` that other runs may want too."""
-        strategy = self.trainer.strategy
-        return Claim(Path(output) / ".locks" / f"{name}.lock", strategy.broadcast, strategy.is_global_zero)
+    @abstractmethod
+    def resolve(self, data: CocoDataModule, dtype: str) -> None:
+        """Decide everything that can be decided before the model is loaded; once.
 
-    def claim_statistics(self, store: StatisticsStore, needs: Iterable[Need]) -> list[Claim]:
-        """Wait until no other run gathers statistics of these components in this store; collective.
+        Raises:
+            InputError: for everything that can be found wrong by then.
+        """
+
+    @abstractmethod
+    def directory(self) -> Path | None:
+        """Where the result goes, if it has a directory of its own; known once the run is resolved."""
+
+    def lock_statistics(self, plan: CalibrationPlan) -> list[RunLock]:
+        """Wait until no other run gathers statistics that this one lacks; collective.
 
         Returns:
-            To be released when the missing ones are gathered; empty if none are missing.
+            Locks, to be released when the missing ones are gathered; empty if none are missing.
         """
-        needs = [need for need in needs if need.facts not in store]
-        for path in dict.fromkeys(path for need in needs for path in store.damaged(need.facts)):
-            self.tell(f"{path} is damaged: its statistics are gathered again.")
-        missing = sorted({need.component for need in needs})
-        claims = [self.claim(store.root, f"statistics-{name}") for name in self.trainer.strategy.broadcast(missing)]
-        for claim in claims:
-            claim.acquire(lambda: False)
-        return claims
+        for path in dict.fromkeys(path for one in plan.missing for path in plan.store.damaged(one.facts)):
+            self.say(f"{path} is damaged: its statistics are gathered again.")
+        missing = Processes().broadcast(sorted({one.component for one in plan.missing}))
+        locks = [RunLock(plan.store.root, f"statistics-{name}") for name in missing]
+        for lock in locks:
+            lock.acquire()
+        return locks
 
     def load(self) -> None:
         """Put the pipeline on this process's device in the trainer's dtype; mixed precision keeps fp32 weights."""
         self.pipeline.load(_DTYPES.get(self.precision_name, torch.float32), self.trainer.strategy.root_device)
 
-    def train_for_as_many_passes_as_it_takes(self) -> None:
-        """An epoch is a pass over the calibration batches, and `trainer.should_stop` ends the last one."""
-        self.trainer.fit_loop.max_epochs = -1
-
-    def configure_optimizers(self) -> None:
-        """Nothing is trained."""
-
-    def tell(self, line: str) -> None:
+    def say(self, line: str) -> None:
         """Print on the first process only."""
         if self.trainer.is_global_zero:
             print(line, flush=True)
 
-    @property
-    @abstractmethod
-    def calibrates(self) -> bool:
-        """Whether calibration prompts are needed, so that they must be there."""
+
+class CalibratingModule(FrozenModule):
+    """Goes over the calibration captions in the predict loop, one dataloader a pass, and then finishes."""
+
+    calibration: CalibrationPlan
+
+    def setup(self, stage: str) -> None:
+        """Load the model; what the store has already is not gathered again."""
+        self.resolve(self.data, self.precision_name)
+        self.load()
+        self._locks = self.lock_statistics(self.calibration)
+        self.collector = self.calibration.collector(self.data, self.on_calibration)
+        self.data.passes = self.collector.passes
+        self._pass = 0
+
+    def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> list[Any]:
+        """One batch of calibration captions, if any statistics are missing."""
+        if dataloader_idx > self._pass:
+            self.collector.end_pass()
+            self._pass = dataloader_idx
+        self.collector.step(batch, batch.index, batch.valid)
+        return []
+
+    def on_predict_epoch_end(self) -> None:
+        """The last pass is over."""
+        self.collector.end_pass()
+        self.finish()
+        Processes().barrier()
+        for lock in self._locks:
+            lock.release()
 
     @abstractmethod
-    def check(self, data: CocoDataModule, dtype: str) -> None:
-        """Raise InputError for everything that can be told before the model is loaded."""
+    def finish(self) -> None:
+        """All statistics are in the store."""

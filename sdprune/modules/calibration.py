@@ -4,20 +4,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, List
 
-from sdprune.data import Batch
+from sdprune.calibration.settings import Calibration
 from sdprune.errors import InputError, unknown
-from sdprune.modules.base import FrozenModule
-from sdprune.modules.calibrator import Calibrator
-from sdprune.modules.needs import Calibration, Need, Needs
-from sdprune.pipelines import PipelineFamily, Sampling
-from sdprune.pruning import STATISTICS, Timesteps, find_targets
-from sdprune.store import StatisticsStore
+from sdprune.modules.base import CalibratingModule
+from sdprune.modules.pruning_plan import CalibrationPlan, PruningOptions
+from sdprune.pipelines import DiffusersFamily, Sampling
+from sdprune.pruning import PruneSpec, find_targets, statistic_names
+from sdprune.pruning.timesteps import Timesteps
 
 if TYPE_CHECKING:
     from sdprune.data import CocoDataModule
 
 
-class CalibrationModule(FrozenModule):
+class CalibrationModule(CalibratingModule):
     """Fill the store with the dense model's statistics: `sdprune fit`. Pruning finds them there.
 
     Args:
@@ -33,9 +32,11 @@ class CalibrationModule(FrozenModule):
         store: directory of the statistics.
     """
 
+    calibrates = True
+
     def __init__(
         self,
-        pipeline: PipelineFamily,
+        pipeline: DiffusersFamily,
         components: List[str],
         statistics: List[str] = ["input_norm"],  # noqa: B006 (not changed)
         layers: List[str] = ["Linear"],  # noqa: B006
@@ -49,54 +50,38 @@ class CalibrationModule(FrozenModule):
         if not components:
             raise InputError("components is empty: name what to calibrate, as in [text_encoder, unet].")
         if not statistics:
-            raise InputError(f"statistics is empty: choose from {', '.join(STATISTICS)}.")
+            raise InputError(f"statistics is empty: choose from {', '.join(statistic_names())}.")
         for name in statistics:
-            if name not in STATISTICS:
-                raise unknown("statistic", name, STATISTICS)
-        self.components, self.statistics, self.layers, self.timesteps = components, statistics, layers, timesteps
-        self.sampling, self.calibration, self.seed = sampling, calibration, seed
-        self.store = StatisticsStore(store)
+            if name not in statistic_names():
+                raise unknown("statistic", name, statistic_names())
+        self.components, self.statistics = components, statistics
+        self.spec = PruneSpec(layers=list(layers), timesteps=timesteps)
+        self.options = PruningOptions(pipeline, {}, sampling, calibration, seed, store)
 
-    calibrates = True
-
-    def check(self, data: CocoDataModule, dtype: str) -> None:
-        """Everything that can be told before the model is loaded."""
+    def resolve(self, data: CocoDataModule, dtype: str) -> None:  # noqa: D102
+        if hasattr(self, "calibration"):
+            return
         self.pipeline.require(self.components)
-        self.pipeline.check(self.sampling)
         for component in self.components:
-            find_targets(self.pipeline.skeleton(component), self.layers)
-        _ = data.calibration_examples  # enough captions
-        self.store.check(need.facts for need in self._needs(data, dtype))
+            find_targets(self.pipeline.meta_module(component), self.spec.layers)
+        plan = self.options.resolve(data, dtype)
+        requests = self.options.requests(data, dtype)
+        wanted = [one for name in self.components for one in requests.of_model(name, self.statistics, self.spec)]
+        self.calibration = CalibrationPlan(
+            requests.subjects, tuple(wanted), plan.calibration.store, self.options.calibration
+        )
+        self.calibration.check(data)
 
-    def on_fit_start(self) -> None:
-        """Load the model; what the store has already is not gathered again."""
-        self.load()
-        self.needs = self._needs(self.data, self.precision_name)
-        self.claims = self.claim_statistics(self.store, self.needs)
-        self.there = [need.facts in self.store for need in self.needs]
-        self.calibrator = Calibrator(self.pipeline, self.needs, self.sampling, self.seed, self.calibration, self.store)
-        self.calibrator.watch.start(self.on_calibration, self.data.calibration_n, self.data.calibration_batch_size)
-        self.train_for_as_many_passes_as_it_takes()
+    def directory(self) -> None:
+        """None: the statistics lie in the store."""
 
-    def _needs(self, data: CocoDataModule, dtype: str) -> list[Need]:
-        needs = Needs(self.pipeline, data, self.sampling, self.seed, self.calibration, dtype)
-        return [
-            needs.of_model(component, name, self.layers, self.timesteps)
-            for component in self.components
-            for name in self.statistics
-        ]
+    def setup(self, stage: str) -> None:  # noqa: D102
+        self.resolve(self.data, self.precision_name)
+        self._there = [one.facts in self.calibration.store for one in self.calibration.requests]
+        super().setup(stage)
 
-    def training_step(self, batch: Batch) -> None:
-        """One batch of prompts."""
-        self.calibrator.step(batch)
-
-    def on_train_epoch_end(self) -> None:
-        """A pass is over; save."""
-        self.calibrator.end_pass(self.trainer.strategy)
-        if self.calibrator.done:
-            self.trainer.should_stop = True
-            for need, there in zip(self.needs, self.there, strict=True):
-                told = "already in the store" if there else "gathered"
-                self.tell(f"{need.component} {need.statistic}: {told} ({self.store.path(need.facts)})")
-            for claim in self.claims:
-                claim.release()
+    def finish(self) -> None:
+        """Say what was gathered and what was there already."""
+        for one, there in zip(self.calibration.requests, self._there, strict=True):
+            state = "already in the store" if there else "gathered"
+            self.say(f"{one.component} {one.statistic}: {state} ({self.calibration.store.path(one.facts)})")

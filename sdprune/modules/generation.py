@@ -6,25 +6,27 @@ import os
 import resource
 import time
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Dict, List, Optional
 
 import numpy as np
 import torch
 
+from sdprune.calibration.settings import Calibration
 from sdprune.data import Batch
 from sdprune.errors import InputError
 from sdprune.identity import facts_of, package_code
+from sdprune.locks import RunLock
 from sdprune.metrics import PerImageMetric, share_extractors
 from sdprune.modules.base import FrozenModule
 from sdprune.modules.comparison import Comparison
 from sdprune.modules.flaws import Flaws
-from sdprune.modules.needs import Calibration
-from sdprune.modules.pruning import PruningPlan, flat, summary
+from sdprune.modules.pruning import flat, summary
+from sdprune.modules.pruning_plan import CalibrationPlan, PruningOptions, PruningPlan
 from sdprune.modules.references import References
 from sdprune.pictures import grid
-from sdprune.pipelines import PipelineFamily, Sampling
+from sdprune.pipelines import DiffusersFamily, Sampling
+from sdprune.processes import Processes
 from sdprune.pruning import Budget, PruneReport, PruneSpec
 from sdprune.record import (
     Picture,
@@ -67,7 +69,7 @@ class GenerationModule(FrozenModule):
 
     def __init__(
         self,
-        pipeline: PipelineFamily,
+        pipeline: DiffusersFamily,
         prune: Dict[str, PruneSpec],
         metrics: List[PerImageMetric],
         sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
@@ -83,10 +85,11 @@ class GenerationModule(FrozenModule):
         names = [metric.name for metric in metrics]
         if len(set(names)) < len(names):
             raise InputError(f"Two metrics share a name among {names}: set `name` of one.")
-        self.plan = PruningPlan(pipeline, prune, sampling, calibration, seed, store, budget)
+        self.options = PruningOptions(pipeline, prune, sampling, calibration, seed, store, budget)
+        self.plan: PruningPlan | None = None
         self.sampling, self.seed, self.samples = sampling, seed, list(samples)
         self.compare_dense, self.output = compare_dense, output
-        if self.plan.wanted and not compare_dense:
+        if self.options.wanted and not compare_dense:
             metrics = [metric for metric in metrics if not metric.needs_dense]
         self._metrics = list(metrics)  # a plain list: as submodules they would be cast by precision plugins
         self._extractors = share_extractors(metrics)
@@ -101,26 +104,28 @@ class GenerationModule(FrozenModule):
         """The same run without pruning, sharing pipeline and metrics."""
         return GenerationModule(
             self.pipeline, {}, self._metrics, self.sampling, seed=self.seed, samples=self.samples, compare_dense=False,
-            output=self.output, store=str(self.plan.store.root),
+            output=self.output, store=self.options.store,
         )  # fmt: skip
 
     @property
     def wants_dense(self) -> bool:
         """Whether this run is compared with a dense one."""
-        return self.compare_dense and self.plan.wanted and self.plan.infeasible is None
+        return self.compare_dense and self.options.wanted
 
     @property
-    def calibrates(self) -> bool:  # noqa: D102
-        return self.plan.calibrates
+    def calibrates(self) -> bool:
+        """Whether calibration captions are needed."""
+        return self.options.calibrates
 
-    def prepare_record(self, data: CocoDataModule, precision: str) -> Record:
-        """The run's directory, from everything that decides its results."""
+    def resolve(self, data: CocoDataModule, dtype: str) -> None:  # noqa: D102
+        if self.plan is not None:
+            return
+        self.plan = self.options.resolve(data, dtype)
         facts = {
             "version": package_code(),
             "pipeline": facts_of(self.pipeline),
-            "dtype": precision,
-            "prune": self.plan.describe(),
-            "calibration": self.plan.facts(data, precision),
+            "dtype": dtype,
+            **self.plan.describe(),
             "data": data.describe(reference=bool(self.references.metrics)),
             "sampling": self.sampling.describe(),
             "seed": self.seed,
@@ -128,16 +133,15 @@ class GenerationModule(FrozenModule):
             "samples": self.samples,
         }
         self.record = Record(self.output, label(self.plan.specs), facts)
-        return self.record
 
-    def directory(self, data: CocoDataModule, dtype: str) -> Path:
-        """The record's; needs `prepare_record`."""
+    def directory(self) -> Path:
+        """The record's."""
         return self.record.directory
 
     def record_infeasible(self, reason: str) -> Record:
         """A record that says why the budget cannot be met; nothing is drawn."""
-        budget = {} if self.plan.budget is None else self.plan.budget.describe()
-        specs = {name: spec.describe() for name, spec in self.plan.asked.items()}
+        budget = {} if self.options.budget is None else self.options.budget.describe()
+        specs = {name: spec.describe() for name, spec in self.options.prune.items()}
         facts = {"version": package_code(), "pipeline": facts_of(self.pipeline), "budget": budget, "prune": specs}
         name = f"infeasible-{budget['total']:g}-{budget['text_share']:g}"
         self.record = Record(self.output, name, facts)
@@ -147,9 +151,10 @@ class GenerationModule(FrozenModule):
             self.record.finish({**told, "speed": {"finished": clock(time.time())}})
         return self.record
 
-    def check(self, data: CocoDataModule, dtype: str) -> None:
-        """Everything that can be told before the model is loaded; needs `prepare_record`."""
-        self.plan.check(data, dtype)
+    def check(self, data: CocoDataModule) -> None:
+        """Everything that can be found wrong before the model is loaded, once the run is resolved."""
+        assert self.plan is not None
+        self.plan.check(data)
         for metric in self._metrics:
             if data.n < metric.minimum:
                 name = metric.name or type(metric).__name__
@@ -161,14 +166,15 @@ class GenerationModule(FrozenModule):
     def setup(self, stage: str) -> None:
         """See whether the record is there, or wait while another run makes it; all processes decide alike."""
         self._parent = os.getppid()
-        self._claim = self.claim(self.output, self.record.directory.name)
-        self.finished = not self._claim.acquire(lambda: self.record.finished)
-        if self._claim.first and not self.finished:
+        self.data.passes = None
+        self._lock = RunLock(self.output, self.record.directory.name)
+        self.finished = not self._lock.acquire(lambda: self.record.finished)
+        if self.trainer.is_global_zero and not self.finished:
             self.record.tidy()
 
     def teardown(self, stage: str) -> None:
         """Let other runs have the record."""
-        self._claim.release()
+        self._lock.release()
 
     def on_predict_start(self) -> None:
         """Load, calibrate what is missing, prune, and load the metrics."""
@@ -176,20 +182,20 @@ class GenerationModule(FrozenModule):
             return
         self.started = time.perf_counter()
         self.load()
-        self.facts_of_data["truncated"] = self.data.count_truncated(self.pipeline.tokenizer)
+        self.facts_of_data["truncated"] = self.data.count_truncated(self.pipeline.tokenizers["tokenizer"])
         device = self.trainer.strategy.root_device
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        self._calibrate()
-        self.reports = self.plan.apply(self.data, self.precision_name)
+        assert self.plan is not None
+        self._calibrate(self.plan.calibration)
+        self.reports = self.plan.apply()
         self.sparsity = self.plan.account(self.reports)
         for metric in self._metrics:
             metric.reset()
             metric.prepare(device)
         self._flaws.reset()
         self._flaws.to(device)
-        claim = partial(self.claim, self.output)
-        self.references.set(self.data, claim)  # before anything is drawn: it may find fault with them
+        self.references.set(self.data)  # before anything is drawn: it may find fault with them
         self.generated = 0
         self.seconds = {
             "preparation": time.perf_counter() - self.started,
@@ -198,19 +204,15 @@ class GenerationModule(FrozenModule):
             "scoring": 0.0,
         }
 
-    def _calibrate(self) -> None:
+    def _calibrate(self, plan: CalibrationPlan) -> None:
         """Fill the store with what pruning needs; a run that needs the same waits for this one."""
-        data, precision = self.data, self.precision_name
-        claims = self.claim_statistics(self.plan.store, self.plan.needs(data, precision))
-        if not claims:  # then no captions need be there
+        locks = self.lock_statistics(plan)
+        if not locks:  # then no captions need be there
             return
-        calibrator = self.plan.calibrator(data, precision)  # of what is missing now
-        if not calibrator.done:
-            calibrator.watch.start(self.on_calibration, data.calibration_n, data.calibration_batch_size)
-            batches = partial(data.calibration_loader, self.global_rank, self.trainer.world_size)
-            calibrator.run(batches, self.trainer.strategy)
-        for claim in claims:
-            claim.release()
+        collector = plan.collector(self.data, self.on_calibration)
+        collector.run(lambda: ((batch, batch.index, batch.valid) for batch in self.data.calibration_loader()))
+        for lock in locks:
+            lock.release()
 
     def predict_step(self, batch: Batch) -> list[int]:
         """Draw a batch's images, or read them if an earlier attempt wrote them all; score them either way."""
@@ -294,7 +296,7 @@ class GenerationModule(FrozenModule):
             "comparison": {},  # of `compare`, later
             "verdicts": {},
             "images": self._flaws.told(ids),
-            "budget": None if self.plan.budget is None else self.plan.budget.describe(),
+            "budget": None if self.options.budget is None else self.options.budget.describe(),
             "sparsity": self.sparsity,
             "pruning": summary(self.reports),
             "data": self.facts_of_data,
@@ -333,7 +335,7 @@ class GenerationModule(FrozenModule):
         images = drawn.images.permute(0, 2, 3, 1).numpy()
         for number, (image, finite) in enumerate(zip(images, drawn.finite, strict=True)):
             save_png(self.record.directory / "samples" / f"{number}.png", image, finite)
-        rows = {"pruned" if self.plan.specs else "dense": list(images)}
+        rows = {"pruned" if self.reports else "dense": list(images)}
         if self.baseline is not None:
             folder = self.baseline.directory / "samples"
             rows = {"dense": [read_png(folder / f"{i}.png").pixels for i in range(len(images))], **rows}
@@ -348,17 +350,17 @@ class GenerationModule(FrozenModule):
         if self.baseline is None:
             return
         comparison = Comparison(self._metrics, self.record, self.baseline)
-        claim = self.claim(self.output, self.record.directory.name)
-        if not claim.acquire(lambda: comparison.done):
+        lock = RunLock(self.output, self.record.directory.name, Processes(alone=True))
+        if not lock.acquire(lambda: comparison.done):
             return
         if self.finished:
             self._load_metrics()
         self.record.finish({**self.record.results, **comparison.make()})
-        claim.release()
+        lock.release()
 
     def _load_metrics(self) -> None:
         """Give the metrics the record's rows and their references."""
-        self.references.set(self.data, partial(self.claim, self.output))
+        self.references.set(self.data)
         for metric in self._metrics:
             metric.to(self.trainer.strategy.root_device)
             metric.load_rows({k: torch.from_numpy(v) for k, v in self.record.load_rows(metric.keys()).items()})

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdprune.errors import InputError
-from sdprune.locks import Claim
+from sdprune.locks import RunLock
 from sdprune.metrics import FeatureMetric, PerImageMetric, Statistics, reference_path, reference_statistics
+from sdprune.processes import Processes
 from sdprune.record import require_writable
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ class References:
     def __init__(self, metrics: Sequence[PerImageMetric], output: str):
         self.metrics = [metric for metric in metrics if isinstance(metric, FeatureMetric)]
         self.cache = Path(output) / "reference"
+        self.processes = Processes()
 
     def check(self, data: CocoDataModule) -> bool:
         """Read what is there already; whether real images have to be read for the rest.
@@ -39,18 +41,18 @@ class References:
                 metric.set_reference(Statistics.load(data.reference_file))
         return not all(self._there(metric, data) for metric in self.metrics)
 
-    def set(self, data: CocoDataModule, claim: Callable[[str], Claim]) -> None:
+    def set(self, data: CocoDataModule) -> None:
         """Give each metric its reference, which one process of one run makes if it is not there."""
         made: dict[Path, Statistics] = {}  # metrics of one extractor share it
         for metric in self.metrics:
             path = self._path(metric, data)
             if path not in made:
-                right = claim(f"reference-{path.stem}")
-                if right.acquire(lambda metric=metric: self._there(metric, data)):  # type: ignore[misc]
-                    if right.first:
+                lock = RunLock(self.cache.parent, f"reference-{path.stem}", self.processes)
+                if lock.acquire(lambda metric=metric: self._there(metric, data)):  # type: ignore[misc]
+                    if self.processes.is_first:
                         self._make(metric, data)
-                    right.everyone(None)
-                    right.release()
+                    self.processes.barrier()
+                    lock.release()
                 made[path] = Statistics.load(path)
             metric.set_reference(made[path])
 

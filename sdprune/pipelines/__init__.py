@@ -1,6 +1,13 @@
-"""Model families: how each is loaded, calibrated, drawn from and saved."""
+"""Model families: how each is loaded, calibrated, drawn from and saved. A new file in this folder is a new family."""
 
-from sdprune.pipelines.base import Drawn, PipelineFamily, Sampling
-from sdprune.pipelines.stable_diffusion import StableDiffusion
+from importlib import import_module
+from pkgutil import iter_modules
 
-__all__ = ["Drawn", "PipelineFamily", "Sampling", "StableDiffusion"]
+from sdprune.pipelines.base import DiffusersFamily, Drawn, Sampling
+from sdprune.pipelines.component import Component
+
+__all__ = ["Component", "DiffusersFamily", "Drawn", "Sampling"]
+
+for _module in iter_modules(__path__):
+    import_module(f"{__name__}.{_module.name}")
+globals().update({cls.__name__: cls for cls in DiffusersFamily.__subclasses__()})

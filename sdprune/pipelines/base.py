@@ -1,14 +1,20 @@
-"""What calibration, pruning and generation ask of a text-to-image pipeline: one subclass a model family."""
+"""Text-to-image pipelines of diffusers: what all families share. A family is a subclass in a file of its own."""
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property, wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Optional
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Optional, cast
 
-from sdprune.errors import InputError
+from sdprune.errors import InputError, unknown
+from sdprune.outside import reading
+from sdprune.pipelines.component import Component, Denoiser, TextEncoder
+from sdprune.pipelines.directory import ModelDirectory, make_scheduler, require_pipeline, save_portable
+from sdprune.pipelines.resolve import resolve
 
 if TYPE_CHECKING:
     import torch
@@ -52,7 +58,7 @@ class Sampling:
 
 
 class Drawn(NamedTuple):
-    """What was drawn."""
+    """Images, or latents, of one batch."""
 
     images: Tensor
     """uint8 [b, 3, height, width] on the CPU; of latents that were not decoded [b, channels, h, w]."""
@@ -75,54 +81,245 @@ def step_of(timesteps: Tensor, call: int, steps: int) -> int:
     return noisier if len(distinct) <= steps else noisier * steps // len(distinct)
 
 
-class PipelineFamily(ABC):
-    """A pipeline that is loaded late: constructing one reads nothing."""
+class DiffusersFamily(ABC):
+    """A kind of diffusers pipeline. Constructing one reads nothing; only safetensors are read, no remote code is run.
+
+    To add a family: subclass it in a new file of this folder, with `pipeline`, `parts` and `predict`.
+
+    Args:
+        model: a hub id, a diffusers directory, or `miniature`, the small Stable Diffusion that comes with this package.
+        revision: branch, tag or commit of a hub id.
+        variant: file variant of a hub id or directory, e.g. fp16.
+    """
+
+    pipeline: ClassVar[str]
+    """Name of the pipeline's class in diffusers."""
+    parts: ClassVar[Mapping[str, tuple[str, Sequence[str]]]]
+    """By component, the library and the classes of it that are loaded: tokenizers, text encoders, denoiser, `vae`."""
+    options: ClassVar[Mapping[str, Any]] = {}
+    """Further arguments of the pipeline's constructor."""
+
+    def __init__(self, model: str, revision: str = "main", variant: Optional[str] = None):
+        self.model, self.revision, self.variant = model, revision, variant
+        self._pipe: Any = None
 
     @abstractmethod
+    def predict(self, modules: Mapping[str, Any], tokens: Mapping[str, Tensor], latents: Tensor) -> Tensor:
+        """Predict the noise in latents once, with text encoders and denoiser wired as in the pipeline.
+
+        It is called on the meta device, where it finds sizes that do not fit each other.
+
+        Args:
+            modules: text encoders and denoiser, by name.
+            tokens: by text encoder, [1, length] int64.
+            latents: [1, channels, height, width].
+        """
+
+    # --- files -----------------------------------------------------------------------------------------------
+
+    @cached_property
+    def files(self) -> ModelDirectory:
+        """The model's files; a hub id is downloaded, or found in the hub's cache, first.
+
+        Raises:
+            InputError: neither a directory of such a pipeline nor a hub id that can be had.
+        """
+        path = Path(resolve(self.model, "pipeline"))
+        if path.is_dir():
+            return ModelDirectory(path, self.parts, self._pipelines, self.variant)
+        if path.is_file():
+            raise InputError(
+                f"Model {self.model!r} is one file, and a diffusers directory is needed. Convert it with diffusers: "
+                f"{self.pipeline}.from_single_file(FILE).save_pretrained(DIRECTORY)."
+            )
+        if path.is_absolute() or self.model.startswith(".") or self.model.count("/") != 1:
+            raise InputError(f"Model directory {self.model!r} does not exist: give a diffusers directory or a hub id.")
+        return ModelDirectory(self._download(), self.parts, self._pipelines, self.variant)
+
+    def _download(self) -> Path:
+        where = f"Model {self.model!r} at revision {self.revision!r}"
+        problem = f"{where} is no directory here and cannot be had from the hub"
+        with reading(problem, "Check the id and the network, or give a diffusers directory."):
+            index = self._class.load_config(self.model, revision=self.revision)
+            require_pipeline(where, index, self._pipelines)  # before gigabytes come
+            return Path(
+                self._class.download(
+                    self.model, revision=self.revision, variant=self.variant, use_safetensors=True,
+                    trust_remote_code=False,
+                )
+            )  # fmt: skip
+
+    @property
+    def _pipelines(self) -> dict[str, str]:
+        """Pipeline classes of all families by the families' names, the own one first."""
+        return {cls.__name__: cls.pipeline for cls in (type(self), *DiffusersFamily.__subclasses__())}
+
+    @property
+    def _class(self) -> Any:
+        import diffusers
+
+        return getattr(diffusers, self.pipeline)
+
+    def describe(self) -> dict[str, Any]:
+        """Model id with its resolved revision, or a hash of its files: what identities need, without loading."""
+        path = self.files.path
+        commit = path.name if path.parent.name == "snapshots" else None
+        if commit is not None:
+            return {"model": self.model, "revision": commit, "variant": self.variant}
+        return {"files": self.files.hash, "variant": self.variant}
+
+    @property
+    def name(self) -> str:
+        """The hub id, or the name of the directory; decides no fingerprint."""
+        return Path(self.model).name if Path(self.model).is_dir() else self.model
+
+    @property
+    def unused(self) -> list[str]:
+        """Names of the model's components that are neither loaded nor saved, such as a safety checker."""
+        return self.files.unused
+
+    # --- components ------------------------------------------------------------------------------------------
+
+    @cached_property
+    def prunable(self) -> dict[str, Component]:
+        """The components that turn text into latents, by name, text encoders first.
+
+        It reads the model's index, so that a model that cannot be used is reported before a wrong name.
+        """
+        _ = self.files
+        found: dict[str, Component] = {name: TextEncoder(self, name) for name in self.parts if "text_encoder" in name}
+        return found | {name: Denoiser(self, name) for name in self.parts if name in ("unet", "transformer")}
+
+    @property
+    def denoiser(self) -> str:
+        """Name of the component that predicts noise."""
+        return next(name for name, component in self.prunable.items() if component.role == "denoiser")
+
+    def require(self, names: Sequence[str]) -> None:
+        """Raise InputError for a name that is no prunable component."""
+        for name in names:
+            if name not in self.prunable:
+                raise unknown("component", name, self.prunable)
+
+    def meta_module(self, name: str) -> nn.Module:
+        """A component without weights, on the meta device: its layers can be looked at before anything is loaded."""
+        return self.files.meta_module(name)
+
+    @property
+    def components(self) -> dict[str, nn.Module]:
+        """Every module of the loaded pipeline, by name."""
+        from torch import nn
+
+        return {name: part for name, part in self._pipe.components.items() if isinstance(part, nn.Module)}
+
+    @property
+    def tokenizers(self) -> dict[str, Any]:
+        """The tokenizers of the loaded pipeline, by name."""
+        return {name: part for name, part in self._pipe.components.items() if name in self._tokenizer_names}
+
+    @property
+    def _tokenizer_names(self) -> list[str]:
+        return [name for name in self.parts if name.startswith("tokenizer")]
+
+    # --- loading ---------------------------------------------------------------------------------------------
+
     def load(self, dtype: torch.dtype, device: torch.device) -> None:
         """Read the weights, the first time from disk; afterwards only move them.
 
         Raises:
             InputError: no such model, or one without safetensors.
         """
+        if self._pipe is None:
+            self._pipe = self._read(dtype)
+            self._scheduler = self._pipe.scheduler
+        self._pipe.to(device=device, dtype=dtype)
 
-    @property
-    @abstractmethod
-    def components(self) -> dict[str, nn.Module]:
-        """Every module of the loaded pipeline, by name."""
+    def _read(self, dtype: torch.dtype) -> Any:
+        from diffusers.utils import logging as diffusers_logging
+        from transformers.utils import logging as transformers_logging
 
-    @property
-    @abstractmethod
-    def prunable(self) -> list[str]:
-        """Names of the components that can be pruned: all that turn text into latents."""
+        for logging in (diffusers_logging, transformers_logging):
+            logging.disable_progress_bar()
+        modules = {name: self.files.load(name, dtype) for name in self.parts if name not in self._tokenizer_names}
+        tokenizers = {name: self.files.tokenizer(name) for name in self._tokenizer_names}
+        parts = {**modules, **tokenizers, "scheduler": self.files.scheduler()}
+        taken = inspect.signature(self._class.__init__).parameters
+        kept = {name: value for name, value in self.files.index.items() if name in taken and isinstance(value, bool)}
+        pipe = self._class(**{**kept, **self.options, **parts})
+        pipe.set_progress_bar_config(disable=True)
+        for module in modules.values():
+            module.eval().requires_grad_(False)
+        return pipe
 
-    @property
-    def unused(self) -> list[str]:
-        """Names of the model's components that are neither loaded nor saved, such as a safety checker."""
-        return []
-
-    @abstractmethod
-    def skeleton(self, component: str) -> nn.Module:
-        """A component without weights, on the meta device: its layers can be looked at before anything is loaded."""
-
-    @abstractmethod
     def check(self, sampling: Sampling) -> None:
         """Raise InputError when images cannot be drawn so, e.g. for an unknown scheduler; loads nothing."""
+        self._check_scheduler(sampling)
+        self._check_parts(sampling)
 
-    @property
-    @abstractmethod
-    def tokenizer(self) -> Any:
-        """The tokenizer that cuts captions."""
+    def _check_scheduler(self, sampling: Sampling) -> None:
+        """Take one step with zeros."""
+        import torch
 
-    @abstractmethod
+        own = self.files.scheduler()
+        scheduler = make_scheduler(sampling.scheduler or type(own).__name__, own)
+        name = type(scheduler).__name__
+        problem = f"Scheduler {name} of {self.files.path} cannot take {sampling.steps} steps"
+        with reading(problem, "Choose another scheduler or number of steps."):
+            scheduler.set_timesteps(sampling.steps)
+            latents = torch.zeros(1, 4, 8, 8) * scheduler.init_noise_sigma
+            scaled = scheduler.scale_model_input(latents, scheduler.timesteps[0])
+            scheduler.step(scaled, scheduler.timesteps[0], latents)
+
+    def _check_parts(self, sampling: Sampling) -> None:
+        """Run every part once on the meta device: sizes that do not fit each other are found without any work."""
+        import torch
+
+        modules = {name: cast(Any, self.meta_module(name)) for name in (*self.prunable, "vae")}
+        vae, takes = modules.pop("vae"), modules[self.denoiser].config.in_channels
+        makes = vae.config.latent_channels
+        if takes != makes:
+            raise InputError(
+                f"The denoiser of {self.files.path} takes {takes} channels and the VAE makes {makes}: this is a model "
+                "for inpainting or editing, which needs a picture. Give the text-to-image model that it was made from."
+            )
+        with reading(f"The parts of {self.files.path} do not fit each other", "Restore it or give another model."):
+            lengths = {name: self._length(name, modules[name]) for name in modules if name != self.denoiser}
+            scale = 2 ** (len(vae.config.block_out_channels) - 1)
+            native = modules[self.denoiser].config.sample_size * scale
+            height, width = ((side or native) // scale for side in sampling.size)
+            with torch.device("meta"), torch.no_grad():
+                tokens = {name: torch.zeros(1, length, dtype=torch.long) for name, length in lengths.items()}
+                latents = torch.zeros(1, makes, height, width)
+                noise = self.predict(modules, tokens, latents)
+                image = vae.decode(noise).sample
+            if noise.shape != latents.shape or image.shape[1] != 3:
+                raise ValueError(f"latents {list(latents.shape)}, noise {list(noise.shape)}, image {list(image.shape)}")
+
+    def _length(self, name: str, text: Any) -> int:
+        """How many tokens a text encoder gets, after a look at whether it can read them."""
+        tokenizer = self.files.tokenizer(name.replace("text_encoder", "tokenizer"))
+        longest, largest = text.config.max_position_embeddings, max(tokenizer.get_vocab().values())
+        if not 2 <= tokenizer.model_max_length <= longest or largest >= text.config.vocab_size:
+            raise ValueError(
+                f"the tokenizer cuts at {tokenizer.model_max_length} tokens, numbered up to {largest}; the text "
+                f"encoder takes {longest}, numbered below {text.config.vocab_size}"
+            )
+        return int(tokenizer.model_max_length)
+
+    # --- running ---------------------------------------------------------------------------------------------
+
     def encode(self, prompts: Sequence[str]) -> None:
-        """Run the text encoders alone, as in generation without guidance; for calibration."""
+        """Run the text encoders alone, one after another, as in generation without guidance."""
+        import torch
 
-    @abstractmethod
-    def tokens(self, prompts: Sequence[str]) -> Tensor:
-        """Which positions of the text encoders' inputs are no padding: bool [b, length]."""
+        wanted = {
+            "prompt": list(prompts), "device": self._pipe.device, "num_images_per_prompt": 1,
+            "do_classifier_free_guidance": False,
+        }  # fmt: skip
+        taken = inspect.signature(self._pipe.encode_prompt).parameters
+        with torch.no_grad():
+            self._pipe.encode_prompt(**{name: value for name, value in wanted.items() if name in taken})
 
-    @abstractmethod
     def generate(
         self, prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling, decode: bool = True,
         before_step: Optional[Callable[[int], None]] = None,
@@ -137,28 +334,61 @@ class PipelineFamily(ABC):
             before_step: called before each call of the denoiser with the number of its step, from 0 to steps - 1; some
                 schedulers call it several times a step.
         """
+        import torch
 
-    @abstractmethod
+        finite = torch.ones(len(prompts), dtype=torch.bool)
+
+        def after(latents: Tensor, call: int, timesteps: Tensor) -> None:
+            finite.logical_and_(latents.isfinite().flatten(1).all(1).cpu())
+            if before_step is not None and call < len(timesteps):
+                before_step(step_of(timesteps, call, sampling.steps))
+
+        if before_step is not None:
+            before_step(0)
+        pipe = self._pipe
+        pipe.scheduler = self._new_scheduler(sampling, after)
+        denoiser = getattr(pipe, self.denoiser)
+        generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+        scale = pipe.vae_scale_factor
+        height, width = (side or denoiser.config.sample_size * scale for side in sampling.size)
+        shape = (denoiser.config.in_channels, height // scale, width // scale)
+        # fp32 noise on the CPU is the same whatever the model's dtype and device.
+        noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
+        output = pipe(
+            list(prompts), height=height, width=width, num_inference_steps=sampling.steps,
+            guidance_scale=sampling.guidance, latents=noise.to(pipe.device, denoiser.dtype), generator=generators,
+            output_type="pt" if decode else "latent",
+        ).images  # fmt: skip
+        if not decode:
+            return Drawn(output, finite.tolist())
+        pixels = output.float()
+        finite.logical_and_(pixels.isfinite().flatten(1).all(1).cpu())
+        images = (pixels.nan_to_num(0) * 255).round().clamp(0, 255).to(torch.uint8).cpu()
+        return Drawn(images, finite.tolist())
+
+    def _new_scheduler(self, sampling: Sampling, after: Callable[[Tensor, int, Tensor], None]) -> Any:
+        """The scheduler of a run, built anew, so that no state outlives a batch.
+
+        Args:
+            sampling: names it, unless it is the pipeline's own.
+            after: called after each step with the latents, the number of calls so far and all timesteps.
+        """
+        own = self._scheduler
+        scheduler = make_scheduler(sampling.scheduler or type(own).__name__, own)
+        step, calls = scheduler.step, 0
+
+        @wraps(step)  # pipelines look at its signature
+        def observed(*args: Any, **kwargs: Any) -> Any:
+            nonlocal calls
+            result = step(*args, **kwargs)
+            calls += 1
+            after(result[0], calls, scheduler.timesteps)
+            return result
+
+        scheduler.step = observed
+        return scheduler
+
     def save(self, directory: Path) -> None:
         """Write a plain diffusers directory."""
-
-    @abstractmethod
-    def describe(self) -> dict[str, Any]:
-        """Model id with its resolved revision, or hashes of its files: what fingerprints need, without loading."""
-
-    def origin(self) -> tuple[str, Optional[Path]]:
-        """For model cards: the model as it was named, and where its files and its own card lie, if on this machine."""
-        return "", None
-
-    @property
-    def name(self) -> str:
-        """What people call the model; decides no fingerprint."""
-        return type(self).__name__
-
-    def require(self, names: Sequence[str]) -> None:
-        """Raise InputError for a name that is no prunable component."""
-        from sdprune.errors import unknown
-
-        for name in names:
-            if name not in self.prunable:
-                raise unknown("component", name, self.prunable)
+        self._pipe.scheduler = self._scheduler  # not the one that images were drawn with
+        save_portable(self._pipe, directory)

@@ -24,9 +24,9 @@ class ModelDirectory:
 
     Args:
         path: the directory.
-        pipelines: names of the pipeline classes that the family draws with.
         classes: by component, the library and the classes of it that the family knows. No others are made, whatever
             the directory names: importing by a name from outside would run code from outside.
+        pipelines: see `require_pipeline`.
         variant: file variant of the weights, e.g. fp16.
 
     Raises:
@@ -34,7 +34,7 @@ class ModelDirectory:
     """
 
     def __init__(
-        self, path: Path, pipelines: Sequence[str], classes: Mapping[str, tuple[str, Sequence[str]]],
+        self, path: Path, classes: Mapping[str, tuple[str, Sequence[str]]], pipelines: Mapping[str, str],
         variant: str | None = None,
     ) -> None:  # fmt: skip
         self.path, self.classes, self.variant = path, classes, variant
@@ -93,8 +93,8 @@ class ModelDirectory:
             )
         return values
 
-    def skeleton(self, name: str) -> nn.Module:
-        """A component without weights, float32 on the meta device.
+    def meta_module(self, name: str) -> nn.Module:
+        """A component without weights, in float32 on the meta device.
 
         Raises:
             InputError: its configuration is damaged, or describes far more parameters than its files hold.
@@ -135,7 +135,7 @@ class ModelDirectory:
 
     def load(self, name: str, dtype: torch.dtype) -> nn.Module:
         """A component with its weights; without this check one that its file lacks would be random without a word."""
-        self.skeleton(name)
+        self.meta_module(name)
         extra = {"attn_implementation": "sdpa"} if self.index[name][0] == "transformers" else {}
         with self._reading(name):
             module, found = self.type_of(name).from_pretrained(
@@ -191,17 +191,27 @@ def require_all_weights(where: str, found: Mapping[str, Any]) -> None:
             )
 
 
-def require_pipeline(where: str, index: Any, pipelines: Sequence[str]) -> None:
+def require_pipeline(where: str, index: Any, pipelines: Mapping[str, str]) -> None:
     """See that a model index names a pipeline of the family.
 
+    Args:
+        where: the model, for errors.
+        index: what its model_index.json holds.
+        pipelines: classes of pipelines that are supported, by the name of their family; the wanted one is first.
+
     Raises:
-        InputError: the class that it names, and those that are supported.
+        InputError: another class, and how to use that.
     """
     found = index.get("_class_name") if isinstance(index, dict) else None
+    wanted = next(iter(pipelines.values()))
     if not isinstance(found, str):
         raise InputError(f"{where} is damaged: its {INDEX} names no pipeline class. Restore it or give another model.")
-    if found not in pipelines:
-        raise InputError(f"{where} is a {found[:100]!r}, which is not supported. Give a {' or '.join(pipelines)}.")
+    for family, pipeline in pipelines.items():
+        if found == pipeline != wanted:
+            raise InputError(f"{where} is a {found!r}, not a {wanted}: use --model.pipeline={family}.")
+    if found != wanted:
+        choices = " or ".join(pipelines.values())
+        raise InputError(f"{where} is a {found[:100]!r}, which is not supported. Give a {choices}.")
 
 
 def scheduler_class(name: str, kind: str = "scheduler") -> Any:

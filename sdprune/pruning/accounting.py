@@ -1,4 +1,4 @@
-"""Asked and achieved: the nominal sparsity beside the pruned and the zero weights of ever larger wholes."""
+"""Asked and achieved: the nominal sparsity beside the pruned and the zero weights of ever larger scopes."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -44,7 +44,7 @@ def account(
     }
 
 
-def wholes(accounts: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def scopes(accounts: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """What `account` counted over, smallest first, by the names that people read."""
     return {
         "targeted weights": accounts["targets"],

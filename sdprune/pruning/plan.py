@@ -29,7 +29,7 @@ from sdprune.pruning.selection import (
     split,
 )
 from sdprune.pruning.spec import PruneSpec
-from sdprune.pruning.statistics import weigh
+from sdprune.pruning.statistics import statistic_class
 from sdprune.pruning.targets import Target
 
 Statistics = Mapping[str, Mapping[str, Tensor]]  # statistic name -> layer name -> tensor
@@ -53,9 +53,15 @@ class Plan:
         if spec.dense:
             return
         _require(targets, spec.allocation, dense_statistics)
-        norms = (
-            {"input_norm": weigh(dense_statistics["input_norm"], spec.timesteps)} if spec.allocation.statistics else {}
-        )
+        norms = {
+            name: {
+                target.name: statistic_class(name).read(
+                    target.name, dense_statistics[name][target.name], spec.timesteps
+                )
+                for target in targets
+            }
+            for name in spec.allocation.statistics
+        }
         self.sparsities: Mapping[str, Share]
         if spec.mode == "original":
             criterion = type(spec.criterion).__name__
@@ -76,12 +82,8 @@ class Plan:
         return (self._alone(target) for target in targets)
 
     def groups(self, targets: Sequence[Target]) -> dict[str, list[Target]]:
-        """The targets that are ranked together; what is ranked in parts of a layer comes layer by layer."""
-        groups: dict[str, list[Target]] = {}
-        for target in targets:
-            key = {"component": "", "module_block": target.block}.get(str(self.spec.granularity), target.name)
-            groups.setdefault(key, []).append(target)
-        return groups
+        """See `groups_of`."""
+        return groups_of(targets, self.spec)
 
     def _ranks(self, groups: list[list[Target]]) -> list[Tuple[int, int]]:
         """The ranks (first, one past last) that each group loses."""
@@ -171,13 +173,7 @@ class Plan:
         mask = torch.empty(target.shape, dtype=torch.bool, device=target.weight.device)
         weight = torch.empty_like(target.matrix)
         notes: Dict[str, Any] = {}
-        own = {name: self.statistics[name][target.name] for name in criterion.statistics}
-        for name, value in own.items():
-            if value.dim() != 3:
-                raise InputError(
-                    f"Statistic {name} of layer {target.name!r} has shape {list(value.shape)}, not [groups, columns, "
-                    "columns]: gather it with sdprune.gather."
-                )
+        own = {name: self._read(name, target) for name in criterion.statistics}
         size = rows // target.groups
         for group in range(target.groups):
             part = slice(group * size, (group + 1) * size)
@@ -215,6 +211,9 @@ class Plan:
     def _lowest_of_group(self) -> Callable[[str, Tensor, int], Tensor]:
         return select_pattern if self.spec.mode == "exact" else select_topk
 
+    def _read(self, name: str, target: Target) -> Tensor:
+        return statistic_class(name).read(target.name, self.statistics[name][target.name], self.spec.timesteps)
+
     def _parts(self, target: Target) -> list[slice]:
         """The rows that are scored at a time."""
         rows, columns = target.shape
@@ -226,12 +225,10 @@ class Plan:
         """The criterion's scores; ranked beside layers of a wider dtype they are widened, which keeps their order."""
         criterion = self.spec.criterion
         assert isinstance(criterion, Ranking)
-        own = {}
-        for name in criterion.statistics:
-            statistic = self.statistics[name][target.name].to(target.weight.device)
-            if name == "input_norm":
-                statistic = weigh({target.name: statistic}, self.spec.timesteps)[target.name]
-            own[name] = target.by_row(statistic, rows)
+        own = {
+            name: target.by_row(self._read(name, target).to(target.weight.device), rows)
+            for name in criterion.statistics
+        }
         weight = target.rows(rows)
         scores = criterion.score(weight, own)
         if not isinstance(scores, Tensor) or scores.shape != weight.shape:
@@ -241,6 +238,15 @@ class Plan:
                 f"the weight's shape {list(weight.shape)}, [rows, columns]."
             )
         return scores.to(torch.promote_types(scores.dtype, dtype)) if scores.is_floating_point() else scores
+
+
+def groups_of(targets: Sequence[Target], spec: PruneSpec) -> dict[str, list[Target]]:
+    """The targets that are ranked together; what is ranked in parts of a layer comes layer by layer."""
+    groups: dict[str, list[Target]] = {}
+    for target in targets:
+        key = {"component": "", "module_block": target.block}.get(str(spec.granularity), target.name)
+        groups.setdefault(key, []).append(target)
+    return groups
 
 
 def _stretches(target: Target, spec: PruneSpec) -> list[int]:

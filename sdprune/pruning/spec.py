@@ -16,8 +16,8 @@ from sdprune.pruning.allocation.uniform import Uniform
 from sdprune.pruning.blocks import Blocks
 from sdprune.pruning.criteria import Criterion
 from sdprune.pruning.criteria.base import Ranking
-from sdprune.pruning.statistics import Timesteps
 from sdprune.pruning.targets import LAYER_KINDS
+from sdprune.pruning.timesteps import Timesteps
 
 GRANULARITIES = ("layer", "row", "column_block", "module_block", "component", "N:M")
 AGREEMENT = 1e-3

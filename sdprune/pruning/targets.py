@@ -18,6 +18,7 @@ from sdprune.pruning.memory import region
 
 LAYER_KINDS = ("Linear", "Conv2d", "Conv1D")
 
+
 @dataclass(frozen=True)
 class Target:
     """One prunable layer of a component, or several that share one weight."""

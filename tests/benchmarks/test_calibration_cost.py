@@ -15,17 +15,10 @@ import torch
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from sdprune.pruning import (
-    Gathering,
-    InputNorm,
-    Listener,
-    PruneSpec,
-    Totals,
-    apply,
-    find_targets,
-    statistic,
-    targets_of,
-)  # fmt: skip
+from sdprune.calibration.collect import Collector, Request
+from sdprune.calibration.observer import InputObserver
+from sdprune.calibration.store import MemoryStore
+from sdprune.pruning import InputNorm, PruneSpec, apply, find_targets
 
 FULL = os.environ.get("SDPRUNE_BENCHMARK") == "1"
 PROMPTS, BATCH = (128, 32) if FULL else (6, 3)
@@ -123,20 +116,29 @@ def published(model, ids, ours):
 def ours(model, ids, record=None):
     """Sequential Wanda through the public parts, in batches."""
     spec = PruneSpec(SPARSITY, criterion="Wanda", order="sequential")
-    gathering = Gathering(model, targets_of(model, spec), [statistic("input_norm")], spec, replay=True)
-    gathered = {"input_norm": {}}
-    for number in range(len(gathering.passes)):
-        totals = Totals(InputNorm())
-        for key, batch in enumerate(ids.split(BATCH)):
-            with torch.no_grad():
-                sums = gathering.visit(number, key, lambda _, batch=batch: model(batch), lambda _: None)["input_norm"]
-            totals.samples += len(batch)
-            for name, value in sums.totals.items():
-                totals.add(name, value)
-        gathered["input_norm"] |= totals.finish()
-        gathering.finish(number, gathered)
-    gathering.close()
-    apply(model, spec, gathered)
+    request = Request("text_encoder", "input_norm", spec, {"statistic": "input_norm"}, sequential=True)
+    store = MemoryStore()
+    collector = Collector({"text_encoder": Chain(model, ids)}, [request], store)
+    collector.run(lambda: ((batch, index, len(batch)) for index, batch in enumerate(ids.split(BATCH))))
+    apply(model, spec, {"input_norm": store.load(request.facts)})
+
+
+class Chain:
+    """A text encoder as calibration sees it, block by block."""
+
+    name, is_chain, steps = "text_encoder", True, 1
+
+    def __init__(self, module, ids):
+        self.module, self.ids = module, ids
+
+    def run(self, batch, before_step):
+        self.module(batch)
+
+    def try_out(self):
+        self.module(self.ids[:1])
+
+    def set_up(self, observer, batch):
+        pass
 
 
 def test_sequential_wanda_against_the_published_loop():
@@ -162,7 +164,7 @@ def test_sequential_wanda_against_the_published_loop():
 
 def test_input_norms_against_a_plain_forward_pass():
     model, ids = text_encoder(), tokens()[: 64 if FULL else 6]
-    listener = Listener(find_targets(model), InputNorm())
+    observer = InputObserver(find_targets(model), InputNorm())
 
     @torch.no_grad()
     def forward():
@@ -170,12 +172,12 @@ def test_input_norms_against_a_plain_forward_pass():
             model(batch)
 
     def listening():
-        with listener.listening():
+        with observer.observing():
             forward()
-        listener.take()
+        observer.take()
 
     forward()
     times = [(seconds(forward), seconds(listening)) for _ in range(5 if FULL else 1)]
     ratio = statistics.median(b / a for a, b in times)
     print(f"\ninput norms of a text encoder: {ratio:.3f} x a plain forward pass ({times[0][0]:.1f} s)")
-    assert set(listener.take().totals) == set()
+    assert set(observer.take().totals) == set()

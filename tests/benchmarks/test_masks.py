@@ -14,7 +14,8 @@ import pytest
 import torch
 from torch import nn
 
-from sdprune.pruning import PruneSpec, find_targets, masks, prune
+from sdprune import prune
+from sdprune.pruning import PruneSpec, find_targets, masks
 
 FULL = os.environ.get("SDPRUNE_BENCHMARK") == "1"
 SHRINK = 1 if FULL else 32

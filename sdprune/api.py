@@ -1,17 +1,18 @@
 """Pruning any module in one call."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Optional
 
-from torch import nn
+from torch import Tensor, nn
 
+from sdprune.calibration.calls import Call, calls_of, listed
+from sdprune.calibration.collect import Collector, Request
+from sdprune.calibration.observer import InputObserver
+from sdprune.calibration.store import MemoryStore
 from sdprune.errors import InputError, unknown
-from sdprune.pruning.calls import listed
-from sdprune.pruning.engine import PruneReport, apply
-from sdprune.pruning.gathering import gather
-from sdprune.pruning.plan import Statistics
-from sdprune.pruning.spec import PruneSpec
+from sdprune.processes import Processes
+from sdprune.pruning import PruneReport, PruneSpec, Statistics, apply, targets_of
 
 
 def prune(
@@ -54,6 +55,61 @@ def prune(
     dense_spec = PruneSpec(layers=spec.layers, include=spec.include, exclude=spec.exclude, blocks=spec.blocks)
     dense = gather(module, batches, dense_spec, spec.allocation.statistics) if spec.allocation.statistics else {}
     return apply(module, spec, gather(module, batches, spec, spec.criterion.statistics, dense), dense)
+
+
+def gather(
+    module: nn.Module,
+    inputs: Iterable[Any],
+    spec: PruneSpec,
+    names: Iterable[str] | str,
+    dense: Optional[Statistics] = None,
+) -> dict[str, dict[str, Tensor]]:
+    """Statistics of a module's layers from inputs to the module, by name, then by layer.
+
+    The module runs in evaluation mode.
+
+    Args:
+        module: any module, dense; it is dense again afterwards.
+        inputs: each element is the input of one call: a tensor, a tuple of arguments, a dict of keyword arguments, or
+            both as (tuple, dict). The first axis of the first tensor in it counts samples.
+        spec: says which layers, and in sequential order how they are pruned.
+        names: of the statistics, or the name of one.
+        dense: in sequential order, what the allocation reads.
+
+    Raises:
+        InputError: for inputs that `forward` does not take, or none.
+    """
+    calls = calls_of(module, inputs)
+    targets_of(module, spec)  # refuses weights that cannot be pruned, before anything runs
+    store = MemoryStore()
+    before = tuple(Request("", name, spec, {"statistic": name, "of": "the dense module"}) for name in dense or ())
+    for request in before:
+        store.add(request.facts, 0, (dense or {})[request.statistic])
+    requests = [
+        Request("", name, spec, {"statistic": name}, spec.sequential, before)
+        for name in sorted([names] if isinstance(names, str) else names)
+    ]
+    collector = Collector({"": _Module(module, calls)}, requests, store, processes=Processes(alone=True))
+    collector.run(lambda: ((call, index, call.samples) for index, call in enumerate(calls)))
+    return {request.statistic: dict(store.load(request.facts)) for request in requests}
+
+
+class _Module:
+    """A module of which nothing is known: it runs as a whole, and all of its inputs count."""
+
+    name, is_chain, steps = "module", False, 1
+
+    def __init__(self, module: nn.Module, calls: list[Call]) -> None:
+        self.module, self.calls = module, calls
+
+    def run(self, call: Call, before_step: Callable[[int], None]) -> None:
+        self.module(*call.args, **call.kwargs)
+
+    def try_out(self) -> None:
+        self.run(self.calls[0], lambda _: None)
+
+    def set_up(self, observer: InputObserver, call: Call) -> None:
+        pass
 
 
 def _spec(spec: Optional[PruneSpec], options: dict[str, Any]) -> PruneSpec:

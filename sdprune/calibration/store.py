@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from sdprune.identity import fingerprint
 from sdprune.record import replacing, require_writable, write_json
@@ -24,6 +24,47 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Facts = Mapping[str, Any]
+
+
+class Store(Protocol):
+    """Where statistics are kept."""
+
+    def __contains__(self, facts: Facts) -> bool:
+        """Whether the statistics that `facts` decide are there, all of them."""
+
+    def load(self, facts: Facts) -> Mapping[str, Tensor]:
+        """What has been gathered, in whole or in part, by layer."""
+
+    def add(self, facts: Facts, number: int, layers: Mapping[str, Tensor]) -> None:
+        """Keep the layers of one pass."""
+
+    def finish(self, facts: Facts) -> None:
+        """The statistics are whole."""
+
+    def progress(self, facts: Facts) -> Progress | NoProgress:
+        """Where an unfinished pass keeps its sums."""
+
+
+class MemoryStore:
+    """Keeps statistics for as long as it lives, and never has all of them."""
+
+    def __init__(self) -> None:
+        self._layers: dict[str, dict[str, Tensor]] = {}
+
+    def __contains__(self, facts: Facts) -> bool:
+        return False
+
+    def load(self, facts: Facts) -> Mapping[str, Tensor]:  # noqa: D102
+        return self._layers.setdefault(fingerprint(facts), {})
+
+    def add(self, facts: Facts, number: int, layers: Mapping[str, Tensor]) -> None:  # noqa: D102
+        self._layers.setdefault(fingerprint(facts), {}).update(layers)
+
+    def finish(self, facts: Facts) -> None:  # noqa: D102
+        pass
+
+    def progress(self, facts: Facts) -> NoProgress:  # noqa: D102
+        return NoProgress()
 
 
 class StatisticsStore:
@@ -104,6 +145,19 @@ class Layers(Mapping[str, "Tensor"]):
 
     def __len__(self) -> int:
         return len(self._files)
+
+
+class NoProgress:
+    """Keeps nothing: a pass that is interrupted begins again."""
+
+    def load(self) -> None:  # noqa: D102
+        return None
+
+    def save(self, batches: int, samples: int, sums: Mapping[str, Tensor]) -> None:  # noqa: D102
+        pass
+
+    def delete(self) -> None:  # noqa: D102
+        pass
 
 
 class Progress:

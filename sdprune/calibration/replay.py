@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import nn
 
+from sdprune.calibration.execution import Stop
+from sdprune.calibration.observer import InputObserver
 from sdprune.pruning.blocks import STEM
-from sdprune.pruning.execution import Stop
-from sdprune.pruning.statistics import Listener
 from sdprune.pruning.targets import Target
 
 
@@ -34,17 +34,17 @@ class Replay:
             self.index |= {target.name: numbers.get(block, len(self.blocks)) for target in stage}
         self.outputs: dict[int, tuple[int, Any]] = {}  # by batch: number of a block, what it gave
 
-    def run(self, key: int, listeners: Sequence[Listener], run: Callable[[], Any]) -> None:
-        """Run a batch up to the last layer that is listened to."""
-        listened = [target for listener in listeners for target in listener.targets.values()]
-        current = max(self.index[target.name] for target in listened)
+    def run(self, key: int, observers: Sequence[InputObserver], run: Callable[[], Any]) -> None:
+        """Run a batch up to the last layer that is observed to."""
+        observed = [target for observer in observers for target in observer.targets.values()]
+        current = max(self.index[target.name] for target in observed)
         done, output = self.outputs.get(key, (-1, None))
         with ExitStack() as stack:
             for block in self.blocks[: done + 1]:
                 stack.enter_context(_answering(block, output))
             if current - 1 > done:
                 stack.enter_context(self._recording(key, current - 1))
-            stack.enter_context(_stopping_after(listened))
+            stack.enter_context(_stopping_after(observed))
             with suppress(Stop):
                 run()
 

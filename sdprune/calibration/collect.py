@@ -1,0 +1,279 @@
+"""Gathering what a store lacks: batches through components, to the same bits on any number of processes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Optional, Protocol
+
+import torch
+from torch import nn
+
+from sdprune.calibration.execution import order_of_calls
+from sdprune.calibration.gathering import Gathering
+from sdprune.calibration.observer import BatchSums, InputObserver, Totals
+from sdprune.calibration.passes import MEMORY, Pass, plan_passes
+from sdprune.calibration.progress import CalibrationState, ProgressReport
+from sdprune.calibration.store import Store
+from sdprune.processes import Processes
+from sdprune.pruning import PruneSpec, Target, find_targets, statistic
+
+_SAVING = 0.05  # share of the time that may go into saving sums for the case of an interruption
+
+
+class Subject(Protocol):
+    """A component as calibration sees it, with what its batches hold."""
+
+    @property
+    def name(self) -> str:
+        """Name of the component."""
+
+    @property
+    def module(self) -> nn.Module:
+        """The component."""
+
+    @property
+    def is_chain(self) -> bool:
+        """Whether it is a plain chain of blocks."""
+
+    @property
+    def steps(self) -> int:
+        """Denoising steps that it runs for a batch."""
+
+    def run(self, batch: Any, before_step: Callable[[int], None]) -> None:
+        """Run it on a batch; `before_step` is told the number of each denoising step, from 0."""
+
+    def try_out(self) -> None:
+        """Run it on any input, the same on every process."""
+
+    def set_up(self, observer: InputObserver, batch: Any) -> None:
+        """Tell an observer what of a batch counts."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """One statistic of one component, and the facts that decide its values."""
+
+    component: str
+    statistic: str
+    spec: PruneSpec
+    """Says which layers, how much denoising steps count, and in sequential order how layers are pruned."""
+    facts: Mapping[str, Any]
+    sequential: bool = False
+    """Whether layers are pruned before those that run after them are looked at."""
+    allocation: tuple[Request, ...] = ()
+    """In sequential order: what the allocation of `spec` reads."""
+
+    def targets(self, component: nn.Module) -> list[Target]:
+        """The layers that it is about."""
+        return find_targets(component, self.spec.layers, self.spec.include, self.spec.exclude, self.spec.blocks)
+
+
+class Collector:
+    """Gathers what a store lacks, pass by pass over the batches; all processes call every method together.
+
+    Statistics of the dense model are gathered in the same passes; whoever prunes its component between passes is
+    gathered by itself. A pass that was interrupted goes on where its sums were saved.
+
+    Args:
+        subjects: the components, by name.
+        requests: the statistics; those of a component's dense model come before those of its pruning in order.
+        store: where they go.
+        memory: bytes that the sums of one pass may take.
+        processes: of this run.
+        report: is called in every denoising step.
+        images: number of calibration samples, for the reports.
+    """
+
+    def __init__(
+        self, subjects: Mapping[str, Subject], requests: Iterable[Request], store: Store, memory: int = MEMORY,
+        processes: Optional[Processes] = None, report: Optional[Callable[[CalibrationState], None]] = None,
+        images: int = 0,
+    ) -> None:  # fmt: skip
+        self.subjects, self.store, self.memory = subjects, store, memory
+        self.processes = processes or Processes()
+        self._orders: dict[str, list[str]] = {}
+        self._groups = self._grouped(requests)
+        self._planned = [self._plan(group) for group in self._groups]
+        self.passes = sum(
+            one.missing(self._layers(group))
+            for group, passes in zip(self._groups, self._planned, strict=True)
+            for one in passes
+        )
+        """Number of passes over the batches that this run makes."""
+        self._report = ProgressReport(report, self.passes, images)
+        self.batches = 0
+        """Number of batches that the current pass has been over, on all processes."""
+        self.totals: dict[str, Totals] = {}
+        """Sums of the current pass, by statistic."""
+        self._group = self._number = -1
+        self._next_group()
+
+    @property
+    def done(self) -> bool:
+        """Whether everything is in the store."""
+        return self._group == len(self._groups)
+
+    def run(self, batches: Callable[[], Iterable[tuple[Any, int, int]]]) -> None:
+        """All passes.
+
+        Args:
+            batches: makes the batches of a pass, each with its index among those of all processes and the number of
+                samples in it that are no filler.
+        """
+        while not self.done:
+            for batch, index, valid in batches():
+                self.step(batch, index, valid)
+            self.end_pass()
+
+    def step(self, batch: Any, index: int, valid: int) -> None:
+        """One batch on every process: run it, and add the sums of all processes in the order of the batches."""
+        if self.done:
+            return
+        fresh = valid > 0 and index >= self.batches
+        self._report.begin_batch(valid * self.processes.world_size, self._subject.steps)
+        sums = self._visit(batch, index) if fresh else {}
+        calls = {(name, layer): n for name, one in sums.items() for layer, n in one.calls.items()}
+        everyone = self.processes.all_gather((index, valid if fresh else 0, calls))
+        for one, targets in self._pass.observed:
+            for target in targets:
+                key = (one.name, target.name)
+                if not any(key in called for _, _, called in everyone):
+                    continue
+                own = sums[one.name].totals[target.name] if key in calls else one.empty(target)
+                values = self.processes.gather(own)  # only the first process has them
+                for (_, _, called), value in zip(everyone, values, strict=False):
+                    if key in called:
+                        self.totals[one.name].add(target.name, value)
+        for total in self.totals.values():
+            total.samples += sum(valid for _, valid, _ in everyone)
+        self.batches = max(self.batches, *(index + 1 for index, _, _ in everyone))
+        self._save()
+        self._report.end_batch(max(total.samples for total in self.totals.values()))
+
+    def end_pass(self) -> None:
+        """All batches are through: store the statistics, prune where that is part of it, and begin the next pass."""
+        if self.done:
+            return
+        if self.processes.is_first:
+            for request in self._requests:
+                if request.statistic in self.totals:
+                    self.store.add(request.facts, self._number, self.totals[request.statistic].finish())
+        self.processes.barrier()
+        progress, self.totals = self._progress, {}
+        self._gathering.finish(self._number, self._stored())
+        self._next_pass()
+        if self.processes.is_first:
+            progress.delete()
+        self.processes.barrier()
+
+    # --- groups and passes -----------------------------------------------------------------------------------
+
+    def _grouped(self, requests: Iterable[Request]) -> list[list[Request]]:
+        """Requests that are gathered in the same passes: of one component, and of one pruning in sequential order."""
+        missing = {str(request.facts): request for request in requests if request.facts not in self.store}
+        groups: dict[tuple[str, int], list[Request]] = {}
+        for request in missing.values():
+            groups.setdefault((request.component, id(request.spec) * request.sequential), []).append(request)
+        return list(groups.values())
+
+    def _plan(self, group: Sequence[Request]) -> list[Pass]:
+        first, subject = group[0], self.subjects[group[0].component]
+        targets = first.targets(subject.module)
+        statistics = [statistic(one.statistic, subject.steps, one.spec.timesteps) for one in group]
+        if not first.sequential:
+            return plan_passes(targets, statistics, self.memory)
+        return plan_passes(targets, statistics, self.memory, first.spec, self._order(subject, targets))
+
+    def _order(self, subject: Subject, targets: Sequence[Target]) -> list[str]:
+        """In which order the layers run."""
+        if subject.name not in self._orders:
+            with torch.inference_mode(False):
+                self._orders[subject.name] = order_of_calls(subject.module, targets, subject.try_out)
+        return self._orders[subject.name]
+
+    def _next_group(self) -> None:
+        self._group += 1
+        if self.done:
+            return self._report.close()
+        self._requests = self._groups[self._group]
+        first = self._requests[0]
+        self._subject = self.subjects[first.component]
+        dense = {one.statistic: self.store.load(one.facts) for one in first.allocation}
+        spec = first.spec if first.sequential else None
+        self._gathering = Gathering(
+            self._subject.module, self._planned[self._group], spec, dense, self._subject.is_chain
+        )
+        self._number = -1
+        self._next_pass()
+
+    def _next_pass(self) -> None:
+        """Go to the next pass that is not in the store; after the last one of a group to the next group."""
+        passes = self._gathering.passes
+        self._number += 1
+        while self._number < len(passes) and not passes[self._number].missing(self._layers(self._requests)):
+            self._gathering.finish(self._number, self._stored())
+            self._number += 1
+        if self._number == len(passes):
+            self._gathering.close()
+            if self.processes.is_first:
+                for request in self._requests:
+                    self.store.finish(request.facts)
+            self.processes.barrier()
+            return self._next_group()
+        self._begin_pass()
+
+    def _begin_pass(self) -> None:
+        observed = self._pass.observed
+        layers = {one.name: [target.name for target in targets] for one, targets in observed}
+        facts = {"requests": [request.facts for request in self._requests], "layers": layers}
+        self._progress = self.store.progress(facts)
+        self.totals = {one.name: Totals(one) for one, _ in observed}
+        self.batches, samples, sums = self._progress.load() or (0, 0, {})
+        for one, targets in observed:
+            self.totals[one.name].samples = samples
+            for target in targets:
+                if (value := sums.get(f"{one.name}/{target.name}")) is not None:
+                    self.totals[one.name].add(target.name, value.to(target.weight.device))
+        self._saved, self._cost = time.monotonic(), 0.0
+        names = ", ".join(request.statistic for request in self._requests)
+        self._report.begin_pass(f"{self._subject.name} ({names})", samples)
+
+    @property
+    def _pass(self) -> Pass:
+        return self._gathering.passes[self._number]
+
+    def _stored(self) -> dict[str, Mapping[str, Any]]:
+        return {request.statistic: self.store.load(request.facts) for request in self._requests}
+
+    def _layers(self, requests: Sequence[Request]) -> dict[str, set[str]]:
+        return {request.statistic: set(self.store.load(request.facts)) for request in requests}
+
+    # --- one batch -------------------------------------------------------------------------------------------
+
+    def _visit(self, batch: Any, index: int) -> dict[str, BatchSums]:
+        subject = self._subject
+
+        def run(observers: Sequence[InputObserver]) -> None:
+            def before_step(step: int) -> None:
+                for observer in observers:
+                    observer.step = step
+                if step:
+                    self._report.step()
+
+            subject.run(batch, before_step)
+
+        # Outside of inference mode tensors tell when they were changed, so that layers with one input can share sums.
+        with torch.inference_mode(False), torch.no_grad():
+            return self._gathering.visit(self._number, index, run, lambda observer: subject.set_up(observer, batch))
+
+    def _save(self) -> None:
+        started = time.monotonic()
+        if not self.processes.is_first or started - self._saved < self._cost / _SAVING:
+            return
+        sums = {f"{name}/{layer}": v for name, total in self.totals.items() for layer, v in total.sums.items()}
+        samples = max(total.samples for total in self.totals.values())
+        self._progress.save(self.batches, samples, sums)
+        self._saved = time.monotonic()
+        self._cost = self._saved - started

@@ -1,0 +1,92 @@
+"""What is gathered in which pass over the calibration batches, and what is pruned after it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Optional
+
+from sdprune.calibration.execution import stages
+from sdprune.errors import InputError
+from sdprune.pruning import PruneSpec, Target
+from sdprune.pruning.plan import groups_of
+from sdprune.pruning.statistics import Statistic
+
+MEMORY = 8 << 30
+
+
+@dataclass
+class Pass:
+    """One pass over the calibration batches."""
+
+    observed: list[tuple[Statistic, list[Target]]]
+    """Statistics that are gathered, each with its layers."""
+    stage: int = 0
+    """Number of the stage that the layers belong to."""
+    prune: list[list[Target]] = field(default_factory=list)
+    """Groups of layers that are pruned when it is over."""
+
+    def missing(self, stored: dict[str, set[str]]) -> bool:
+        """Whether any of its statistics is not stored; `stored` has the layers of each statistic by name."""
+        return any(target.name not in stored.get(one.name, ()) for one, targets in self.observed for target in targets)
+
+
+def plan_passes(
+    targets: Sequence[Target],
+    statistics: Sequence[Statistic],
+    memory: int = MEMORY,
+    spec: Optional[PruneSpec] = None,
+    order: Sequence[str] = (),
+) -> list[Pass]:
+    """The passes that gather statistics of a component.
+
+    All statistics of the dense model take one pass, and those that do not fit into memory together more. In sequential
+    order the layers are gathered stage by stage, as they run, and pruned at the end of their stage, so that what a pass
+    gathers depends on the passes before. Layers that are ranked together in spite of being in several stages, as the
+    stem's are by granularity module_block, are pruned at the end of the last of these.
+
+    Args:
+        targets: the layers.
+        statistics: what to gather of each.
+        memory: bytes that the sums of one pass may take, over the running batch and over all.
+        spec: in sequential order, how layers are pruned at the end of their stage.
+        order: in sequential order, names of the layers in the order in which they run, see `order_of_calls`.
+
+    Raises:
+        InputError: the statistics of a single layer exceed the memory.
+    """
+    parts = stages(targets, order) if spec else [list(targets)]
+    passes = [
+        Pass(observed, number) for number, part in enumerate(parts) for observed in _packages(part, statistics, memory)
+    ]
+    if spec is None:
+        return passes
+    stage_of = {target.name: number for number, part in enumerate(parts) for target in part}
+    last = {one.stage: one for one in passes}
+    for group in groups_of(targets, spec).values():
+        last[max(stage_of[target.name] for target in group)].prune.append(group)
+    return passes
+
+
+def _packages(
+    targets: Sequence[Target], statistics: Sequence[Statistic], memory: int
+) -> list[list[tuple[Statistic, list[Target]]]]:
+    """Statistics and layers whose sums fit into memory together, the small statistics first."""
+    packages: list[list[tuple[Statistic, list[Target]]]] = [[]]
+    left = memory
+    for one in sorted(statistics, key=lambda one: sum(map(one.bytes_of, targets))):
+        for target in targets:
+            size = 2 * one.bytes_of(target)  # of the batch and in all
+            if size > memory:
+                raise InputError(
+                    f"The {one.name} of layer {target.name!r} takes {size / 2**30:.1f} GiB, more than the "
+                    f"{memory / 2**30:.1f} GiB it may: raise the limit, or exclude the layer."
+                )
+            if size > left:
+                packages.append([])
+                left = memory
+            if not packages[-1] or packages[-1][-1][0] is not one:
+                packages[-1].append((one, []))
+            packages[-1][-1][1].append(target)
+            left -= size
+    return packages

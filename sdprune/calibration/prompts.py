@@ -1,0 +1,112 @@
+"""Components that are calibrated on prompts, and what their statistics depend on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from sdprune.calibration.collect import Request
+from sdprune.calibration.observer import InputObserver
+from sdprune.calibration.settings import Calibration
+from sdprune.data import Batch
+from sdprune.pipelines import Component, Sampling
+from sdprune.pruning import PruneSpec
+from sdprune.pruning.statistics import statistic_class
+from sdprune.record import image_seed
+
+
+@dataclass(frozen=True)
+class PromptSubject:
+    """A component of a pipeline that runs on batches of calibration prompts.
+
+    Args:
+        component: of a family.
+        sampling: how images are drawn.
+        seed: of their noise.
+        calibration: what counts.
+    """
+
+    component: Component
+    sampling: Sampling
+    seed: int
+    calibration: Calibration
+
+    @property
+    def name(self) -> str:  # noqa: D102
+        return self.component.name
+
+    @property
+    def module(self) -> nn.Module:  # noqa: D102
+        return self.component.module
+
+    @property
+    def is_chain(self) -> bool:  # noqa: D102
+        return self.component.is_chain
+
+    @property
+    def steps(self) -> int:  # noqa: D102
+        return self.component.steps(self.sampling)
+
+    def run(self, batch: Batch, before_step: Callable[[int], None]) -> None:  # noqa: D102
+        seeds = [image_seed(self.seed, f"calibration:{position}") for position in batch.positions]
+        self.component.run(batch.prompts, seeds, self.sampling, before_step)
+
+    def try_out(self) -> None:  # noqa: D102
+        self.component.run(["a picture"], [0], self.sampling)
+
+    def set_up(self, observer: InputObserver, batch: Batch) -> None:  # noqa: D102
+        observer.batch_size, observer.valid = len(batch.prompts), batch.valid
+        if not self.calibration.padding:
+            observer.tokens = self.component.tokens(batch.prompts)
+        if self.component.role == "denoiser":
+            observer.unconditional = self.calibration.unconditional
+
+    def facts(self) -> dict[str, Any]:
+        """What its statistics depend on beside model and prompts."""
+        if self.component.role == "text":
+            return {"padding": self.calibration.padding}
+        drawn = {"sampling": self.sampling.describe(), "seed": self.seed}
+        return drawn | {"unconditional": self.calibration.unconditional}
+
+
+class Requests:
+    """Writes down the statistics that prunings need, and what these depend on.
+
+    Args:
+        subjects: the components, by name.
+        facts: what all statistics depend on: code, model, dtype and prompts.
+    """
+
+    def __init__(self, subjects: Mapping[str, PromptSubject], facts: Mapping[str, Any]) -> None:
+        self.subjects, self.facts = subjects, facts
+
+    def of_model(self, component: str, names: Iterable[str], spec: PruneSpec) -> list[Request]:
+        """Statistics of the dense model, of all layers of the kinds that a specification names."""
+        kinds = sorted(set(spec.layers))
+        every = PruneSpec(layers=kinds, timesteps=spec.timesteps)
+        common = {"component": component, "layers": kinds, **self.facts, **self.subjects[component].facts()}
+        found = []
+        for name in sorted(names):
+            facts = {**common, "statistic": name}
+            if statistic_class(name).by_timesteps and self.subjects[component].steps > 1:
+                facts["timesteps"] = spec.timesteps
+            found.append(Request(component, name, every, facts))
+        return found
+
+    def of_allocation(self, component: str, spec: PruneSpec) -> list[Request]:
+        """What the allocation reads."""
+        return self.of_model(component, spec.allocation.statistics, spec)
+
+    def of_criterion(self, component: str, spec: PruneSpec) -> list[Request]:
+        """What the criterion reads."""
+        dense = self.of_model(component, spec.criterion.statistics, spec)
+        if not spec.sequential:
+            return dense
+        before = tuple(self.of_allocation(component, spec))
+        more = {"prune": spec.describe(), "allocation": [request.facts for request in before]}
+        return [
+            replace(one, spec=spec, sequential=True, facts={**one.facts, **more}, allocation=before) for one in dense
+        ]

@@ -1,0 +1,113 @@
+"""A prunable part of a pipeline: what calibration, pruning and budgets ask of it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, ClassVar, Optional
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from sdprune.pipelines.base import DiffusersFamily, Sampling
+
+
+class _Reached(Exception):  # noqa: N818  no error
+    """Ends a run behind the component that was wanted."""
+
+
+class Component(ABC):
+    """One part of a pipeline that turns text into latents.
+
+    Args:
+        family: the pipeline.
+        name: of the part, as in `pipe.components`.
+    """
+
+    role: ClassVar[str]
+    """`text` or `denoiser`: budgets split the pruned weights between the two."""
+    is_chain: ClassVar[bool]
+    """Whether its blocks run one after another, each on what the one before gave: then they can be run one by one."""
+
+    def __init__(self, family: DiffusersFamily, name: str) -> None:
+        self.family, self.name = family, name
+
+    @property
+    def module(self) -> nn.Module:
+        """The module, once the pipeline is loaded."""
+        return self.family.components[self.name]
+
+    def meta_module(self) -> nn.Module:
+        """The module without weights, on the meta device; nothing has to be loaded."""
+        return self.family.meta_module(self.name)
+
+    @abstractmethod
+    def steps(self, sampling: Sampling) -> int:
+        """How many denoising steps it runs for one prompt."""
+
+    @abstractmethod
+    def run(
+        self, prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling,
+        before_step: Optional[Callable[[int], None]] = None,
+    ) -> None:  # fmt: skip
+        """Run it on prompts, as generation does; what only later parts need is left out.
+
+        Args:
+            prompts: one an item.
+            seeds: of the noise, one an item.
+            sampling: how images are drawn.
+            before_step: called before each call with the number of its denoising step.
+        """
+
+    @abstractmethod
+    def tokens(self, prompts: Sequence[str]) -> Optional[Tensor]:
+        """Which positions of its inputs are no padding: bool [b, length]; None where it reads no tokens."""
+
+
+class TextEncoder(Component):
+    """Reads tokens. Runs without guidance: the empty prompt would count as often as all others together."""
+
+    role = "text"
+    is_chain = True
+
+    def steps(self, sampling: Sampling) -> int:  # noqa: D102
+        return 1
+
+    def run(  # noqa: D102
+        self, prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling,
+        before_step: Optional[Callable[[int], None]] = None,
+    ) -> None:  # fmt: skip
+        def stop(*_: Any) -> None:
+            raise _Reached
+
+        handle = self.module.register_forward_hook(stop)
+        try:
+            with suppress(_Reached):
+                self.family.encode(prompts)
+        finally:
+            handle.remove()
+
+    def tokens(self, prompts: Sequence[str]) -> Optional[Tensor]:  # noqa: D102
+        tokenizer = self.family.tokenizers[self.name.replace("text_encoder", "tokenizer")]
+        kept = {"padding": "max_length", "truncation": True, "max_length": tokenizer.model_max_length}
+        return tokenizer(list(prompts), return_tensors="pt", **kept)["attention_mask"].bool()
+
+
+class Denoiser(Component):
+    """Predicts noise. Runs by drawing images, all steps, with the guidance of generation."""
+
+    role = "denoiser"
+    is_chain = False
+
+    def steps(self, sampling: Sampling) -> int:  # noqa: D102
+        return sampling.steps
+
+    def run(  # noqa: D102
+        self, prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling,
+        before_step: Optional[Callable[[int], None]] = None,
+    ) -> None:  # fmt: skip
+        self.family.generate(prompts, seeds, sampling, decode=False, before_step=before_step)
+
+    def tokens(self, prompts: Sequence[str]) -> Optional[Tensor]:  # noqa: D102
+        return None

@@ -4,8 +4,10 @@ import hashlib
 import os
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +17,7 @@ from sdprune.errors import InputError
 from sdprune.outside import read_npz, reading
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Statistics:
     """Mean `mu` [d] and covariance `sigma` [d, d] of feature vectors, float64, and where they come from.
 
@@ -29,6 +31,13 @@ class Statistics:
     extractor: str | None = None
     source: str | None = None
     features: Tensor | None = None
+    made: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
+    """What scores worked out from it, see `once`."""
+
+    @cached_property
+    def root(self) -> Tensor:
+        """Square root [d, d] of `sigma`, float64."""
+        return symmetric_sqrt(self.sigma.double())
 
     @property
     def hash(self) -> str:
@@ -52,7 +61,9 @@ class Statistics:
         Raises:
             InputError: no such file, not an npz, a missing key, shapes that do not fit, values that are not finite.
         """
-        arrays = _read_npz(Path(path))
+        if not Path(path).is_file():
+            raise InputError(f"No FID statistics at {str(path)!r}: give an npz file with the keys mu and sigma.")
+        arrays = read_npz(Path(path))
         missing = [key for key in ("mu", "sigma") if key not in arrays]
         if missing:
             found = ", ".join(arrays) or "none"
@@ -166,9 +177,3 @@ def _write_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
-
-
-def _read_npz(path: Path) -> dict[str, np.ndarray]:
-    if not path.is_file():
-        raise InputError(f"No FID statistics at {str(path)!r}: give an npz file with the keys mu and sigma.")
-    return read_npz(path)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sdprune.identity import facts_of
-from sdprune.metrics.extractors import FeatureExtractor
+from sdprune.metrics.features.base import FeatureExtractor
 from sdprune.metrics.frechet import Moments, Statistics
 
 BATCH_SIZE = 32

@@ -2,32 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from sdprune.identity import fingerprint
-from sdprune.metrics import PerImageMetric, verdict
+from sdprune.metrics import ImageScores, verdict
 from sdprune.record import Record, require_comparable
 
 
 class Comparison:
-    """Differences of a record to the dense one, by every metric, from each image's rows in both.
+    """Differences of a record to the dense one, by every score, from each image's rows in both.
 
     Args:
-        metrics: hold the rows of `record`, and their reference.
+        scores: hold the rows of `record`, and their references.
         record: of the pruned model.
         baseline: of the dense model, finished.
     """
 
-    def __init__(self, metrics: Sequence[PerImageMetric], record: Record, baseline: Record) -> None:
-        self.metrics, self.record, self.baseline = metrics, record, baseline
+    def __init__(self, scores: ImageScores, record: Record, baseline: Record) -> None:
+        self.scores, self.record, self.baseline = scores, record, baseline
 
     @property
     def key(self) -> str:
         """Tells one way of comparing from another; unlike what is drawn and measured, it decides no fingerprint."""
-        how = [(metric.name, metric.tolerance, getattr(metric, "resamples", None)) for metric in self.metrics]
+        how = [(score.name, score.tolerance, getattr(score, "resamples", None)) for score in self.scores.scores]
         return fingerprint({"dense": self.baseline.directory.name, "how": how})
 
     @property
@@ -42,20 +42,24 @@ class Comparison:
             InputError: records that differ in more than what was pruned, or damaged rows.
         """
         require_comparable(self.record.facts, self.baseline.facts)
-        differences: dict[str, Any] = {"dense": self.baseline.directory.name}
-        for metric in self.metrics:
-            rows = {k: torch.from_numpy(v) for k, v in self.baseline.load_rows(metric.keys()).items()}
-            differences |= metric.compare(rows)
+        dense_rows = kept_rows(self.baseline, self.scores)
+        differences = {"dense": self.baseline.directory.name, **self.scores.compare(dense_rows)}
         return {"comparison": differences, "verdicts": self._verdicts(differences), "compared": self.key}
 
     def _verdicts(self, differences: Mapping[str, Any]) -> dict[str, Any]:
         """For scores with a tolerance: whether the difference stays inside."""
         told = {}
-        for metric in self.metrics:
-            low, high = (differences.get(f"{metric.name}_diff_{end}") for end in ("low", "high"))
-            if metric.tolerance is None or low is None or high is None:
+        for score in self.scores.scores:
+            low, high = (differences.get(f"{score.name}_diff_{end}") for end in ("low", "high"))
+            if score.tolerance is None or low is None or high is None:
                 continue
-            dense = self.baseline.results["metrics"][metric.name]
-            found = verdict(dense, low, high, metric.tolerance, bool(metric.higher_is_better))
-            told[metric.name] = {"tolerance": metric.tolerance, "verdict": found}
+            dense = self.baseline.results["metrics"][score.name]
+            found = verdict(dense, low, high, score.tolerance, bool(score.higher_is_better))
+            told[score.name] = {"tolerance": score.tolerance, "verdict": found}
         return told
+
+
+def kept_rows(record: Record, scores: ImageScores) -> dict[str, torch.Tensor]:
+    """The rows of a record that these scores read."""
+    rows = record.load_rows({key: key for key in scores.keys})
+    return {key: torch.from_numpy(values) for key, values in rows.items()}

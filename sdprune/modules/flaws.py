@@ -14,21 +14,22 @@ from sdprune.metrics import PerImageRows
 class Flaws(PerImageRows):
     """Which images are wholly black, which came out of numbers that are not finite, and the digests of their files."""
 
-    columns = ("black", "not_finite", "digest")
-    name = "images"
+    def __init__(self) -> None:
+        super().__init__(("images.black", "images.not_finite", "images.digest"))
 
     def update(self, images: Tensor, finite: Sequence[bool], digests: Sequence[int], positions: Sequence[int]) -> None:
         """Add uint8 images [b, 3, h, w]."""
         black = images.flatten(1).amax(1) == 0
-        self.append(positions, black=black, not_finite=~torch.tensor(finite), digest=torch.tensor(digests))
+        values = (black, ~torch.tensor(finite), torch.tensor(digests))
+        self.append(positions, dict(zip(self.keys, values, strict=True)))
 
     def compute(self) -> dict[str, int]:
         """How many went wrong in each way; gathers."""
         rows = self.rows()
-        return {name: int(rows[name].sum()) for name in ("black", "not_finite")}
+        return {name: int(rows[f"images.{name}"].sum()) for name in ("black", "not_finite")}
 
     def told(self, ids: Sequence[Any]) -> dict[str, Any]:
         """For the record: how many there are, and the ids of the first hundred."""
         rows = self.rows()
-        either = (rows["black"] | rows["not_finite"]).nonzero().flatten().tolist()
+        either = (rows["images.black"] | rows["images.not_finite"]).nonzero().flatten().tolist()
         return {**self.compute(), "flawed": [ids[place] for place in either[:100]]}

@@ -16,9 +16,9 @@ import torch
 from sdprune.data import Batch
 from sdprune.errors import InputError
 from sdprune.identity import facts_of, package_code
-from sdprune.metrics import PerImageMetric, share_extractors
+from sdprune.metrics import ImageBatch, ImageScores, Score
 from sdprune.modules.base import FrozenModule
-from sdprune.modules.comparison import Comparison
+from sdprune.modules.comparison import Comparison, kept_rows
 from sdprune.modules.flaws import Flaws
 from sdprune.modules.needs import Calibration
 from sdprune.modules.pruning import PruningPlan, flat, summary
@@ -69,7 +69,7 @@ class GenerationModule(FrozenModule):
         self,
         pipeline: PipelineFamily,
         prune: Dict[str, PruneSpec],
-        metrics: List[PerImageMetric],
+        metrics: List[Score],
         sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
         calibration: Calibration = Calibration(),  # noqa: B008
         seed: int = 0,
@@ -80,28 +80,29 @@ class GenerationModule(FrozenModule):
         budget: Optional[Budget] = None,
     ):
         super().__init__(pipeline)
-        names = [metric.name for metric in metrics]
-        if len(set(names)) < len(names):
-            raise InputError(f"Two metrics share a name among {names}: set `name` of one.")
         self.plan = PruningPlan(pipeline, prune, sampling, calibration, seed, store, budget)
         self.sampling, self.seed, self.samples = sampling, seed, list(samples)
         self.compare_dense, self.output = compare_dense, output
         if self.plan.wanted and not compare_dense:
-            metrics = [metric for metric in metrics if not metric.needs_dense]
-        self._metrics = list(metrics)  # a plain list: as submodules they would be cast by precision plugins
-        self._extractors = share_extractors(metrics)
+            metrics = [score for score in metrics if not any(column.needs_dense for column in score.columns)]
+        self._measured = [ImageScores(metrics)]  # in a list: as a submodule the trainer would move and cast it
         self._flaws = Flaws()
-        self.references = References(metrics, output)
+        self.references = References(self.scores, output)
         self.reports: dict[str, PruneReport] = {}
         self.baseline: Record | None = None
         self.facts_of_data: dict[str, int] = {}
         self.finished = False
 
+    @property
+    def scores(self) -> ImageScores:
+        """All scores of the run, and what they read of the images."""
+        return self._measured[0]
+
     def dense(self) -> GenerationModule:
-        """The same run without pruning, sharing pipeline and metrics."""
+        """The same run without pruning, sharing the pipeline and the networks that measure."""
         return GenerationModule(
-            self.pipeline, {}, self._metrics, self.sampling, seed=self.seed, samples=self.samples, compare_dense=False,
-            output=self.output, store=str(self.plan.store.root),
+            self.pipeline, {}, self.scores.scores, self.sampling, seed=self.seed, samples=self.samples,
+            compare_dense=False, output=self.output, store=str(self.plan.store.root),
         )  # fmt: skip
 
     @property
@@ -121,10 +122,10 @@ class GenerationModule(FrozenModule):
             "dtype": precision,
             "prune": self.plan.describe(),
             "calibration": self.plan.facts(data, precision),
-            "data": data.describe(reference=bool(self.references.metrics)),
+            "data": data.describe(reference=bool(self.references.needed)),
             "sampling": self.sampling.describe(),
             "seed": self.seed,
-            "metrics": [facts_of(metric) for metric in self._metrics],
+            "metrics": [facts_of(score) for score in self.scores.scores],
             "samples": self.samples,
         }
         self.record = Record(self.output, label(self.plan.specs), facts)
@@ -150,10 +151,10 @@ class GenerationModule(FrozenModule):
     def check(self, data: CocoDataModule, dtype: str) -> None:
         """Everything that can be told before the model is loaded; needs `prepare_record`."""
         self.plan.check(data, dtype)
-        for metric in self._metrics:
-            if data.n < metric.minimum:
-                name = metric.name or type(metric).__name__
-                raise InputError(f"{name} needs at least {metric.minimum} images, and n is {data.n}: leave it out.")
+        for score in self.scores.scores:
+            if data.n < score.minimum:
+                name = score.name or type(score).__name__
+                raise InputError(f"{name} needs at least {score.minimum} images, and n is {data.n}: leave it out.")
         self.record.check(data.examples["file_name"])
         images = self.references.check(data)
         self.facts_of_data = data.check(calibration=self.calibrates, images=images)
@@ -183,9 +184,8 @@ class GenerationModule(FrozenModule):
         self._calibrate()
         self.reports = self.plan.apply(self.data, self.precision_name)
         self.sparsity = self.plan.account(self.reports)
-        for metric in self._metrics:
-            metric.reset()
-            metric.prepare(device)
+        self.scores.reset()
+        self.scores.prepare(device)
         self._flaws.reset()
         self._flaws.to(device)
         claim = partial(self.claim, self.output)
@@ -222,13 +222,10 @@ class GenerationModule(FrozenModule):
         start = time.perf_counter()
         images = _stacked(drawn).to(self.trainer.strategy.root_device)
         prompts, positions = batch.prompts[: batch.valid], batch.positions[: batch.valid]
-        features = {key: extractor(images) for key, extractor in self._extractors.items()}
         dense = None
-        if self.baseline is not None and any(metric.needs_dense for metric in self._metrics):
+        if self.baseline is not None and self.scores.needs_dense:
             dense = _stacked([read_png(path) for path in self._paths(self.baseline, batch)])
-        for metric in self._metrics:
-            own = None if metric.extractor is None else features[metric.extractor.key]
-            metric.update(images, prompts, positions, own, dense)
+        self.scores.update(ImageBatch(images, prompts, positions, dense))
         self._flaws.update(images, [one.finite for one in drawn], [one.digest for one in drawn], positions)
         self.seconds["scoring"] += time.perf_counter() - start
         return batch.ids[: batch.valid]
@@ -259,28 +256,28 @@ class GenerationModule(FrozenModule):
         """Gather what was measured, compute the scores; the first process writes the record."""
         if self.finished:
             return
-        for metric in (*self._metrics, self._flaws):
-            metric.gather()
-        scores, strategy = self._scores(), self.trainer.strategy
+        for measured in (self.scores, self._flaws):
+            measured.gather()
+        values, strategy = self._compute(), self.trainer.strategy
         generated = strategy.reduce(torch.tensor(self.generated, device=strategy.root_device), reduce_op="sum")
         if self.trainer.is_global_zero:
-            self._write(scores, int(generated))
+            self._write(values, int(generated))
         strategy.barrier("record")
 
-    def _scores(self) -> dict[str, float]:
-        """Of all metrics, which the processes share among themselves; collective."""
-        processes = min(self.trainer.world_size, len(self._metrics))
-        numbers = range(self.global_rank, len(self._metrics), processes) if self.global_rank < processes else ()
-        computed = {number: self._metrics[number].compute() for number in numbers}
+    def _compute(self) -> dict[str, float]:
+        """All scores, which the processes share among themselves; collective."""
+        scores = self.scores.scores
+        processes = min(self.trainer.world_size, len(scores))
+        numbers = range(self.global_rank, len(scores), processes) if self.global_rank < processes else ()
+        computed = {number: self.scores.compute_one(scores[number]) for number in numbers}
         for source in range(processes):
             computed |= self.trainer.strategy.broadcast(computed, src=source)
         return {name: value for number in sorted(computed) for name, value in computed[number].items()}
 
-    def _write(self, scores: dict[str, float], generated: int) -> None:
+    def _write(self, values: dict[str, float], generated: int) -> None:
         ids = list(self.data.examples["id"])
-        rows: dict[str, np.ndarray] = {}
-        for metric in (*self._metrics, self._flaws):
-            rows |= {key: metric.rows()[column].numpy() for column, key in metric.keys().items()}
+        measured = self.scores.rows()
+        rows = {key: column.numpy() for key, column in {**measured, **self._flaws.rows()}.items()}
         self.record.save_rows(ids, rows)
         self._draw_samples()
         seconds = time.perf_counter() - self.started
@@ -289,8 +286,8 @@ class GenerationModule(FrozenModule):
             "fingerprint": self.record.fingerprint,
             "label": self.record.directory.name,
             "n": len(ids),
-            "metrics": scores,
-            "remarks": [remark for metric in self._metrics for remark in metric.remarks(scores)],
+            "metrics": values,
+            "remarks": [text for score in self.scores.scores for text in score.remarks(values, measured)],
             "comparison": {},  # of `compare`, later
             "verdicts": {},
             "images": self._flaws.told(ids),
@@ -314,14 +311,14 @@ class GenerationModule(FrozenModule):
         self.record.finish(results)
 
     def _protocols(self) -> dict[str, Any]:
-        """By metric, how it was measured: n, the network and its protocol, and the reference."""
+        """By score, how it was measured: n, the network and its protocol, and the reference."""
         references = self.references.describe(self.data)
         told: dict[str, Any] = {}
-        for metric in self._metrics:
-            network = {} if metric.extractor is None else {"protocol": metric.extractor.name}
-            reference = {"reference": references[metric.name]} if metric.name in references else {}
-            told[metric.name or type(metric).__name__] = {
-                **metric.describe(), **network, "n": len(self.data.examples), **reference
+        for score in self.scores.scores:
+            network = {} if score.extractor is None else {"protocol": score.extractor.name}
+            reference = {"reference": references[score.name]} if score.name in references else {}
+            told[score.name or type(score).__name__] = {
+                **score.describe(), **network, "n": len(self.data.examples), **reference
             }  # fmt: skip
         return told
 
@@ -347,21 +344,20 @@ class GenerationModule(FrozenModule):
         """
         if self.baseline is None:
             return
-        comparison = Comparison(self._metrics, self.record, self.baseline)
+        comparison = Comparison(self.scores, self.record, self.baseline)
         claim = self.claim(self.output, self.record.directory.name)
         if not claim.acquire(lambda: comparison.done):
             return
         if self.finished:
-            self._load_metrics()
+            self._load_scores()
         self.record.finish({**self.record.results, **comparison.make()})
         claim.release()
 
-    def _load_metrics(self) -> None:
-        """Give the metrics the record's rows and their references."""
+    def _load_scores(self) -> None:
+        """Give the scores the record's rows and their references."""
         self.references.set(self.data, partial(self.claim, self.output))
-        for metric in self._metrics:
-            metric.to(self.trainer.strategy.root_device)
-            metric.load_rows({k: torch.from_numpy(v) for k, v in self.record.load_rows(metric.keys()).items()})
+        self.scores.to(self.trainer.strategy.root_device)
+        self.scores.load_rows(kept_rows(self.record, self.scores))
 
     def log_record(self) -> None:
         """The finished record's numbers and grid, to every logger; those of the dense run under `dense/`.

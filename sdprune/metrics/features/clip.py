@@ -1,4 +1,4 @@
-"""A CLIP model as the metrics use it: loaded late, run in fp32, preprocessing without torchvision."""
+"""CLIP's embeddings of images and texts, with preprocessing that needs no torchvision."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -11,8 +11,11 @@ import torch
 from torch import Tensor
 
 from sdprune.errors import InputError
-from sdprune.metrics.inference import exact_inference
-from sdprune.metrics.preprocess import ClipPreprocessing
+from sdprune.identity import facts_of
+from sdprune.metrics.features.base import FeatureExtractor
+from sdprune.metrics.features.inference import exact_inference
+from sdprune.metrics.features.preprocess import ClipPreprocessing
+from sdprune.metrics.rows import Column
 from sdprune.outside import read_config, reading
 from sdprune.pipelines.directory import require_all_weights
 from sdprune.pipelines.resolve import resolve
@@ -24,11 +27,10 @@ if TYPE_CHECKING:
 _LONGEST_EDGE = 4096  # of a resized picture, in pixels
 
 
-class ClipModel:
-    """Image and text embeddings of a transformers CLIPModel directory or hub id.
+class ClipImageFeatures(FeatureExtractor):
+    """CLIP's image embeddings (the projection's output, not normalised) as features; also its text embeddings.
 
-    Constructing it reads nothing; weights are loaded by `load` or at first use (safetensors only, no remote code,
-    fp32). It is a plain object, not an `nn.Module`, so that no trainer's precision setting can cast it.
+    Weights are read from safetensors only, without remote code, and run in fp32.
 
     Args:
         model: a directory, a hub id, or `miniature` for the evaluator that comes with this package.
@@ -51,12 +53,12 @@ class ClipModel:
         return resolve(self.model, "evaluator")
 
     @property
-    def label(self) -> str:
-        """Name for people and for protocol names: the hub id, or a directory's own name."""
-        return Path(self.model).name if Path(self.model).is_dir() else self.model
+    def name(self) -> str:
+        """With the hub id, or a directory's own name."""
+        return f"clip:{Path(self.model).name if Path(self.model).is_dir() else self.model}"
 
     @property
-    def embedding_size(self) -> int:
+    def num_features(self) -> int:
         """Width of the shared image and text space; loads the model at first use."""
         config: Any = self.network.config
         return config.projection_dim
@@ -82,20 +84,19 @@ class ClipModel:
             )
         self._network.to(self.device)
 
-    def preprocess(self, images: Tensor) -> Tensor:
-        """Pixel values [b, 3, H, W] of uint8 images [b, 3, h, w], float32 on the model's device."""
+    def preprocess(self, images: Tensor, generated: bool = True) -> Tensor:  # noqa: D102
         self.network  # noqa: B018 (the preprocessing is read together with the weights)
         return self._preprocess(images.to(self.device))
 
-    def embed_pixels(self, pixels: Tensor) -> Tensor:
-        """Image embeddings [b, d] of preprocessed pixels: the projection's output, not normalised."""
+    def extract(self, pixels: Tensor) -> Tensor:  # noqa: D102
         with exact_inference(self.device):
             output = self.network.get_image_features(pixel_values=pixels.to(self.device))
         return output.pooler_output.float()
 
-    def image_embeddings(self, images: Tensor) -> Tensor:
-        """Image embeddings [b, d] float32 of uint8 images [b, 3, h, w], not normalised."""
-        return self.embed_pixels(self.preprocess(images))
+    @property
+    def texts(self) -> Column:
+        """The embeddings of the prompts, named after the model."""
+        return Column(f"{self.key}.texts", lambda batch: self.text_embeddings(batch.texts()), self.load, facts_of(self))
 
     def text_embeddings(self, prompts: Sequence[str]) -> Tensor:
         """Text embeddings [b, d] float32, not normalised; prompts are cut at the model's length (77 tokens in CLIP).
@@ -112,11 +113,12 @@ class ClipModel:
         return output.pooler_output.float()
 
     def describe(self) -> dict[str, Any]:
-        """What the embeddings depend on, for fingerprints: a hash of local files, or hub id and asked revision."""
+        """A hash of local files, or the hub id and the revision that was asked for."""
         processor = {} if self.processor is None else {"processor": self._processor_hash or self.processor}
         if self._weights_hash is not None:
-            return {"weights": self._weights_hash, **processor}
-        return {"model": self.model, "revision": self.revision or "main", **processor}
+            return {"class": "ClipImageFeatures", "weights": self._weights_hash, **processor}
+        model = {"model": self.model, "revision": self.revision or "main"}
+        return {"class": "ClipImageFeatures", **model, **processor}
 
     @cached_property
     def _processor_hash(self) -> str | None:

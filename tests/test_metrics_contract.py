@@ -3,6 +3,7 @@
 import doctest
 import inspect
 import json
+import pickle
 
 import lightning
 import pytest
@@ -94,6 +95,7 @@ def test_scores_are_finite_and_come_from_their_rows_alone(kind, make):
     restored.load_rows(one.rows())
     assert restored.compute() == found
     assert restored.compare(baseline.rows()) == differences
+    assert pickle.loads(pickle.dumps(one)).compute() == found  # as processes that are spawned get it
     reference = one.references.get(score.name)  # without what is remembered between the two
     assert score.compute(one.rows(), reference) == found
     assert score.compare(one.rows(), baseline.rows(), reference) == differences

@@ -67,19 +67,13 @@ class ImageScores(PerImageRows):
         return [key for key in self.columns if key not in rows]
 
     def prepare(self, device: torch.device | str, keys: Collection[str] | None = None) -> None:
-        """Load the weights of these columns, by default of all, on `device`, and keep the rows there.
-
-        Raises:
-            InputError: weights that cannot be had.
-        """
+        """Load the weights of these columns, by default of all, on `device`, and keep the rows there."""
         self.to(device)
         for key in self.columns if keys is None else keys:
             self.columns[key].prepare(device)
 
     def set_reference(self, name: str, reference: Statistics) -> None:
-        """Compare the images, by the score of this name, with these real ones.
-
-        Every process holds the same reference, and it is counted once.
+        """Let the score of this name compare with these real images, the same on every process.
 
         Raises:
             InputError: a reference that the score cannot use.
@@ -93,10 +87,7 @@ class ImageScores(PerImageRows):
 
         Args:
             batch: the images.
-            known: columns [b, ...] of these images that somebody has already, by key; only the others are computed.
-
-        Raises:
-            ValueError: anything else than uint8 images, a position for each.
+            known: columns [b, ...] of these images that are there already, by key; only the others are computed.
         """
         check_images(batch.images)
         have = known or {}

@@ -41,6 +41,10 @@ class ImageBatch:
         return prompts
 
 
+def no_weights(device: torch.device | str) -> None:
+    """What a column without a network loads."""
+
+
 @dataclass(frozen=True)
 class Column:
     """One number or vector for each image.
@@ -55,7 +59,7 @@ class Column:
 
     key: str
     values: Callable[[ImageBatch], Tensor]
-    prepare: Callable[[torch.device | str], None] = lambda device: None
+    prepare: Callable[[torch.device | str], None] = no_weights
     facts: Mapping[str, Any] = field(default_factory=dict)
     needs_dense: bool = False
 
@@ -80,7 +84,7 @@ def once(method: Callable[..., T]) -> Callable[..., T]:
 
     @wraps(method)
     def remembering(self: Any, source: Any, *rest: Any) -> T:
-        made, key = getattr(source, "made", {}), (self, method, *rest)
+        made, key = getattr(source, "made", {}), (self, method.__qualname__, *rest)
         if key not in made:
             made[key] = method(self, source, *rest)
         return made[key]
@@ -111,11 +115,7 @@ class PerImageRows(Metric):
         self._ordered: MeasuredRows | None = None
 
     def append(self, positions: Tensor | Sequence[int], columns: Rows) -> None:
-        """Add rows: positions [b] and, for each key, a tensor [b, ...].
-
-        Raises:
-            ValueError: numbers of rows that differ.
-        """
+        """Add rows: positions [b] and, for each key, a tensor [b, ...]. Raises ValueError for unequal numbers."""
         places = torch.as_tensor(positions, dtype=torch.int64)
         sizes = {"positions": len(places)} | {key: len(columns[key]) for key in self.keys}
         if len(set(sizes.values())) > 1:
@@ -141,11 +141,7 @@ class PerImageRows(Metric):
         return {key: column.cpu() for key, column in self._gathered().items()}
 
     def load_rows(self, rows: Rows) -> None:
-        """Take the rows of a record in place of whatever was collected; every process holds all of them.
-
-        Raises:
-            InputError: columns that are missing, or of different lengths.
-        """
+        """Take a record's rows in place of what was collected; each process holds all. Raises InputError for others."""
         kept = self._checked(rows)
         self.reset()
         self._to_sync = False  # each process has them all: gathering would count them once a process

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sdprune.identity import facts_of
 from sdprune.metrics.features.preprocess import check_images
-from sdprune.metrics.rows import Column
+from sdprune.metrics.rows import Column, ImageBatch
 
 
 class FeatureExtractor(ABC):
@@ -62,7 +62,10 @@ class FeatureExtractor(ABC):
     @property
     def features(self) -> Column:
         """The features of the images, named after the extractor."""
-        return Column(f"{self.key}.features", lambda batch: self(batch.images), self.load, facts_of(self))
+        return Column(f"{self.key}.features", self._of_batch, self.load, facts_of(self))
+
+    def _of_batch(self, batch: ImageBatch) -> Tensor:
+        return self(batch.images)
 
     def __call__(self, images: Tensor) -> Tensor:
         """Features [b, d] float32 of uint8 images [b, 3, h, w], on the extractor's device.

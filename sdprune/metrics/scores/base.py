@@ -45,21 +45,13 @@ class Score(ABC):
 
     @abstractmethod
     def compute(self, rows: Rows, reference: Statistics | None = None) -> dict[str, float]:
-        """Scores by name.
-
-        Args:
-            rows: of the images.
-            reference: of the real images, where the score needs it.
-        """
+        """Scores by name; `reference` is of the real images, where the score needs it."""
 
     @abstractmethod
     def compare(self, rows: Rows, dense_rows: Rows, reference: Statistics | None = None) -> dict[str, float]:
-        """Differences to the dense model by name, `<name>_diff`, and with 95 % intervals over images.
+        """Differences to the dense model's images of the same prompts and noise by name, `<name>_diff`.
 
-        Args:
-            rows: of the images.
-            dense_rows: of the dense model's images of the same prompts and noise.
-            reference: of the real images, where the score needs it.
+        With 95 % intervals over images where there can be: `<name>_diff_low`, `<name>_diff_high`, `<name>_diff_se`.
         """
 
     def remarks(self, scores: Mapping[str, float], rows: Rows) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -78,13 +79,13 @@ class DenseDistance(Score):
 
 def to_dense(name: str, between: Callable[[Tensor, Tensor], Tensor], of_equals: float, **options: Any) -> Column:
     """A number for each image and the dense model's, both uint8 [b, 3, h, w]; `of_equals` for the dense model's own."""
+    return Column(f"dense.{name}", partial(_to_dense, between, of_equals), needs_dense=True, **options)
 
-    def values(batch: ImageBatch) -> Tensor:
-        if batch.dense is None:
-            return torch.full((len(batch.images),), of_equals, dtype=torch.float64)
-        return between(batch.images, batch.dense.to(batch.images.device))
 
-    return Column(f"dense.{name}", values, needs_dense=True, **options)
+def _to_dense(between: Callable[[Tensor, Tensor], Tensor], of_equals: float, batch: ImageBatch) -> Tensor:
+    if batch.dense is None:
+        return torch.full((len(batch.images),), of_equals, dtype=torch.float64)
+    return between(batch.images, batch.dense.to(batch.images.device))
 
 
 def squared_error(images: Tensor, dense: Tensor) -> Tensor:

@@ -106,12 +106,12 @@ def test_fid_equals_torchmetrics():
 
 def test_statistics_survive_a_file_bit_for_bit(tmp_path):
     made = feature_statistics(torch.randn(9, D))
-    made = Statistics(made.mu, made.sigma, 9, "pooled", "nine pictures")
+    made = Statistics(made.mu, made.sigma, 9, "pooled")
     made.save(tmp_path / "deep" / "real.npz")
     read = Statistics.load(tmp_path / "deep" / "real.npz")
     assert read.mu.equal(made.mu)
     assert read.sigma.equal(made.sigma)
-    assert (read.n, read.extractor, read.source) == (9, "pooled", "nine pictures")
+    assert (read.n, read.extractor) == (9, "pooled")
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["real.npz"]
 
 
@@ -175,14 +175,14 @@ def test_reference_of_mixed_sizes_is_computed_once_and_found_again(tmp_path):
         calls.append(1)
         return iter(images)
 
-    first = reference_statistics(stream, extractor, tmp_path, {"set": "a"}, source="forty pictures")
+    first = reference_statistics(stream, extractor, tmp_path, {"set": "a"})
     again = reference_statistics(stream, extractor, tmp_path, {"set": "a"})
     np.testing.assert_allclose(first.mu, expected.mu, rtol=1e-6)
     np.testing.assert_allclose(first.sigma, expected.sigma, rtol=1e-4, atol=1e-9)
     assert extractor.batches == [32, 8]
     assert calls == [1]
     assert again.sigma.equal(first.sigma)
-    assert (again.n, again.extractor, again.source) == (40, "pooled", "forty pictures")
+    assert (again.n, again.extractor) == (40, "pooled")
 
 
 def test_the_reference_path_depends_on_images_and_extractor(tmp_path):
@@ -274,6 +274,15 @@ def test_an_update_after_compute_is_counted():
     whole.update(ImageBatch(pictures(9), None, range(9)))
     assert metric.compute()["fid"] == pytest.approx(whole.compute()["fid"], rel=1e-6)
     assert metric.compute() != early
+
+
+def test_another_reference_after_compute_is_used():
+    metric, other = fid_with_reference(9), fid_with_reference(8)
+    for scores in (metric, other):
+        scores.update(ImageBatch(pictures(9), None, range(9)))
+    early = metric.compute()
+    metric.set_reference("fid", other.references["fid"])
+    assert metric.compute() == other.compute() != early
 
 
 def test_a_comparison_with_itself_is_exactly_zero_and_resamples_can_be_chosen():

@@ -61,7 +61,7 @@ def scores_of(score: Score, images: torch.Tensor, order: list[list[int]], dense:
     if score.needs_reference:
         real = score.extractor(pictures(30, 7, 40, 40))
         made = feature_statistics(real)
-        scores.set_reference(score.name, Statistics(made.mu, made.sigma, len(real), None, None, real))
+        scores.set_reference(score.name, Statistics(made.mu, made.sigma, len(real), None, real))
     for places in order:
         prompts = [PROMPTS[place] for place in places]
         scores.update(ImageBatch(images[places], prompts, places, None if dense is None else dense[places]))

@@ -120,6 +120,22 @@ def test_a_kernel_difference_is_that_of_the_values():
         assert one.compare(own)[f"{name}_diff_se"] == 0
 
 
+def test_a_comparison_takes_what_the_score_worked_out(monkeypatch):
+    """Of the images among each other and with the real ones, and of the real ones, once each; then of the dense ones."""
+    calls, kernel = [], KernelInceptionDistance.kernel
+    monkeypatch.setattr(
+        KernelInceptionDistance, "kernel", lambda self, a, b: calls.append((len(a), len(b))) or kernel(self, a, b)
+    )
+    scores, other = (ImageScores([KernelInceptionDistance(PooledFeatures())]) for _ in range(2))
+    for one, seed in ((scores, 1), (other, 2)):
+        one.update(ImageBatch(pictures(9, seed), None, range(9)))
+    scores.set_reference("kid", reference(numbers(20, 1)))
+    scores.compute()
+    assert sorted(calls) == [(9, 9), (9, 20), (20, 20)]
+    scores.compare(other.rows())
+    assert sorted(calls) == [(9, 9), (9, 9), (9, 20), (9, 20), (20, 20)]
+
+
 def test_only_cmmd_is_called_so():
     genuine = ClipImageFeatures("openai/clip-vit-large-patch14-336")
     assert MaximumMeanDiscrepancy(genuine).name == "cmmd"

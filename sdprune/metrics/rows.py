@@ -77,16 +77,16 @@ class MeasuredRows(dict[str, Tensor]):
 
 
 def once(method: Callable[..., T]) -> Callable[..., T]:
-    """A method `(self, source, ...)` whose result stays with the source, so that `compute` and `compare` share it.
+    """A method `(self, data, ...)` whose result stays with the data, so that `compute` and `compare` share it.
 
-    The source is `MeasuredRows` or a `Statistics`. With a plain mapping the method runs every time.
+    Data are `MeasuredRows` or `Statistics`; with a plain mapping the method runs every time.
     """
 
     @wraps(method)
-    def remembering(self: Any, source: Any, *rest: Any) -> T:
-        made, key = getattr(source, "made", {}), (self, method.__qualname__, *rest)
+    def remembering(self: Any, data: Any, *rest: Any) -> T:
+        made, key = getattr(data, "made", {}), (self, method.__qualname__, *rest)
         if key not in made:
-            made[key] = method(self, source, *rest)
+            made[key] = method(self, data, *rest)
         return made[key]
 
     return remembering

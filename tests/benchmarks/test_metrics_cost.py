@@ -104,7 +104,7 @@ def test_every_score_of_one_model(threads):
         if score.needs_reference:
             real = features("real", score.extractor.name, d)
             moments = feature_statistics(real)
-            reference = Statistics(moments.mu, moments.sigma, N, None, None, real)
+            reference = Statistics(moments.mu, moments.sigma, N, None, real)
         own, dense, scores = rows(score, "pruned", d), rows(score, "dense", d), {}
         seconds, used = [], time.process_time()
         for step in (partial(score.compute, own, reference), partial(score.compare, own, dense, reference)):

@@ -121,7 +121,7 @@ def test_a_kernel_difference_is_that_of_the_values():
 
 
 def test_a_comparison_takes_what_the_score_worked_out(monkeypatch):
-    """Of the images among each other and with the real ones, and of the real ones, once each; then of the dense ones."""
+    """Of the images among each other and with the real ones, and of the real ones, once each."""
     calls, kernel = [], KernelInceptionDistance.kernel
     monkeypatch.setattr(
         KernelInceptionDistance, "kernel", lambda self, a, b: calls.append((len(a), len(b))) or kernel(self, a, b)

@@ -65,39 +65,35 @@ class CLIPScore(Score):
 
     def compute(self, rows: Rows, reference: Statistics | None = None) -> dict[str, float]:
         """`<name>`, its standard error `<name>_se` (two images or more) and `clip_gap` (two prompts or more)."""
-        scores, gaps = cosine_scores(*self.read(rows)[:2]), prompt_gaps(*self.read(rows))
-        result = {self.name: mean(scores)}
-        if len(scores) > 1:
-            result[f"{self.name}_se"] = standard_error(scores)
-        if gaps is not None:
-            result[self._gap_name] = mean(gaps)
-        return result
+        values = self._values(rows)
+        scores = values[self.name]
+        error = {f"{self.name}_se": standard_error(scores)} if len(scores) > 1 else {}
+        return {name: mean(of_images) for name, of_images in values.items()} | error
 
     def compare(self, rows: Rows, dense_rows: Rows, reference: Statistics | None = None) -> dict[str, float]:
         """Score and gap minus the dense model's, each as `_diff`, `_diff_low`, `_diff_high`, `_diff_se`.
 
         Images are resampled in pairs. In the gap the other prompts stay those of the whole run.
         """
-        own, dense = self.read(rows), self.read(dense_rows)
-        if not own[2].equal(dense[2]):
-            differ = int((own[2] != dense[2]).sum())
-            raise InputError(f"The dense record has other prompts at {differ} of {len(own[2])} positions.")
-        pairs = {self.name: (cosine_scores(*own[:2]), cosine_scores(*dense[:2]))}
-        own_gaps, dense_gaps = prompt_gaps(*own), prompt_gaps(*dense)
-        if own_gaps is not None and dense_gaps is not None:
-            pairs[self._gap_name] = (own_gaps, dense_gaps)
+        prompts, dense_prompts = self.read(rows)[2], self.read(dense_rows)[2]
+        if not prompts.equal(dense_prompts):
+            differ = int((prompts != dense_prompts).sum())
+            raise InputError(f"The dense record has other prompts at {differ} of {len(prompts)} positions.")
+        dense = self._values(dense_rows)
         result: dict[str, float] = {}
-        for name, (pruned, unpruned) in pairs.items():
-            result |= paired_bootstrap(pruned, unpruned, mean, self.resamples).as_dict(f"{name}_diff")
+        for name, values in self._values(rows).items():
+            result |= paired_bootstrap(values, dense[name], mean, self.resamples).as_dict(f"{name}_diff")
         return result
 
     def describe(self) -> dict[str, Any]:
         """The CLIP model that scores."""
         return {**self.extractor.describe(), "class": "CLIPScore", "name": self.name}
 
-    @property
-    def _gap_name(self) -> str:
-        return f"{self.name.removesuffix('_score')}_gap"
+    def _values(self, rows: Rows) -> dict[str, Tensor]:
+        """Scores and gaps of the images by name, [n] each."""
+        images, texts, prompts = self.read(rows)
+        values, gaps = {self.name: cosine_scores(images, texts)}, prompt_gaps(images, texts, prompts)
+        return values if gaps is None else values | {f"{self.name.removesuffix('_score')}_gap": gaps}
 
 
 def prompt_ids(batch: ImageBatch) -> Tensor:

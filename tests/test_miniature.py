@@ -113,7 +113,7 @@ def test_the_dense_model_draws_the_colour_and_shape_it_is_told() -> None:
 
 def test_the_dense_gap_is_near_that_of_real_pictures() -> None:
     dense, truth = pruned(None, 0.0).compute(), scored(real(held_out_scenes())).compute()
-    assert dense.gap() >= 0.9 * truth.gap()
+    assert dense["clip_gap"] >= 0.9 * truth["clip_gap"]
 
 
 @pytest.mark.parametrize("component", ["text_encoder", "unet"])

@@ -40,10 +40,10 @@ from sdprune.mini.training import Stage  # noqa: E402
 from sdprune.modules import FrozenModule, GenerationModule  # noqa: E402
 from sdprune.options import Configuration, explain, help_wanted, quoted  # noqa: E402
 from sdprune.pruning import InfeasibleError  # noqa: E402
-from sdprune.record import Record  # noqa: E402
+from sdprune.record import Record, replacing  # noqa: E402
 from sdprune.schema import Option, bases_of, class_named  # noqa: E402
 from sdprune.summary import show  # noqa: E402
-from sdprune.tracking import connect, finish_all, wandb_logger  # noqa: E402
+from sdprune.tracking import connect, finish_all, log_record, wandb_logger  # noqa: E402
 
 TRAINER_DEFAULTS: dict[str, Any] = {
     "use_distributed_sampler": False,  # the data module deals whole batches to processes
@@ -91,6 +91,8 @@ class SdpruneCLI(LightningCLI):
     """Whether the run was finished before."""
     summary = True
     """Whether a finished run is printed in full."""
+    runs: Sequence[GenerationModule] = ()
+    """What `predict` draws."""
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -145,6 +147,7 @@ class SdpruneCLI(LightningCLI):
                 print(self._manual(args[0], *wanted, configuration))
                 raise SystemExit(0)
             super().parse_arguments(parser, args)
+            self.asked = self.config[self.config.subcommand].clone()
         except ParseError as error:
             raise InputError(explain(str(error))) from error
         seed = self.config[self.config.subcommand].seed_everything
@@ -201,30 +204,39 @@ class SdpruneCLI(LightningCLI):
         except InfeasibleError as error:
             self._track(model.record_infeasible(error.reason))
             return
-        runs = [model.dense(), model] if model.wants_dense else [model]
-        runs[0].resolve(self.datamodule, precision)
-        records = [run.record for run in runs]
-        if model.wants_dense:
-            model.baseline = records[0]
-        for run in runs:
+        self.runs = [model]
+        other = model.find_baseline()
+        if isinstance(other, GenerationModule):
+            other.resolve(self.datamodule, precision)
+            self.runs = [other, model]
+        model.baseline = other.record if isinstance(other, GenerationModule) else other
+        for run in self.runs:
             run.check(self.datamodule)
         self.already = model.record.finished
-        self._track(records[0])
-        for record in records:
-            if not record.finished:
-                record.start()
+        self._track(model.baseline or model.record)
         self._tell_of_machines()
-        if model.wants_dense:
-            self.trainer.predict(runs[0], datamodule=self.datamodule, return_predictions=False)
+
+    def predict(self, model: GenerationModule, **kwargs: Any) -> None:
+        """Draw the run that this one is compared with, where it is missing, and then this one."""
+        for run in self.runs:
+            self.trainer.predict(run, datamodule=self.datamodule, return_predictions=False)
 
     def after_predict(self) -> None:
         """Compare, log and print what came out, on the first process alone: none waits for it."""
         _part()
         if self.trainer.is_global_zero:
-            self.model.compare()
-            self.model.log_record()
+            if self.runs:
+                self.model.compare()
+                self._write_configuration()
+            log_record(self.trainer.loggers, self.model.record, self.model.baseline, self.model.pipeline.name)
             if self.summary:
                 show(self.model.record, already=self.already)
+
+    def _write_configuration(self) -> None:
+        """Keep what was asked for in the record: `sdprune predict --config RUN/config.yaml` is this run again."""
+        text = self._subcommand_parsers["predict"].dump(self.asked, skip_validation=True)
+        with replacing(self.model.record.directory / "config.yaml") as temporary:
+            temporary.write_text(text)
 
     def _tell_of_machines(self) -> None:
         """Say what a run on several machines waits for: it is silent until all of its processes have met."""

@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 _PACKAGE = Path(__file__).parent
-_DECIDING = ("pruning", "pipelines", "data", "metrics", "modules", "mini")
-"""Folders of the package whose code decides numbers; command line, reports and progress do not."""
+DRAWING = ("pruning", "calibration", "pipelines", "data", "mini", "modules")
+"""Folders of the package whose code decides statistics, masks and pictures."""
+SCORING = ("metrics",)
+"""Those that decide scores; command line, reports and progress decide no numbers."""
 _LIBRARIES = ("sdprune", "builtins", "abc", "typing", "torch", "torchmetrics", "lightning", "transformers", "diffusers")
 
 
@@ -35,10 +37,16 @@ def own_version() -> str:
 
 
 @cache
-def package_code() -> str:
-    """Version of this package with a digest of its source, as in `0.1.0+3f2a...`: what identities hold."""
+def package_code(*folders: str) -> str:
+    """Version of this package with a digest of its source, as in `0.1.0+3f2a...`: what identities hold.
+
+    Args:
+        folders: whose code counts; by default all that decide numbers.
+    """
     digest = hashlib.sha256()
-    for path in sorted(path for folder in _DECIDING for path in (_PACKAGE / folder).rglob("*.py")):
+    for path in sorted(
+        path for folder in folders or (*DRAWING, *SCORING) for path in (_PACKAGE / folder).rglob("*.py")
+    ):
         digest.update(path.relative_to(_PACKAGE).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     return f"{own_version()}+{digest.hexdigest()[:12]}"
 

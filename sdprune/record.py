@@ -10,11 +10,13 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import io
 import json
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
@@ -30,7 +32,7 @@ from sdprune.data.sources import drawn_name
 from sdprune.errors import InputError
 from sdprune.identity import FileDigests, fingerprint, own_version
 
-COMPARED = ("version", "pipeline", "dtype", "data", "seed", "sampling", "metrics")
+COMPARED = ("version", "pipeline", "dtype", "data", "seed", "sampling")
 """The facts that records which are compared have in common: all but what was pruned and how."""
 _LABEL = 79  # characters: with "pruned-" before and "-<fingerprint>" behind, 99
 _NOT_FINITE = "sdprune not finite"
@@ -52,18 +54,20 @@ def clock(seconds: float) -> str:
     return datetime.fromtimestamp(seconds).astimezone().isoformat(" ", "seconds")
 
 
-def label(prune: Mapping[str, Any]) -> str:
-    """`dense`, or what is pruned and how: `text_encoder-magnitude-layer-0.475-unet-owl-wanda-row-0.35`.
+def label(prune: Mapping[str, Any], unpruned: str = "dense") -> str:
+    """What is pruned and how: `text_encoder-magnitude-layer-0.475-unet-owl-wanda-row-0.35`.
 
     A name of this and the fingerprint has less than 100 characters: a label that is too long goes without those
-    granularities that are their criterion's default.
+    granularities that are their criterion's default. Where nothing is pruned it is `unpruned`.
     """
+    if not prune:
+        return re.sub(r"[^\w.-]", "_", unpruned, flags=re.ASCII)[-_LABEL:]
     for short in (False, True):
         name = "-".join(_pruned(component, spec, short) for component, spec in sorted(prune.items()))
         name = re.sub(r"[^\w.-]", "_", name, flags=re.ASCII)
         if len(name) <= _LABEL:
             break
-    return name[:_LABEL] or "dense"
+    return name[:_LABEL]
 
 
 def _pruned(component: str, spec: Any, short: bool) -> str:
@@ -78,15 +82,33 @@ def _pruned(component: str, spec: Any, short: bool) -> str:
     return "-".join(parts)
 
 
-def require_comparable(one: Mapping[str, Any], other: Mapping[str, Any]) -> None:
-    """See that two records' facts differ in nothing but what was pruned and how.
+def protocol(results: Mapping[str, Any]) -> dict[str, Any]:
+    """How each score of finished results was measured, whatever it was compared with."""
+    return {
+        name: {key: value for key, value in facts.items() if key != "baseline"}
+        for name, facts in results.get("scored", {}).items()
+    }
+
+
+def require_comparable(one: Record, other: Record, same_model: bool = True) -> None:
+    """See that two finished records differ in nothing but what was pruned and how.
+
+    Args:
+        one: a record.
+        other: what it is compared with; it may have more scores.
+        same_model: whether both have to be of one model.
 
     Raises:
         InputError: what differs, with both values: prompts, noise, sampling, model or how it was measured.
     """
-    for name in COMPARED:
-        if one.get(name) != other.get(name):
-            key, own, others = next(_differences(name, one.get(name), other.get(name)))
+    ours, theirs = protocol(one.results), protocol(other.results)
+    pairs = [
+        (name, one.facts.get(name), other.facts.get(name)) for name in COMPARED if same_model or name != "pipeline"
+    ]
+    pairs += [(f"scored.{name}", facts, theirs.get(name)) for name, facts in ours.items()]
+    for name, mine, its in pairs:
+        if mine != its:
+            key, own, others = next(_differences(name, mine, its))
             raise InputError(
                 f"These records cannot be compared: {key} is {own!r} in one and {others!r} in the other. Draw both "
                 "from the same prompts and noise, and measure both by the same protocol."
@@ -119,6 +141,25 @@ class Record:
         self.fingerprint = fingerprint(facts)
         self.directory = Path(output) / f"{label}-{self.fingerprint}"
 
+    @classmethod
+    def at(cls, directory: Path) -> Record:
+        """A finished record.
+
+        Raises:
+            InputError: there is none, or it is damaged.
+        """
+        if not (directory / "results.json").is_file():
+            raise InputError(f"{directory} is no finished run: it has no results.json.")
+        record = cls(directory.parent, "", read_json(directory / "config.json"))
+        record.directory = directory
+        return record
+
+    @property
+    def drawn(self) -> str:
+        """Fingerprint of what decides each picture, whichever others there are."""
+        data = {key: value for key, value in self.facts["data"].items() if key not in ("n", "seed")}
+        return fingerprint({**self.facts, "data": data})
+
     @property
     def finished(self) -> bool:
         """Whether the results are there."""
@@ -148,6 +189,32 @@ class Record:
         require_writable(self.directory / "images", "--model.output")
         write_json(self.directory / "config.json", self.facts)
 
+    def adopt(self, file_names: Sequence[str]) -> int:
+        """Take over pictures that another run beside this one drew in the very same way, as with another n.
+
+        Args:
+            file_names: of the real images, in drawn order.
+
+        Returns:
+            How many.
+        """
+        count = 0
+        for config in sorted(self.directory.parent.glob("*/config.json")):
+            try:
+                other = Record(config.parent.parent, "", read_json(config))
+                same = config.parent != self.directory and other.drawn == self.drawn
+            except (InputError, KeyError, TypeError, AttributeError, ValueError):
+                continue  # a damaged record is for `sdprune report` to name
+            other.directory = config.parent
+            for name in file_names if same else ():
+                source, target = other.image_path(name), self.image_path(name)
+                if source.is_file() and not target.exists():
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    with replacing(target) as temporary:
+                        shutil.copyfile(source, temporary)
+                    count += 1
+        return count
+
     def tidy(self) -> None:
         """Remove what a killed attempt had begun to write. Only for the one run that makes the record."""
         for folder in ("images", "samples"):
@@ -157,6 +224,10 @@ class Record:
     def image_path(self, file_name: str) -> Path:
         """Where the picture lies that was drawn for a real image's file."""
         return self.directory / "images" / drawn_name(file_name)
+
+    def sample_path(self, number: int) -> Path:
+        """Where the picture of a sample prompt lies."""
+        return self.directory / "samples" / f"{number}.png"
 
     def check(self, file_names: Sequence[str]) -> None:
         """Look at what an earlier attempt left.
@@ -169,10 +240,10 @@ class Record:
                 those that were scored.
         """
         if self.finished:
-            _ = self.results
+            samples = self.results.get("samples", ())
             kept = self.load_rows({"digest": "images.digest"}, whole=True).get("digest")
-            for number in range(len(self.facts.get("samples", ()))):
-                read_png(self.directory / "samples" / f"{number}.png")
+            for number in range(len(samples)):
+                read_png(self.sample_path(number))
             self._check_pictures([self.image_path(name) for name in file_names], [] if kept is None else kept.tolist())
             return
         for path in sorted((self.directory / "images").rglob("*.png")):
@@ -200,6 +271,25 @@ class Record:
         """Write the metrics' rows, under their keys, beside the ids."""
         with replacing(self.directory / "rows.npz") as temporary, temporary.open("wb") as file:
             np.savez(file, ids=np.asarray(ids), **rows)  # type: ignore[arg-type]
+
+    def save_captions(self, examples: Any, values: Mapping[str, Sequence[float]]) -> None:
+        """Write images.csv, for people: ids, files, captions, and each image's scores."""
+        with replacing(self.directory / "images.csv") as temporary, temporary.open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["id", "file_name", "caption", *values])
+            columns = (examples["id"], examples["file_name"], examples["caption"])
+            for row in zip(*columns, *values.values(), strict=True):
+                writer.writerow([f"{value:.6g}" if isinstance(value, float) else value for value in row])
+
+    def all_rows(self) -> dict[str, np.ndarray]:
+        """All rows by key, those of the files of the images left out where they are not there.
+
+        Raises:
+            InputError: rows.npz is missing or damaged.
+        """
+        names = self.load_rows({"ids": "ids"}, whole=True)
+        with np.load(self.directory / "rows.npz", allow_pickle=False) as content:
+            return {key: content[key] for key in content.files if key not in names}
 
     def load_rows(self, keys: Mapping[str, str], whole: bool = False) -> dict[str, np.ndarray]:
         """Rows of one metric.
@@ -349,6 +439,8 @@ class replacing:  # noqa: N801 (reads as a verb: with replacing(path) as tempora
                 os.replace(self.temporary, self.path)
             except IsADirectoryError as error:
                 self.temporary.unlink()
-                raise InputError(f"{self.path} is a directory where a file belongs: remove it and run again.") from error
+                raise InputError(
+                    f"{self.path} is a directory where a file belongs: remove it and run again."
+                ) from error
         else:
             self.temporary.unlink(missing_ok=True)

@@ -10,6 +10,7 @@ from typing import Any
 from lightning.pytorch.loggers import Logger, WandbLogger
 
 from sdprune.errors import InputError
+from sdprune.record import Record
 
 _started: list[Any] = []
 """The W&B runs that were started here, which are ours to finish."""
@@ -66,10 +67,43 @@ def connect(loggers: Iterable[Logger]) -> None:
                 _started.append(run)
 
 
-def summarize(logger: Logger, values: Mapping[str, Any]) -> None:
-    """Put values that are no numbers into the summary of a W&B run."""
-    if isinstance(logger, WandbLogger):
-        logger.experiment.summary.update(dict(values))
+def log_record(loggers: Iterable[Logger], record: Record, baseline: Record | None, model: str) -> None:
+    """A finished record's numbers and grid, to every logger; those of its baseline under `dense/`.
+
+    Read from the records, so that a run says the same whether it drew its images or found them finished.
+    """
+    numbers = _numbers(record.results)
+    facts = {"record": record.facts, "directory": record.directory.name, "model": model}
+    verdicts = {f"verdicts/{name}": one["verdict"] for name, one in record.results.get("verdicts", {}).items()}
+    if baseline is not None:
+        numbers |= {f"dense/{key}": value for key, value in _numbers(baseline.results).items()}
+        facts["dense_directory"] = baseline.directory.name
+    picture = record.directory / "grid.png"
+    for logger in loggers:
+        logger.log_hyperparams(facts)
+        logger.log_metrics(numbers, step=0)
+        if isinstance(logger, WandbLogger):
+            logger.experiment.summary.update(verdicts)
+        if hasattr(logger, "log_image") and picture.exists():
+            logger.log_image("samples", [str(picture)], step=0)
+        logger.save()
+
+
+def _numbers(results: Mapping[str, Any]) -> dict[str, float]:
+    if "infeasible" in results:
+        return {"infeasible": 1.0}
+    return flat({key: results[key] for key in ("metrics", "comparison", "images", "sparsity", "speed")})
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+    """Numbers of a nested mapping, keyed `a/b/c`."""
+    result: dict[str, float] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            result |= flat(value, f"{prefix}{key}/")
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            result[f"{prefix}{key}"] = value
+    return result
 
 
 def finish_all(failed: bool) -> list[str]:

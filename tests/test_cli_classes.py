@@ -1,6 +1,7 @@
 """A user's own classes: found by dotted path in the current directory, for what a configuration names alone."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -31,35 +32,9 @@ def test_a_class_of_the_working_directory(miniature, here):
     assert len(criterion["code"]) == 12  # of shifted.py
 
 
-BRIGHTNESS = """
-import torch
-from sdprune.metrics import PerImageMetric
-
-
-class Brightness(PerImageMetric):
-    higher_is_better = True
-    columns = ("brightness",)
-
-    def __init__(self, name: str = "brightness"):
-        super().__init__()
-        self.name = name
-
-    def prepare(self, device):
-        self.to(device)
-
-    def update(self, images, prompts, positions, features=None, dense=None):
-        self.append(positions, brightness=images.float().mean((1, 2, 3)) / 255)
-
-    def compute(self):
-        return {self.name: float(self.rows()["brightness"].mean())}
-
-    def compare(self, dense_rows):
-        own, dense = self._paired(dense_rows)
-        return {f"{self.name}_diff": float((own["brightness"] - dense["brightness"]).mean())}
-
-    def describe(self):
-        return {"class": "Brightness"}
-"""
+BRIGHTNESS = re.search(r"# brightness.py\n(.*?)```", (Path(__file__).parents[1] / "README.md").read_text(), re.DOTALL)[
+    1
+]
 
 
 def test_a_metric_of_the_working_directory(sdprune, here):

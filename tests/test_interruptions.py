@@ -142,7 +142,7 @@ def test_a_comparison_may_take_longer_than_processes_wait(miniature, tmp_path):
 
 
 def test_a_killed_comparison_is_picked_up_without_drawing(sdprune, miniature, tmp_path, monkeypatch):
-    from sdprune.metrics import ClipModel
+    from sdprune.metrics import ClipImageFeatures
     from sdprune.pipelines import StableDiffusion
 
     running = start(slowly_compared(tmp_path), env=in_tests(1000))
@@ -158,7 +158,7 @@ def test_a_killed_comparison_is_picked_up_without_drawing(sdprune, miniature, tm
     killed = json.loads((run / "results.json").read_text())
     assert (killed["comparison"], killed["verdicts"]) == ({}, {})
     monkeypatch.setattr(StableDiffusion, "load", lambda *args: pytest.fail("loaded"))
-    monkeypatch.setattr(ClipModel, "embed_pixels", lambda *args: pytest.fail("run"))
+    monkeypatch.setattr(ClipImageFeatures, "extract", lambda *args: pytest.fail("run"))
     assert sdprune(*slowly_compared(tmp_path)).code == 0
     found = json.loads((run / "results.json").read_text())
     assert found["metrics"] == killed["metrics"]

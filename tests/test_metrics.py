@@ -8,18 +8,18 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from scoring import FEATURES, D, PooledFeatures, pictures
 from torchmetrics.image.fid import FrechetInceptionDistance as TorchmetricsFID
 
 from sdprune.errors import InputError
 from sdprune.metrics import (
     ClipImageFeatures,
     CLIPScore,
-    FeatureExtractor,
     FrechetInceptionDistance,
+    ImageBatch,
+    ImageScores,
     InceptionFeatures,
-    PerImageMetric,
+    Score,
     Statistics,
     feature_statistics,
     frechet_distance,
@@ -29,39 +29,6 @@ from sdprune.metrics import (
 from sdprune.metrics.frechet import Moments
 from sdprune.pipelines.resolve import resolve
 
-D = 6
-
-
-class PooledFeatures(FeatureExtractor):
-    """Six fixed mixtures of a 2 x 2 thumbnail; counts the images that went through."""
-
-    num_features = D
-    name = "pooled"
-
-    def __init__(self, version: int = 1) -> None:
-        self.version = version
-        self.batches: list[int] = []
-
-    def load(self, device) -> None:
-        pass
-
-    def preprocess(self, images: Tensor, generated: bool = True) -> Tensor:
-        return F.adaptive_avg_pool2d(images.float() / 255, 2)
-
-    def extract(self, pixels: Tensor) -> Tensor:
-        self.batches.append(len(pixels))
-        mix = torch.randn(12, D, generator=torch.Generator().manual_seed(self.version))
-        return pixels.flatten(1) @ mix
-
-    def describe(self) -> dict:
-        return {"class": "PooledFeatures", "version": self.version}
-
-
-def pictures(n: int, seed: int = 0, height: int = 8, width: int = 8) -> Tensor:
-    return torch.randint(
-        0, 256, (n, 3, height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)
-    )
-
 
 def textbook_fid(a: np.ndarray, b: np.ndarray) -> float:
     """The formula as it is printed, with scipy's square root of the plain product."""
@@ -70,11 +37,10 @@ def textbook_fid(a: np.ndarray, b: np.ndarray) -> float:
     return shift @ shift + np.trace(np.cov(a, rowvar=False) + np.cov(b, rowvar=False) - 2 * cross)
 
 
-def fid_with_reference(seed: int = 9) -> FrechetInceptionDistance:
-    metric = FrechetInceptionDistance(PooledFeatures())
-    metric.prepare("cpu")
-    metric.set_reference(feature_statistics(PooledFeatures()(pictures(40, seed))))
-    return metric
+def fid_with_reference(seed: int = 9, *others: Score) -> ImageScores:
+    scores = ImageScores([FrechetInceptionDistance(PooledFeatures()), *others])
+    scores.set_reference("fid", feature_statistics(PooledFeatures()(pictures(40, seed))))
+    return scores
 
 
 # --- the distance ---------------------------------------------------------------------------------------------
@@ -131,7 +97,7 @@ def test_fid_equals_torchmetrics():
     theirs.update(real, real=True)
     theirs.update(fake, real=False)
     ours = fid_with_reference(9)
-    ours.update(fake, None, range(25))
+    ours.update(ImageBatch(fake, None, range(25)))
     assert ours.compute()["fid"] == pytest.approx(theirs.compute().item(), rel=1e-5)
 
 
@@ -140,12 +106,12 @@ def test_fid_equals_torchmetrics():
 
 def test_statistics_survive_a_file_bit_for_bit(tmp_path):
     made = feature_statistics(torch.randn(9, D))
-    made = Statistics(made.mu, made.sigma, 9, "pooled", "nine pictures")
+    made = Statistics(made.mu, made.sigma, 9, "pooled")
     made.save(tmp_path / "deep" / "real.npz")
     read = Statistics.load(tmp_path / "deep" / "real.npz")
     assert read.mu.equal(made.mu)
     assert read.sigma.equal(made.sigma)
-    assert (read.n, read.extractor, read.source) == (9, "pooled", "nine pictures")
+    assert (read.n, read.extractor) == (9, "pooled")
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["real.npz"]
 
 
@@ -153,10 +119,10 @@ def test_a_foreign_file_needs_only_mu_and_sigma(tmp_path):
     real = PooledFeatures()(pictures(40, 9)).double().numpy()
     np.savez(tmp_path / "foreign.npz", mu=real.mean(0), sigma=np.cov(real, rowvar=False))
     assert Statistics.load(tmp_path / "foreign.npz").n is None
-    metric = FrechetInceptionDistance(PooledFeatures())
-    metric.set_reference(Statistics.load(tmp_path / "foreign.npz"))
+    metric = ImageScores([FrechetInceptionDistance(PooledFeatures())])
+    metric.set_reference("fid", Statistics.load(tmp_path / "foreign.npz"))
     metric.prepare("cpu")
-    metric.update(pictures(25), None, range(25))
+    metric.update(ImageBatch(pictures(25), None, range(25)))
     expected = textbook_fid(PooledFeatures()(pictures(25)).double().numpy(), real)
     assert metric.compute()["fid"] == pytest.approx(expected, rel=1e-9)
 
@@ -190,11 +156,11 @@ def test_a_missing_statistics_file_is_named(tmp_path):
 
 
 def test_a_reference_of_another_extractor_is_refused():
-    metric = FrechetInceptionDistance(PooledFeatures())
+    metric = ImageScores([FrechetInceptionDistance(PooledFeatures())])
     with pytest.raises(InputError, match=r"'inception-2048/clean'.*'pooled'"):
-        metric.set_reference(Statistics(torch.zeros(D), torch.eye(D), extractor="inception-2048/clean"))
+        metric.set_reference("fid", Statistics(torch.zeros(D), torch.eye(D), extractor="inception-2048/clean"))
     with pytest.raises(InputError, match="has 3 features, 'pooled' has 6"):
-        metric.set_reference(Statistics(torch.zeros(3), torch.eye(3)))
+        metric.set_reference("fid", Statistics(torch.zeros(3), torch.eye(3)))
 
 
 # --- the reference cache --------------------------------------------------------------------------------------
@@ -209,14 +175,14 @@ def test_reference_of_mixed_sizes_is_computed_once_and_found_again(tmp_path):
         calls.append(1)
         return iter(images)
 
-    first = reference_statistics(stream, extractor, tmp_path, {"set": "a"}, source="forty pictures")
+    first = reference_statistics(stream, extractor, tmp_path, {"set": "a"})
     again = reference_statistics(stream, extractor, tmp_path, {"set": "a"})
     np.testing.assert_allclose(first.mu, expected.mu, rtol=1e-6)
     np.testing.assert_allclose(first.sigma, expected.sigma, rtol=1e-4, atol=1e-9)
     assert extractor.batches == [32, 8]
     assert calls == [1]
     assert again.sigma.equal(first.sigma)
-    assert (again.n, again.extractor, again.source) == (40, "pooled", "forty pictures")
+    assert (again.n, again.extractor) == (40, "pooled")
 
 
 def test_the_reference_path_depends_on_images_and_extractor(tmp_path):
@@ -240,10 +206,10 @@ def test_one_real_image_is_too_few_and_leaves_no_cache(tmp_path):
 
 def test_the_order_of_images_changes_no_bit():
     features, one, other = PooledFeatures()(pictures(11)), fid_with_reference(), fid_with_reference()
-    one.append(range(11), features=features)
+    one.append(range(11), {FEATURES: features})
     for batch in torch.randperm(11, generator=torch.Generator().manual_seed(0)).split(2):
-        other.append(batch.tolist(), features=features[batch])
-    assert other.rows()["features"].equal(features)
+        other.append(batch.tolist(), {FEATURES: features[batch]})
+    assert other.rows()[FEATURES].equal(features)
     assert other.compute() == one.compute()
 
 
@@ -257,38 +223,38 @@ def test_the_order_of_images_changes_no_bit():
 )
 def test_duplicates_and_gaps_are_counted(positions, message):
     metric = fid_with_reference()
-    metric.update(pictures(3), None, positions)
+    metric.update(ImageBatch(pictures(3), None, positions))
     with pytest.raises(RuntimeError, match=message):
         metric.compute()
 
 
 def test_no_images_one_image_and_no_reference_say_so():
     metric = fid_with_reference()
-    with pytest.raises(RuntimeError, match="FrechetInceptionDistance has seen no images"):
+    with pytest.raises(RuntimeError, match="ImageScores has seen no images"):
         metric.rows()
-    metric.update(pictures(1), None, [0])
+    metric.update(ImageBatch(pictures(1), None, [0]))
     with pytest.raises(InputError, match="at least 2 images for a covariance, got 1"):
         metric.compute()
-    bare = FrechetInceptionDistance(PooledFeatures())
-    bare.update(pictures(2), None, [0, 1])
+    bare = ImageScores([FrechetInceptionDistance(PooledFeatures())])
+    bare.update(ImageBatch(pictures(2), None, [0, 1]))
     with pytest.raises(RuntimeError, match="fid has no reference"):
         bare.compute()
 
 
 def test_positions_must_match_images():
-    with pytest.raises(ValueError, match=r"'positions': 2, 'features': 3"):
-        fid_with_reference().update(pictures(3), None, [0, 1])
+    with pytest.raises(ValueError, match=rf"'positions': 2, '{FEATURES}': 3"):
+        fid_with_reference().update(ImageBatch(pictures(3), None, [0, 1]))
 
 
 @pytest.mark.parametrize("images", [pictures(2).float(), pictures(2)[0], pictures(2)[:, :1]])
 def test_only_uint8_batches_are_images(images):
     with pytest.raises(ValueError, match=r"uint8 images \[b, 3, h, w\]"):
-        fid_with_reference().update(images, None, [0, 1])
+        fid_with_reference().update(ImageBatch(images, None, [0, 1]))
 
 
 def test_rows_of_a_record_give_the_same_score_and_reset_forgets_them(tmp_path):
     metric, restored = fid_with_reference(), fid_with_reference()
-    metric.update(pictures(9), None, range(9))
+    metric.update(ImageBatch(pictures(9), None, range(9)))
     np.savez(tmp_path / "rows.npz", **metric.rows())
     with np.load(tmp_path / "rows.npz") as record:
         restored.load_rows({name: torch.from_numpy(record[name]) for name in record.files})
@@ -296,34 +262,43 @@ def test_rows_of_a_record_give_the_same_score_and_reset_forgets_them(tmp_path):
     restored.reset()
     with pytest.raises(RuntimeError, match="seen no images"):
         restored.rows()
-    with pytest.raises(InputError, match=r"wanted features of one length; got scores \[3\]"):
+    with pytest.raises(InputError, match=rf"wanted {FEATURES} of one length; got scores \[3\]"):
         restored.load_rows({"scores": torch.zeros(3)})
 
 
 def test_an_update_after_compute_is_counted():
     metric, whole = fid_with_reference(), fid_with_reference()
-    metric.update(pictures(9)[:5], None, range(5))
+    metric.update(ImageBatch(pictures(9)[:5], None, range(5)))
     early = metric.compute()
-    metric.update(pictures(9)[5:], None, range(5, 9))
-    whole.update(pictures(9), None, range(9))
+    metric.update(ImageBatch(pictures(9)[5:], None, range(5, 9)))
+    whole.update(ImageBatch(pictures(9), None, range(9)))
     assert metric.compute()["fid"] == pytest.approx(whole.compute()["fid"], rel=1e-6)
     assert metric.compute() != early
 
 
+def test_another_reference_after_compute_is_used():
+    metric, other = fid_with_reference(9), fid_with_reference(8)
+    for scores in (metric, other):
+        scores.update(ImageBatch(pictures(9), None, range(9)))
+    early = metric.compute()
+    metric.set_reference("fid", other.references["fid"])
+    assert metric.compute() == other.compute() != early
+
+
 def test_a_comparison_with_itself_is_exactly_zero_and_resamples_can_be_chosen():
-    metric = FrechetInceptionDistance(PooledFeatures(), name="fid_pooled", resamples=20)
-    metric.set_reference(feature_statistics(torch.randn(40, D)))
-    metric.update(pictures(9), None, range(9))
+    score = FrechetInceptionDistance(PooledFeatures(), name="fid_pooled", resamples=20)
+    metric, other = ImageScores([score]), fid_with_reference()
+    metric.set_reference("fid_pooled", feature_statistics(torch.randn(40, D)))
+    metric.update(ImageBatch(pictures(9), None, range(9)))
     names = ("fid_pooled_diff", "fid_pooled_diff_low", "fid_pooled_diff_high", "fid_pooled_diff_se")
     assert metric.compare(metric.rows()) == dict.fromkeys(names, 0.0) | {"fid_pooled_diff_resamples": 20.0}
-    metric.resamples = 0
-    other = fid_with_reference()
-    other.update(pictures(9, 5), None, range(9))
-    other.set_reference(metric.reference)
+    score.resamples = 0
+    other.update(ImageBatch(pictures(9, 5), None, range(9)))
+    other.set_reference("fid", metric.references["fid_pooled"])
     expected = metric.compute()["fid_pooled"] - other.compute()["fid"]
     assert metric.compare(other.rows()) == {"fid_pooled_diff": pytest.approx(expected, rel=1e-12)}
-    with pytest.raises(InputError, match=r"cannot pair features \[9, 6\] with the dense record's \[8, 6\]"):
-        metric.compare({"features": torch.zeros(8, D)})
+    with pytest.raises(InputError, match=rf"pair {FEATURES} \[9, 6\] with the dense record's \[8, 6\]"):
+        metric.compare({FEATURES: torch.zeros(8, D)})
 
 
 @pytest.mark.parametrize("resamples", [-1, 1])
@@ -337,9 +312,9 @@ def test_impossible_numbers_of_resamples_are_refused_at_once(resamples):
 def test_metrics_work_inside_inference_mode():
     inside, outside = fid_with_reference(), fid_with_reference()
     with torch.inference_mode():
-        inside.update(pictures(9), None, torch.arange(9))
+        inside.update(ImageBatch(pictures(9), None, torch.arange(9)))
         scores = inside.compute()
-    outside.update(pictures(9), None, torch.arange(9))
+    outside.update(ImageBatch(pictures(9), None, torch.arange(9)))
     assert scores == outside.compute()
     assert inside.compare(outside.rows())["fid_diff"] == 0
 
@@ -358,16 +333,17 @@ def score_share(rank: int, world: int, folder: str) -> None:
 
 
 def answers(n: int, rank: int, world: int) -> dict:
-    fid, clip = fid_with_reference(), CLIPScore()
+    clip = CLIPScore()
+    scores = fid_with_reference(9, clip)
     images, texts = pictures(n), torch.randn(n, 4, generator=torch.Generator().manual_seed(1))
     for batch in list(torch.arange(n).split(3))[rank::world]:
-        fid.update(images[batch], None, batch)
-        prompts = [f"prompt {place % 4}" for place in batch.tolist()]
-        clip.update_features(PooledFeatures()(images[batch])[:, :4], texts[batch], prompts, batch)
-    found = {"scores": fid.compute() | clip.compute(), "rows": {**fid.rows(), **clip.rows()}}
-    found["diff"] = fid.compare({"features": fid.rows()["features"] + 1})
-    fid.load_rows(fid.rows())
-    return found | {"reloaded": fid.compute()}
+        features = PooledFeatures()(images[batch])[:, :4]
+        known = {clip.extractor.features.key: features, clip.extractor.texts.key: texts[batch]}
+        scores.update(ImageBatch(images[batch], [f"prompt {place % 4}" for place in batch.tolist()], batch), known)
+    found = {"scores": scores.compute(), "rows": scores.rows()}
+    found["diff"] = scores.compare({**found["rows"], FEATURES: found["rows"][FEATURES] + 1})
+    scores.load_rows(found["rows"])
+    return found | {"reloaded": scores.compute()}
 
 
 def test_two_processes_give_the_bits_of_one(tmp_path):
@@ -380,7 +356,7 @@ def test_two_processes_give_the_bits_of_one(tmp_path):
         alone, shared = torch.load(tmp_path / "1-0.pt"), torch.load(tmp_path / f"2-{rank}.pt")
         for one, two in zip(alone, shared, strict=True):
             assert two["scores"] == one["scores"]
-            assert two["reloaded"] == {"fid": one["scores"]["fid"]}
+            assert two["reloaded"] == one["scores"]
             assert two["diff"] == one["diff"]
             assert all(two["rows"][name].equal(rows) for name, rows in one["rows"].items())
 
@@ -428,7 +404,7 @@ def test_miniature_is_the_package_own_directory_and_the_rest_is_left_alone(monke
 
 def test_metrics_are_built_from_configuration_without_reading_weights():
     parser = jsonargparse.ArgumentParser()
-    parser.add_argument("--metrics", type=list[PerImageMetric])
+    parser.add_argument("--metrics", type=list[Score])
     config = [
         {
             "class_path": "FrechetInceptionDistance",
@@ -440,7 +416,8 @@ def test_metrics_are_built_from_configuration_without_reading_weights():
     assert isinstance(fid.extractor, ClipImageFeatures)
     assert isinstance(clip, CLIPScore)
     assert clip.name == "clip_l"
-    for metric in (fid, clip):
-        assert not list(metric.children())  # nothing that a precision plugin would cast
+    for score in (fid, clip):
+        scores = ImageScores([score])
+        assert not list(scores.children())  # nothing that a precision plugin would cast
         with pytest.raises(InputError, match="Cannot load the CLIP model '/no/such/model': no such directory"):
-            metric.prepare("cpu")
+            scores.prepare("cpu")

@@ -11,8 +11,9 @@ from torch import Tensor
 from transformers import CLIPModel, CLIPTokenizer
 
 from sdprune.errors import InputError
-from sdprune.metrics import ClipImageFeatures, ClipModel, CLIPScore
-from sdprune.metrics.preprocess import ClipPreprocessing
+from sdprune.metrics import ClipImageFeatures, CLIPScore, ImageBatch, ImageScores
+from sdprune.metrics.features.preprocess import ClipPreprocessing
+from sdprune.metrics.scores.clip_score import cosine_scores, prompt_gaps, prompt_ids
 
 PROMPTS = ["a red cat", "a dog", "red", "a dog", "two cats on a very long red sofa in the sun"]
 
@@ -86,23 +87,23 @@ def oracle_embeddings(directory, images: Tensor, prompts: list[str]) -> tuple[np
 
 
 def test_embeddings_are_the_projections_of_the_two_towers(directory):
-    clip = ClipModel(str(directory))
+    clip = ClipImageFeatures(str(directory))
     images, texts = oracle_embeddings(directory, pictures(5), PROMPTS)
-    np.testing.assert_allclose(clip.image_embeddings(pictures(5)), images, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(clip(pictures(5)), images, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(clip.text_embeddings(PROMPTS), texts, rtol=1e-4, atol=1e-5)
     assert not np.allclose(np.linalg.norm(images, axis=1), 1)  # not normalised
 
 
 def test_a_text_does_not_hang_on_its_neighbours(directory):
-    clip = ClipModel(str(directory))
+    clip = ClipImageFeatures(str(directory))
     np.testing.assert_allclose(clip.text_embeddings(["red"]), clip.text_embeddings(PROMPTS)[2:3], rtol=1e-5, atol=1e-6)
 
 
 def test_measuring_ignores_autocast_and_keeps_no_gradient(directory):
-    clip = ClipModel(str(directory))
-    plain = clip.image_embeddings(pictures(2)), clip.text_embeddings(PROMPTS)
+    clip = ClipImageFeatures(str(directory))
+    plain = clip(pictures(2)), clip.text_embeddings(PROMPTS)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        cast = clip.image_embeddings(pictures(2)), clip.text_embeddings(PROMPTS)
+        cast = clip(pictures(2)), clip.text_embeddings(PROMPTS)
     for one, other in zip(plain, cast, strict=True):
         assert one.dtype == torch.float32
         assert one.equal(other)
@@ -111,7 +112,7 @@ def test_measuring_ignores_autocast_and_keeps_no_gradient(directory):
 
 def test_loading_shows_users_nothing(directory, capfd, caplog):
     with caplog.at_level(logging.WARNING):
-        ClipModel(str(directory)).load("cpu")
+        ClipImageFeatures(str(directory)).load("cpu")
     assert capfd.readouterr() == ("", "")
     assert not caplog.records
 
@@ -120,7 +121,7 @@ def test_clip_features_are_the_image_embeddings_under_a_protocol_name(directory)
     extractor = ClipImageFeatures(str(directory))
     assert extractor.name == "clip:tiny"
     assert extractor.num_features == WIDTH
-    assert extractor(pictures(3)).equal(ClipModel(str(directory)).image_embeddings(pictures(3)))
+    assert extractor.features.key == f"{extractor.key}.features"
     assert ClipImageFeatures().name == "clip:openai/clip-vit-base-patch32"
 
 
@@ -148,7 +149,7 @@ def test_descriptions_follow_the_weights_and_not_the_path(directory, tmp_path):
 def test_an_incomplete_directory_is_one_line(tmp_path, missing):
     (save_tiny_clip(tmp_path / "broken") / missing).unlink()
     with pytest.raises(InputError, match=r"Cannot load the CLIP model '.*broken'") as caught:
-        ClipModel(str(tmp_path / "broken")).load("cpu")
+        ClipImageFeatures(str(tmp_path / "broken")).load("cpu")
     assert "\n" not in str(caught.value)
     assert "Give a directory" in str(caught.value)
 
@@ -158,7 +159,7 @@ def test_pickled_weights_are_not_read(tmp_path):
     torch.save(CLIPModel.from_pretrained(folder).state_dict(), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
     with pytest.raises(InputError, match="Cannot load the CLIP model"):
-        ClipModel(str(folder)).load("cpu")
+        ClipImageFeatures(str(folder)).load("cpu")
 
 
 # --- score and gap --------------------------------------------------------------------------------------------
@@ -175,74 +176,73 @@ def test_score_and_gap_are_the_nested_loops(directory):
     for i in range(5):
         others = [cosine(images[i], texts[j]) for j in range(5) if PROMPTS[j] != PROMPTS[i]]
         gaps.append(own[i] - sum(others) / len(others))
-    metric = CLIPScore(str(directory))
+    metric = ImageScores([CLIPScore(str(directory))])
     metric.prepare("cpu")
-    metric.update(pictures(5)[3:], PROMPTS[3:], [3, 4])
-    metric.update(pictures(5)[:3], PROMPTS[:3], [0, 1, 2])
-    np.testing.assert_allclose(metric.scores(), own, rtol=1e-4, atol=1e-6)
-    assert metric.gap() == pytest.approx(np.mean(gaps), rel=1e-3, abs=1e-6)
+    metric.update(ImageBatch(pictures(5)[3:], PROMPTS[3:], [3, 4]))
+    metric.update(ImageBatch(pictures(5)[:3], PROMPTS[:3], [0, 1, 2]))
+    columns = metric.scores[0].read(metric.rows())
+    np.testing.assert_allclose(cosine_scores(*columns[:2]), own, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(prompt_gaps(*columns), gaps, rtol=1e-3, atol=1e-6)
     expected = {"clip_score": np.mean(own), "clip_score_se": np.std(own, ddof=1) / 5**0.5, "clip_gap": np.mean(gaps)}
     assert metric.compute() == pytest.approx(expected, rel=1e-3, abs=1e-6)
 
 
-def scored(images: Tensor, texts: Tensor, prompts: list[str]) -> CLIPScore:
-    metric = CLIPScore()
-    metric.update_features(images, texts, prompts, range(len(prompts)))
-    return metric
+def columns(images: Tensor, texts: Tensor, prompts: list[str]) -> list[Tensor]:
+    return [images, texts, prompt_ids(ImageBatch(images, prompts, range(len(prompts))))]
 
 
-def test_features_added_after_compute_are_counted():
-    metric = scored(torch.eye(2), torch.eye(2), ["a", "b"])
-    assert metric.compute()["clip_score"] == pytest.approx(1)
-    metric.update_features(torch.eye(2)[:1], torch.eye(2)[1:], ["c"], [2])
-    assert metric.compute()["clip_score"] == pytest.approx(2 / 3)
+def rows(images: Tensor, texts: Tensor, prompts: list[str]) -> dict[str, Tensor]:
+    values = columns(images, texts, prompts)
+    return {column.key: value for column, value in zip(CLIPScore().columns, values, strict=True)}
 
 
 def test_images_that_ignore_their_prompts_have_no_gap():
     texts = torch.randn(8, 5, generator=torch.Generator().manual_seed(0))
     prompts = [str(i) for i in range(8)]
-    metric = scored(torch.ones(8, 5), texts, prompts)
-    assert metric.gap() == pytest.approx(0, abs=1e-12)
-    assert scored(texts, texts, prompts).gap() > 0.5
+    assert prompt_gaps(*columns(torch.ones(8, 5), texts, prompts)).mean() == pytest.approx(0, abs=1e-12)
+    assert prompt_gaps(*columns(texts, texts, prompts)).mean() > 0.5
 
 
 def test_one_prompt_has_no_gap_and_one_image_no_error():
-    assert set(scored(torch.eye(3), torch.ones(3, 3), ["same"] * 3).compute()) == {"clip_score", "clip_score_se"}
-    assert scored(torch.ones(1, 2), torch.tensor([[1.0, 0]]), ["p"]).compute() == {
-        "clip_score": pytest.approx(0.5**0.5)
-    }
+    score = CLIPScore()
+    found = score.compute(rows(torch.eye(3), torch.ones(3, 3), ["same"] * 3))
+    assert set(found) == {"clip_score", "clip_score_se"}
+    found = score.compute(rows(torch.ones(1, 2), torch.tensor([[1.0, 0]]), ["p"]))
+    assert found == {"clip_score": pytest.approx(0.5**0.5)}
 
 
 def test_comparison_pairs_the_images():
     generator = torch.Generator().manual_seed(0)
     texts, dense = torch.randn(2, 60, 5, generator=generator)
-    pruned = dense - 0.3 * texts
     prompts = [str(i % 50) for i in range(60)]
-    one, two = scored(pruned, texts, prompts), scored(dense, texts, prompts)
-    found = one.compare(two.rows())
-    assert found["clip_score_diff"] == pytest.approx((one.scores() - two.scores()).mean().item(), rel=1e-12)
-    assert found["clip_gap_diff"] == pytest.approx(one.gap() - two.gap(), rel=1e-12)
+    one, two = columns(dense - 0.3 * texts, texts, prompts), columns(dense, texts, prompts)
+    found = CLIPScore().compare(rows(dense - 0.3 * texts, texts, prompts), rows(dense, texts, prompts))
+    scores, gaps = ([function(*args).mean() for args in pair] for function, pair in (
+        (cosine_scores, (one[:2], two[:2])), (prompt_gaps, (one, two))))  # fmt: skip
+    assert found["clip_score_diff"] == pytest.approx((scores[0] - scores[1]).item(), rel=1e-9)
+    assert found["clip_gap_diff"] == pytest.approx((gaps[0] - gaps[1]).item(), rel=1e-9)
     for name in ("clip_score_diff", "clip_gap_diff"):
         assert found[f"{name}_low"] < found[name] < found[f"{name}_high"] < 0
         assert found[f"{name}_se"] > 0
 
 
 def test_other_prompts_cannot_be_paired():
-    one, two = (
-        scored(torch.ones(3, 2), torch.eye(3)[:, :2], prompts) for prompts in (["a", "b", "c"], ["a", "b", "d"])
-    )
+    one, two = (rows(torch.ones(3, 2), torch.eye(3)[:, :2], prompts) for prompts in (["a", "b", "c"], ["a", "b", "d"]))
     with pytest.raises(InputError, match="other prompts at 1 of 3 positions"):
-        one.compare(two.rows())
+        CLIPScore().compare(one, two)
 
 
 @pytest.mark.parametrize("prompts", [None, ["one"]])
-def test_each_image_needs_its_prompt(prompts):
-    with pytest.raises(ValueError, match="one prompt an image: 2 images"):
-        CLIPScore().update(pictures(2), prompts, [0, 1])
+def test_each_image_needs_its_prompt(directory, prompts):
+    with pytest.raises(ValueError, match="one prompt: 2 images"):
+        ImageScores([CLIPScore(str(directory))]).update(ImageBatch(pictures(2), prompts, [0, 1]))
 
 
-def test_rows_of_a_record_give_the_same_score(directory):
-    metric, restored = CLIPScore(str(directory)), CLIPScore("/not/loaded")
-    metric.update(pictures(5), PROMPTS, range(5))
-    restored.load_rows(metric.rows())
+def test_rows_of_a_record_give_the_same_score_without_weights(directory):
+    metric = ImageScores([CLIPScore(str(directory))])
+    metric.update(ImageBatch(pictures(5), PROMPTS, range(5)))
+    other, renamed = CLIPScore("/not/loaded"), dict(zip(metric.columns, metric.rows().values(), strict=True))
+    kept = {column.key: value for column, value in zip(other.columns, renamed.values(), strict=True)}
+    restored = ImageScores([other])
+    restored.load_rows(kept)
     assert restored.compute() == metric.compute()

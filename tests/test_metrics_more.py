@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_metrics import PooledFeatures, pictures, textbook_fid
+from scoring import D, Measured, PooledFeatures, pictures, reference
+from test_metrics import textbook_fid
 from tiny_clip import save_tiny_clip
 from torch import Tensor
 
@@ -15,37 +16,28 @@ from sdprune.errors import InputError
 from sdprune.metrics import (
     ClipImageFeatures,
     CLIPScore,
+    Column,
     DenseDistance,
     FrechetDistanceAtInfinity,
     FrechetInceptionDistance,
+    ImageBatch,
+    ImageScores,
     InceptionFeatures,
     KernelInceptionDistance,
     MaximumMeanDiscrepancy,
     PrecisionRecall,
+    Score,
     Statistics,
     feature_statistics,
     frechet_distance,
-    share_extractors,
     verdict,
 )
-from sdprune.metrics.preprocess import PROTOCOLS
-
-D = 6
+from sdprune.metrics.features.preprocess import PROTOCOLS
+from sdprune.metrics.scores.clip_score import cosine_scores
 
 
 def numbers(n: int, seed: int, shift: float = 0.0, d: int = D) -> Tensor:
     return torch.randn(n, d, generator=torch.Generator().manual_seed(seed)) + shift
-
-
-def reference(rows: Tensor, features: bool = True) -> Statistics:
-    made = feature_statistics(rows)
-    return Statistics(made.mu, made.sigma, len(rows), None, None, rows if features else None)
-
-
-def filled(metric, rows: Tensor, real: Tensor):
-    metric.set_reference(reference(real))
-    metric.append(range(len(rows)), features=rows)
-    return metric
 
 
 # --- kernels --------------------------------------------------------------------------------------------------
@@ -74,16 +66,16 @@ def gaussian(x, y, sigma=10.0):
 @pytest.mark.parametrize(("n", "m"), [(9, 13), (13, 9), (2, 2)])
 def test_kid_and_mmd_are_their_sums_over_pairs(n, m):
     own, real = numbers(n, 0, 0.3), numbers(m, 1)
-    kid = filled(KernelInceptionDistance(PooledFeatures()), own, real)
+    kid = Measured(KernelInceptionDistance(PooledFeatures()), own, real)
     assert kid.compute() == {"kid": pytest.approx(naive_mmd(own, real, cubic), rel=1e-10, abs=1e-12)}
-    mmd = filled(MaximumMeanDiscrepancy(PooledFeatures()), own, real)
+    mmd = Measured(MaximumMeanDiscrepancy(PooledFeatures()), own, real)
     assert mmd.compute() == {"mmd": pytest.approx(1000 * naive_mmd(own, real, gaussian), rel=1e-8, abs=1e-8)}
 
 
 def test_kernels_in_parts_are_kernels_at_once(monkeypatch):
-    metrics = [filled(KernelInceptionDistance(PooledFeatures()), numbers(23, 0), numbers(17, 1)) for _ in range(2)]
+    metrics = [Measured(KernelInceptionDistance(PooledFeatures()), numbers(23, 0), numbers(17, 1)) for _ in range(2)]
     one = metrics[0].compute()
-    monkeypatch.setattr("sdprune.metrics.kernel._CHUNK", 5)
+    monkeypatch.setattr("sdprune.metrics.scores.kernel._CHUNK", 5)
     assert metrics[1].compute()["kid"] == pytest.approx(one["kid"], rel=1e-12)
 
 
@@ -93,8 +85,8 @@ def test_kid_is_unbiased_where_fid_is_not():
     kid, fid = [], []
     for seed in range(300):
         rows = numbers(10, seed)
-        kid.append(filled(KernelInceptionDistance(PooledFeatures()), rows, real).compute()["kid"])
-        fid.append(filled(FrechetInceptionDistance(PooledFeatures()), rows, real).compute()["fid"])
+        kid.append(Measured(KernelInceptionDistance(PooledFeatures()), rows, real).compute()["kid"])
+        fid.append(Measured(FrechetInceptionDistance(PooledFeatures()), rows, real).compute()["fid"])
     assert abs(np.mean(kid)) < 4 * np.std(kid) / math.sqrt(300)
     assert np.mean(fid) > 1
 
@@ -107,12 +99,12 @@ def test_the_interval_of_a_kid_difference_covers_it():
         noise = numbers(n, seed)
         return noise + 0.05, noise * 1.2 + 0.2
 
-    kid = [filled(KernelInceptionDistance(PooledFeatures()), rows, real) for rows in pair(4000, 99)]
+    kid = [Measured(KernelInceptionDistance(PooledFeatures()), rows, real) for rows in pair(4000, 99)]
     truth = kid[1].compute()["kid"] - kid[0].compute()["kid"]
     covered = 0
     for seed in range(200):
         dense, pruned = pair(60, seed)
-        found = filled(KernelInceptionDistance(PooledFeatures()), pruned, real).compare({"features": dense})
+        found = Measured(KernelInceptionDistance(PooledFeatures()), pruned, real).compare(dense)
         covered += found["kid_diff_low"] <= truth <= found["kid_diff_high"]
     assert 175 <= covered <= 199
 
@@ -120,12 +112,28 @@ def test_the_interval_of_a_kid_difference_covers_it():
 def test_a_kernel_difference_is_that_of_the_values():
     real, own, dense = numbers(20, 1), numbers(15, 2, 0.5), numbers(15, 3)
     for metric in (KernelInceptionDistance, MaximumMeanDiscrepancy):
-        one, other = (filled(metric(PooledFeatures()), rows, real) for rows in (own, dense))
-        found = one.compare({"features": dense})
-        name = one.name
+        one, other = (Measured(metric(PooledFeatures()), rows, real) for rows in (own, dense))
+        found = one.compare(dense)
+        name = one.score.name
         expected = one.compute()[name] - other.compute()[name]
         assert found[f"{name}_diff"] == pytest.approx(expected, rel=1e-9, abs=1e-12)
-        assert one.compare({"features": own})[f"{name}_diff_se"] == 0
+        assert one.compare(own)[f"{name}_diff_se"] == 0
+
+
+def test_a_comparison_takes_what_the_score_worked_out(monkeypatch):
+    """Of the images among each other and with the real ones, and of the real ones, once each."""
+    calls, kernel = [], KernelInceptionDistance.kernel
+    monkeypatch.setattr(
+        KernelInceptionDistance, "kernel", lambda self, a, b: calls.append((len(a), len(b))) or kernel(self, a, b)
+    )
+    scores, other = (ImageScores([KernelInceptionDistance(PooledFeatures())]) for _ in range(2))
+    for one, seed in ((scores, 1), (other, 2)):
+        one.update(ImageBatch(pictures(9, seed), None, range(9)))
+    scores.set_reference("kid", reference(numbers(20, 1)))
+    scores.compute()
+    assert sorted(calls) == [(9, 9), (9, 20), (20, 20)]
+    scores.compare(other.rows())
+    assert sorted(calls) == [(9, 9), (9, 9), (9, 20), (9, 20), (20, 20)]
 
 
 def test_only_cmmd_is_called_so():
@@ -142,7 +150,9 @@ def test_only_cmmd_is_called_so():
 @pytest.mark.parametrize("metric", [KernelInceptionDistance, MaximumMeanDiscrepancy, PrecisionRecall])
 def test_a_file_of_mu_and_sigma_is_not_enough(metric):
     with pytest.raises(InputError, match=r"needs the features of every real image.*choose the reference `drawn`"):
-        metric(PooledFeatures()).set_reference(reference(numbers(9, 0), features=False))
+        ImageScores([metric(PooledFeatures(), name="score")]).set_reference(
+            "score", reference(numbers(9, 0), features=False)
+        )
 
 
 # --- precision and recall -------------------------------------------------------------------------------------
@@ -151,7 +161,7 @@ def test_a_file_of_mu_and_sigma_is_not_enough(metric):
 @pytest.mark.parametrize("k", [1, 3])
 @pytest.mark.parametrize("chunk", [4, 1024])
 def test_precision_and_recall_are_their_definition(k, chunk, monkeypatch):
-    monkeypatch.setattr("sdprune.metrics.precision_recall._CHUNK", chunk)
+    monkeypatch.setattr("sdprune.metrics.scores.precision_recall._CHUNK", chunk)
     own, real = numbers(15, 0, 0.8), numbers(21, 1)
 
     def share(points, others):
@@ -164,7 +174,7 @@ def test_precision_and_recall_are_their_definition(k, chunk, monkeypatch):
             inside += near
         return inside / len(points)
 
-    metric = filled(PrecisionRecall(PooledFeatures(), neighbours=k), own, real)
+    metric = Measured(PrecisionRecall(PooledFeatures(), neighbours=k), own, real)
     expected = {"precision": share(own.double(), real.double()), "recall": share(real.double(), own.double())}
     assert metric.compute() == pytest.approx(expected)
     assert 0 < expected["precision"] < 1
@@ -183,7 +193,7 @@ def test_ties_are_decided_as_exact_distances_decide_them(shift):
         reach = np.sort(squares + np.diag([np.inf] * len(others)), 1)[:, k - 1]
         return (((points[:, None] - others[None]) ** 2).sum(-1) <= reach).any(1)
 
-    metric = filled(PrecisionRecall(PooledFeatures()), own[:, [0, 1, 2, 3, 0, 1]], real[:, [0, 1, 2, 3, 0, 1]])
+    metric = Measured(PrecisionRecall(PooledFeatures()), own[:, [0, 1, 2, 3, 0, 1]], real[:, [0, 1, 2, 3, 0, 1]])
     a, b = (rows[:, [0, 1, 2, 3, 0, 1]].numpy() for rows in (own, real))
     assert metric.compute() == {"precision": members(a, b).mean(), "recall": members(b, a).mean()}
 
@@ -203,20 +213,20 @@ def test_near_ties_of_rounding_are_decided_exactly():
     own[:, :2] += 1e5
     reach = ((real[:, None] - real[None]) ** 2).sum(-1).sort(1).values[:, 3]
     near = (((own[:, None] - real[None]) ** 2).sum(-1) <= reach).any(1)
-    metric = filled(PrecisionRecall(PooledFeatures()), own, real)
+    metric = Measured(PrecisionRecall(PooledFeatures()), own, real)
     assert 0 < near.sum() < 100
     assert metric.compute()["precision"] == near.double().mean().item()
 
 
 def test_precision_differences_are_paired():
     real, own, dense = numbers(30, 1), numbers(20, 2, 1.0), numbers(20, 3)
-    metric, other = (filled(PrecisionRecall(PooledFeatures(), "clip"), rows, real) for rows in (own, dense))
-    found = metric.compare({"features": dense})
+    metric, other = (Measured(PrecisionRecall(PooledFeatures(), "clip"), rows, real) for rows in (own, dense))
+    found = metric.compare(dense)
     for name in ("clip_precision", "clip_recall"):
         assert found[f"{name}_diff"] == pytest.approx(metric.compute()[name] - other.compute()[name])
     assert found["clip_precision_diff_low"] <= found["clip_precision_diff"] <= found["clip_precision_diff_high"]
     with pytest.raises(InputError, match="3 neighbours need more images than that, got 3"):
-        filled(PrecisionRecall(PooledFeatures()), own[:3], real).compute()
+        Measured(PrecisionRecall(PooledFeatures()), own[:3], real).compute()
 
 
 # --- FID ------------------------------------------------------------------------------------------------------
@@ -228,23 +238,23 @@ def test_fid_at_infinity_takes_the_excess_of_a_finite_sample_off():
     plain, at_infinity = [], []
     for seed in range(10, 25):
         rows = numbers(300, seed)
-        plain.append(filled(FrechetInceptionDistance(PooledFeatures()), rows, real).compute()["fid"] - limit)
-        metric = filled(FrechetDistanceAtInfinity(PooledFeatures()), rows, real)
+        plain.append(Measured(FrechetInceptionDistance(PooledFeatures()), rows, real).compute()["fid"] - limit)
+        metric = Measured(FrechetDistanceAtInfinity(PooledFeatures()), rows, real)
         at_infinity.append(metric.compute()["fid_infinity"] - limit)
     assert abs(np.mean(at_infinity)) < 0.4 * np.mean(plain)
-    assert metric.compare(metric.rows()) == {"fid_infinity_diff": 0}
+    assert metric.compare(rows) == {"fid_infinity_diff": 0}
     with pytest.raises(InputError, match="at least 4 images"):
-        filled(FrechetDistanceAtInfinity(PooledFeatures()), real[:3], real).compute()
+        Measured(FrechetDistanceAtInfinity(PooledFeatures()), real[:3], real).compute()
     with pytest.raises(InputError, match="subsets must be at least 2"):
         FrechetDistanceAtInfinity(PooledFeatures(), subsets=1)
 
 
 def test_fid_at_infinity_below_0_is_remarked():
-    real, metric = numbers(2000, 1), FrechetDistanceAtInfinity(PooledFeatures())
+    real, score = numbers(2000, 1), FrechetDistanceAtInfinity(PooledFeatures())
     for seed in range(2, 40):
-        scores = filled(metric, numbers(40, seed), real).compute()
-        remarks = metric.remarks(scores)
-        metric.reset()
+        metric = Measured(score, numbers(40, seed), real)
+        scores = metric.compute()
+        remarks = score.remarks(scores, metric.rows)
         assert bool(remarks) == (scores["fid_infinity"] < 0)
         if remarks:
             break
@@ -276,7 +286,7 @@ def test_kid_equals_torch_fidelity():
     theirs = module.kid_features_to_metric(
         a, b, kid_subsets=1, kid_subset_size=40, rng_seed=0, verbose=False
     )["kernel_inception_distance_mean"]  # fmt: skip
-    ours = filled(KernelInceptionDistance(PooledFeatures()), a, b).compute()["kid"]
+    ours = Measured(KernelInceptionDistance(PooledFeatures()), a, b).compute()["kid"]
     assert ours == pytest.approx(theirs, rel=1e-6)
 
 
@@ -327,8 +337,8 @@ def test_study_is_its_scripts_with_files(generated, tmp_path):
 def test_protocols_have_names_and_their_numbers_do_not_mix():
     made = Statistics(torch.zeros(2048), torch.eye(2048), 9, "inception-2048/study")
     with pytest.raises(InputError, match=r"made with 'inception-2048/study', the metric uses 'inception-2048/clean'"):
-        FrechetInceptionDistance(InceptionFeatures()).set_reference(made)
-    FrechetInceptionDistance(InceptionFeatures("study")).set_reference(made)
+        FrechetInceptionDistance(InceptionFeatures()).check_reference(made)
+    FrechetInceptionDistance(InceptionFeatures("study")).check_reference(made)
     assert len({InceptionFeatures(protocol).key for protocol in PROTOCOLS}) == 3
     with pytest.raises(InputError, match=r"Unknown protocol 'cleen'. Did you mean 'clean'"):
         InceptionFeatures("cleen")
@@ -360,9 +370,9 @@ def test_distances_are_their_definitions():
     dense = pictures(3, 5, 16, 18)
     own = (dense.float() * 0.8 + 10).to(torch.uint8)
     own[2] = dense[2]
-    metric, other = DenseDistance(PooledFeatures()), DenseDistance(PooledFeatures())
-    metric.update(own, None, range(3), dense=dense)
-    other.update(dense, None, range(3))
+    metric, other = (ImageScores([DenseDistance(PooledFeatures())]) for _ in range(2))
+    metric.update(ImageBatch(own, None, range(3), dense))
+    other.update(ImageBatch(dense, None, range(3)))
     assert metric.compute() == {}
     found = metric.compare(other.rows())
     error = (own.double() - dense.double()).square().mean()
@@ -377,8 +387,8 @@ def test_distances_are_their_definitions():
 
 
 def test_the_dense_model_is_at_no_distance_of_itself():
-    metric = DenseDistance(PooledFeatures())
-    metric.update(pictures(3, 0, 16, 16), None, range(3))
+    metric = ImageScores([DenseDistance(PooledFeatures())])
+    metric.update(ImageBatch(pictures(3, 0, 16, 16), None, range(3)))
     found = metric.compare(metric.rows())
     assert "dense_psnr" not in found  # it would be infinite
     assert found["dense_ssim"] == 1
@@ -388,22 +398,22 @@ def test_the_dense_model_is_at_no_distance_of_itself():
 def test_lpips_is_asked_of_its_network_and_kept(monkeypatch):
     """The pretrained network is no part of the tests: a stand-in of the same signature."""
     monkeypatch.setattr(
-        "sdprune.metrics.dense_distance._load_lpips",
+        "sdprune.metrics.scores.dense_distance._load_lpips",
         lambda device: lambda a, b: (a - b).abs().mean((1, 2, 3), keepdim=True),
     )
-    metric = DenseDistance(PooledFeatures(), lpips=True)
+    metric = ImageScores([DenseDistance(PooledFeatures(), lpips=True)])
     metric.prepare("cpu")
     own, dense = pictures(3, 0, 16, 16), pictures(3, 1, 16, 16)
-    metric.update(own, None, range(3), dense=dense)
+    metric.update(ImageBatch(own, None, range(3), dense))
     expected = (own.double() - dense.double()).abs().mean().item() / 127.5
     assert metric.compare(metric.rows())["dense_lpips"] == pytest.approx(expected, rel=1e-6)
-    assert metric.describe()["lpips"] == "alex"
+    assert metric.scores[0].describe()["lpips"] == "alex"
 
 
 def test_lpips_without_its_extra_says_how_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchmetrics.image.lpip", None)
     with pytest.raises(InputError, match=r'pip install "sdprune\[lpips\]"'):
-        DenseDistance(PooledFeatures(), lpips=True).prepare("cpu")
+        ImageScores([DenseDistance(PooledFeatures(), lpips=True)]).prepare("cpu")
 
 
 # --- verdicts and sharing -------------------------------------------------------------------------------------
@@ -432,21 +442,59 @@ def test_impossible_tolerances_are_refused(tolerance):
         FrechetInceptionDistance(PooledFeatures(), tolerance=tolerance)
 
 
-def test_metrics_share_one_pass_and_one_place_in_the_record(tmp_path):
+def test_scores_share_one_pass_and_one_place_in_the_record(tmp_path):
     tiny = str(save_tiny_clip(tmp_path / "tiny"))
     fid, kid = FrechetInceptionDistance(ClipImageFeatures(tiny)), KernelInceptionDistance(ClipImageFeatures(tiny))
-    clip, other = CLIPScore(tiny), FrechetInceptionDistance(PooledFeatures(), "fid_pooled")
-    extractors = share_extractors([fid, kid, clip, other])
+    pooled = PooledFeatures()
+    clip, other = CLIPScore(tiny), FrechetInceptionDistance(pooled, "fid_pooled")
+    scores = ImageScores([fid, kid, clip, other])
     assert fid.extractor is kid.extractor is clip.extractor
-    assert set(extractors) == {fid.extractor.key, other.extractor.key}
-    assert fid.keys()["features"] == kid.keys()["features"] == clip.keys()["image_embeddings"]
-    assert fid.keys()["features"] != other.keys()["features"]
+    key, texts = fid.extractor.key, clip.extractor.texts.key
+    assert list(scores.columns) == [f"{key}.features", texts, "prompts", f"{pooled.key}.features"]
     assert PooledFeatures(1).key != PooledFeatures(2).key
     images, prompts = pictures(3, 0, 40, 40), ["a", "b", "red"]
-    features = fid.extractor(images)
-    for metric in (fid, kid, clip):
-        metric.update(images, prompts, range(3), features)
-    assert fid.rows()["features"].equal(clip.rows()["image_embeddings"])
+    scores.update(ImageBatch(images, prompts, range(3)))
+    assert pooled.batches == [3]
+    assert list(scores.rows()) == list(scores.columns)
+    assert scores.rows()[f"{key}.features"].equal(ClipImageFeatures(tiny)(images))
+
+
+def test_only_columns_that_a_record_lacks_are_computed(tmp_path):
+    """As when one more score is wanted of pictures that were scored before."""
+    tiny = str(save_tiny_clip(tmp_path / "tiny"))
+    before = ImageScores([FrechetInceptionDistance(PooledFeatures())])
+    images, prompts = pictures(5, 0, 40, 40), ["a", "b", "red", "a", "c"]
+    before.update(ImageBatch(images, prompts, range(5)))
+    record, pooled = before.rows(), PooledFeatures()
+    after, whole = (
+        ImageScores([FrechetInceptionDistance(extractor), CLIPScore(tiny)]) for extractor in (pooled, PooledFeatures())
+    )
+    missing = after.missing(record)
+    assert missing == [key for key in after.columns if key not in record]
+    assert len(missing) == 3
+    after.prepare("cpu", missing)
+    for places in ([3, 4], [0, 1, 2]):
+        known = {key: values[places] for key, values in record.items()}
+        after.update(ImageBatch(images[places], [prompts[i] for i in places], places), known)
+        whole.update(ImageBatch(images[places], [prompts[i] for i in places], places))
+    assert pooled.batches == []
+    assert after.rows()[pooled.features.key].equal(record[pooled.features.key])
+    for key, values in whole.rows().items():
+        torch.testing.assert_close(after.rows()[key], values)
+
+
+def test_two_columns_under_one_key_are_refused():
+    class Pale(Score):
+        name = "pale"
+        columns = (Column(PooledFeatures().features.key, lambda batch: batch.images.float().mean((1, 2, 3))),)
+
+        def compute(self, rows, reference=None):
+            return {}
+
+        compare = compute
+
+    with pytest.raises(InputError, match=r"different columns are kept under the key 'pooled-"):
+        ImageScores([FrechetInceptionDistance(PooledFeatures()), Pale()])
 
 
 def test_a_model_may_borrow_another_ones_processor(tmp_path):
@@ -459,8 +507,8 @@ def test_a_model_may_borrow_another_ones_processor(tmp_path):
     images, prompts = pictures(3, 0, 40, 53), ["a red cat", "a dog", "red"]
     scores = []
     for options in ({"model": str(whole)}, {"model": str(bare), "processor": str(whole), "name": "pick_score"}):
-        metric = CLIPScore(**options)
-        metric.update(images, prompts, range(3))
-        scores.append(metric.scores())
+        metric = ImageScores([CLIPScore(**options)])
+        metric.update(ImageBatch(images, prompts, range(3)))
+        scores.append(cosine_scores(*metric.scores[0].read(metric.rows())[:2]))
     assert scores[0].equal(scores[1])
     assert CLIPScore(str(bare)).describe() != CLIPScore(str(bare), processor=str(whole)).describe()

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
-from test_metrics import PooledFeatures
+from scoring import PooledFeatures
 
 from sdprune.errors import InputError
 from sdprune.metrics import (
@@ -91,10 +91,8 @@ def test_distances_without_each_image_are_those_of_the_rest(n, d):
 @SIZES
 def test_the_interval_of_fid_is_the_jackknife(n, d):
     reference, pruned, dense = feature_statistics(rows(100, d, 3)), rows(n, d, 1), rows(n, d, 2)
-    metric = FrechetInceptionDistance(PooledFeatures())
-    metric.extractor.num_features = d
-    metric.set_reference(reference)
-    metric.append(range(n), features=pruned)
+    score = FrechetInceptionDistance(PooledFeatures())
+    key = score.columns[0].key
     values = leave_one_out(pruned, reference) - leave_one_out(dense, reference)
     se = ((n - 1) / n * ((values - values.mean()) ** 2).sum()) ** 0.5
     difference = FrechetTo(reference)(pruned) - FrechetTo(reference)(dense)
@@ -102,16 +100,15 @@ def test_the_interval_of_fid_is_the_jackknife(n, d):
         "fid_diff": difference, "fid_diff_low": difference - 1.96 * se, "fid_diff_high": difference + 1.96 * se,
         "fid_diff_se": se,
     }  # fmt: skip
-    assert metric.compare({"features": dense}) == pytest.approx(expected, rel=1e-6)
+    assert score.compare({key: pruned}, {key: dense}, reference) == pytest.approx(expected, rel=1e-6)
 
 
 def test_two_images_have_a_difference_and_no_interval():
-    metric = FrechetInceptionDistance(PooledFeatures())
-    metric.set_reference(feature_statistics(rows(20, 6, 3)))
-    metric.append(range(2), features=rows(2, 6, 1))
-    assert set(metric.compare({"features": rows(2, 6, 2)})) == {"fid_diff"}
+    score, reference = FrechetInceptionDistance(PooledFeatures()), feature_statistics(rows(20, 6, 3))
+    key = score.columns[0].key
+    assert set(score.compare({key: rows(2, 6, 1)}, {key: rows(2, 6, 2)}, reference)) == {"fid_diff"}
     with pytest.raises(InputError, match="at least 3 images, got 2"):
-        FrechetTo(metric.reference).without_each(rows(2, 6, 1))
+        FrechetTo(reference).without_each(rows(2, 6, 1))
 
 
 def test_images_that_are_all_alike_have_an_interval():

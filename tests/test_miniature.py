@@ -6,13 +6,19 @@ import numpy as np
 import pytest
 import torch
 
-from sdprune import prune
-from sdprune.metrics import ClipImageFeatures, CLIPScore, FrechetInceptionDistance, feature_statistics
+from sdprune.metrics import (
+    ClipImageFeatures,
+    CLIPScore,
+    FrechetInceptionDistance,
+    ImageBatch,
+    ImageScores,
+    feature_statistics,
+)
 from sdprune.mini.attributes import classify
 from sdprune.mini.world import scenes
 from sdprune.pipelines import Sampling, StableDiffusion
 from sdprune.pipelines.resolve import resolve
-from sdprune.pruning import PruneSpec
+from sdprune.pruning import PruneSpec, prune
 from sdprune.record import image_seed
 
 SAMPLING = Sampling(steps=20, guidance=2.5)
@@ -54,18 +60,16 @@ def real_features():
     return feature_statistics(extractor(real(scenes("val", 1_000, seed=12))))
 
 
-def scored(images: torch.Tensor) -> tuple[CLIPScore, FrechetInceptionDistance]:
+def scored(images: torch.Tensor) -> ImageScores:
     captions = [scene.captions[0] for scene in held_out_scenes()]
-    clip, fid = CLIPScore("miniature"), FrechetInceptionDistance(ClipImageFeatures("miniature"))
-    for metric in (clip, fid):
-        metric.prepare("cpu")
-        metric.update(images, captions, range(len(captions)))
-    fid.set_reference(real_features())
-    return clip, fid
+    scores = ImageScores([CLIPScore("miniature"), FrechetInceptionDistance(ClipImageFeatures("miniature"))])
+    scores.set_reference("fid", real_features())
+    scores.update(ImageBatch(images, captions, range(len(captions))))
+    return scores
 
 
 @cache
-def pruned(component: str | None, sparsity: float) -> tuple[CLIPScore, FrechetInceptionDistance]:
+def pruned(component: str | None, sparsity: float) -> ImageScores:
     model = pipeline()
     if component:
         prune(model.components[component], PruneSpec(sparsity=sparsity))
@@ -89,10 +93,9 @@ def test_weights_are_small_and_half_precision() -> None:
 
 def test_the_evaluator_finds_captions_of_held_out_pictures() -> None:
     distinct = list({scene.captions[0]: scene for scene in scenes("val", 80, seed=13)}.values())[:64]
-    clip = CLIPScore("miniature")
-    clip.prepare("cpu")
-    images = clip.clip.image_embeddings(real(distinct))
-    texts = clip.clip.text_embeddings([scene.captions[0] for scene in distinct])
+    clip = ClipImageFeatures("miniature")
+    images = clip(real(distinct))
+    texts = clip.text_embeddings([scene.captions[0] for scene in distinct])
     found = (images @ texts.T).argmax(1)
     assert len(distinct) == 64
     assert (found == torch.arange(64)).float().mean() >= 0.8
@@ -109,18 +112,17 @@ def test_the_dense_model_draws_the_colour_and_shape_it_is_told() -> None:
 
 
 def test_the_dense_gap_is_near_that_of_real_pictures() -> None:
-    dense, _ = pruned(None, 0.0)
-    truth, _ = scored(real(held_out_scenes()))
-    assert dense.gap() >= 0.9 * truth.gap()
+    dense, truth = pruned(None, 0.0).compute(), scored(real(held_out_scenes())).compute()
+    assert dense["clip_gap"] >= 0.9 * truth["clip_gap"]
 
 
 @pytest.mark.parametrize("component", ["text_encoder", "unet"])
 def test_little_pruning_costs_little(component: str) -> None:
-    assert pruned(component, 0.2)[0].gap() >= 0.98 * pruned(None, 0.0)[0].gap()
+    assert pruned(component, 0.2).compute()["clip_gap"] >= 0.98 * pruned(None, 0.0).compute()["clip_gap"]
 
 
 @pytest.mark.parametrize("component", ["text_encoder", "unet"])
 def test_heavy_pruning_is_clearly_worse(component: str) -> None:
-    (clip, fid), (dense_clip, dense_fid) = pruned(component, 0.9), pruned(None, 0.0)
-    assert clip.compare(dense_clip.rows())["clip_score_diff_high"] < 0
-    assert fid.compare(dense_fid.rows())["fid_diff_low"] > 0
+    differences = pruned(component, 0.9).compare(pruned(None, 0.0).rows())
+    assert differences["clip_score_diff_high"] < 0
+    assert differences["fid_diff_low"] > 0

@@ -18,8 +18,7 @@ from tiny_clip import save_tiny_clip
 
 from sdprune.data import HubDataset
 from sdprune.errors import InputError
-from sdprune.metrics import Statistics
-from sdprune.metrics.clip import ClipModel
+from sdprune.metrics import ClipImageFeatures, Statistics
 from sdprune.pipelines import Sampling, StableDiffusion
 
 CANARY = "import pathlib\npathlib.Path(__file__).with_name('executed').touch()\nclass AutoencoderKL: pass\n"
@@ -119,7 +118,7 @@ def test_a_clip_model_runs_no_code(tmp_path, monkeypatch):
         change(folder / name, auto_map=auto)
     change(folder / "config.json", attn_implementation="somebody/kernel")
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("a question was asked"))
-    ClipModel(str(folder)).load("cpu")
+    ClipImageFeatures(str(folder)).load("cpu")
     assert not list(tmp_path.rglob("executed"))
 
 
@@ -351,7 +350,7 @@ def test_a_damaged_evaluator(tmp_path):
             (folder / name).write_bytes(content)
         damage()
         with pytest.raises(InputError, match=str(folder)) as caught:
-            ClipModel(str(folder)).load("cpu")
+            ClipImageFeatures(str(folder)).load("cpu")
         assert "\n" not in str(caught.value)
 
 

@@ -123,18 +123,19 @@ def test_sparsities_are_counts_of_zeros(output, miniature):
 
 
 def test_metrics_saw_the_pixels_of_the_files(output, miniature):
-    from sdprune.metrics import CLIPScore
+    from sdprune.metrics import CLIPScore, ImageBatch, ImageScores
     from sdprune.mini.world import scenes
 
     run = the_run(output, "text_encoder")
     captions = [scene.captions[0] for scene in scenes("val", 40)]
     ids = np.load(run / "rows.npz")["ids"].tolist()
     assert len(set(ids)) == 7
-    metric = CLIPScore("miniature")
+    metric = ImageScores([CLIPScore("miniature")])
     metric.prepare("cpu")
     for position, image_id in enumerate(ids):
         pixels = np.array(Image.open(run / "images" / f"{image_id:012d}.png"))
-        metric.update(torch.from_numpy(pixels).permute(2, 0, 1)[None], [captions[image_id - 1]], [position])
+        image = torch.from_numpy(pixels).permute(2, 0, 1)[None]
+        metric.update(ImageBatch(image, [captions[image_id - 1]], [position]))
     found = results(run)["metrics"]
     assert metric.compute()["clip_score"] == pytest.approx(found["clip_score"], abs=1e-6)
 
@@ -239,12 +240,12 @@ def test_two_nodes_by_torchrun(output, tmp_path):
 
 def test_every_metric_from_one_pass(miniature, sdprune, tmp_path, monkeypatch):
     """All metrics of the overlay, with their intervals; the network sees each generated and each real image once."""
-    from sdprune.metrics import ClipModel
+    from sdprune.metrics import ClipImageFeatures
 
     seen = []
-    genuine = ClipModel.embed_pixels
+    genuine = ClipImageFeatures.extract
     monkeypatch.setattr(
-        ClipModel, "embed_pixels", lambda self, pixels: seen.append(len(pixels)) or genuine(self, pixels)
+        ClipImageFeatures, "extract", lambda self, pixels: seen.append(len(pixels)) or genuine(self, pixels)
     )
     arguments = predict(tmp_path)
     arguments[3:3] = ["--config", str(CONFIGS / "metrics.yaml")]
@@ -278,7 +279,7 @@ def test_without_a_dense_model_distances_to_it_are_left_out(miniature, sdprune, 
 
 def test_a_finished_run_is_compared_anew_when_asked_otherwise(miniature, sdprune, tmp_path, monkeypatch):
     """Without drawing or running a network: from the rows that were kept."""
-    from sdprune.metrics import ClipModel
+    from sdprune.metrics import ClipImageFeatures
     from sdprune.pipelines import StableDiffusion
 
     metrics = [
@@ -295,7 +296,7 @@ def test_a_finished_run_is_compared_anew_when_asked_otherwise(miniature, sdprune
     assert (alone["comparison"], alone["verdicts"]) == ({}, {})
     assert sdprune(*arguments[:-1], arguments[-1], *DENSE).code == 0
     monkeypatch.setattr(StableDiffusion, "load", lambda *args: pytest.fail("loaded"))
-    monkeypatch.setattr(ClipModel, "embed_pixels", lambda *args: pytest.fail("run"))
+    monkeypatch.setattr(ClipImageFeatures, "extract", lambda *args: pytest.fail("run"))
     assert sdprune(*arguments).code == 0
     compared = results(run)
     assert compared["metrics"] == alone["metrics"]
@@ -314,7 +315,7 @@ def test_a_finished_run_is_compared_anew_when_asked_otherwise(miniature, sdprune
 def test_fid_at_infinity_below_0_is_told_and_recorded(miniature, sdprune, tmp_path, monkeypatch):
     from sdprune.metrics import FrechetDistanceAtInfinity
 
-    monkeypatch.setattr(FrechetDistanceAtInfinity, "_at_infinity", lambda self, rows: -0.25)
+    monkeypatch.setattr(FrechetDistanceAtInfinity, "_at_infinity", lambda self, rows, reference: -0.25)
     arguments = predict(tmp_path, *DENSE)
     arguments[3:3] = ["--config", str(CONFIGS / "metrics.yaml")]
     told = sdprune(*arguments)

@@ -118,7 +118,7 @@ class ImageProgress(MeterCallback):
 
     def on_predict_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Show the name of the run and an empty bar, when calibration is over."""
-        if isinstance(pl_module, GenerationModule) and trainer.is_global_zero and not pl_module.finished:
+        if isinstance(pl_module, GenerationModule) and trainer.is_global_zero and "images" in pl_module.todo:
             title = pl_module.record.directory.name.rsplit("-", 1)[0]
             self.done, self.name = 0, "progress" if pl_module.options.wanted else "dense/progress"
             self.meter = Meter(title, len(pl_module.data.examples), self.lines)

@@ -1,53 +1,31 @@
 """Scores of generated images, and what their differences to the dense model's are worth.
 
-Every metric is a `PerImageMetric`: built from simple arguments without loading weights, then
-
-    metric.prepare(device)                        # loads weights
-    metric.set_reference(statistics)              # of a FeatureMetric: real images
-    metric.update(images, prompts, positions)     # uint8 [b, 3, h, w], texts, places in the draw
-    metric.compute()                              # {"fid": ...}
-    metric.compare(dense_rows)                    # {"fid_diff": ..., "fid_diff_low": ..., "fid_diff_high": ...}
+A `Column` is one number or vector for each image; a `Score` is a function of columns and, for some, of real images;
+`ImageScores` computes the columns of all scores, each once, over any number of processes.
 """
 
-from sdprune.metrics.base import PerImageMetric, PerImageRows, share_extractors
-from sdprune.metrics.clip import ClipModel
-from sdprune.metrics.clip_score import CLIPScore
-from sdprune.metrics.dense_distance import DenseDistance
-from sdprune.metrics.extractors import ClipImageFeatures, FeatureExtractor, InceptionFeatures
-from sdprune.metrics.feature_metric import FeatureMetric
-from sdprune.metrics.fid import FrechetDistanceAtInfinity, FrechetInceptionDistance
+from sdprune.metrics.features import FeatureExtractor
+from sdprune.metrics.features.clip import ClipImageFeatures
+from sdprune.metrics.features.inception import InceptionFeatures
 from sdprune.metrics.frechet import Statistics, feature_statistics, frechet_distance
 from sdprune.metrics.frechet_to import FrechetTo
-from sdprune.metrics.kernel import KernelInceptionDistance, MaximumMeanDiscrepancy
+from sdprune.metrics.image_scores import ImageScores
 from sdprune.metrics.paired import Interval, mean, paired_bootstrap, standard_error, verdict
-from sdprune.metrics.precision_recall import PrecisionRecall
 from sdprune.metrics.reference import reference_path, reference_statistics
+from sdprune.metrics.rows import Column, ImageBatch, MeasuredRows, PerImageRows
+from sdprune.metrics.scores import Score
+from sdprune.metrics.scores.base import FeatureScore
+from sdprune.metrics.scores.clip_score import CLIPScore
+from sdprune.metrics.scores.dense_distance import DenseDistance
+from sdprune.metrics.scores.fid import FrechetInceptionDistance
+from sdprune.metrics.scores.fid_infinity import FrechetDistanceAtInfinity
+from sdprune.metrics.scores.kernel import KernelInceptionDistance, MaximumMeanDiscrepancy
+from sdprune.metrics.scores.precision_recall import PrecisionRecall
 
 __all__ = [
-    "CLIPScore",
-    "ClipImageFeatures",
-    "ClipModel",
-    "DenseDistance",
-    "FeatureExtractor",
-    "FeatureMetric",
-    "FrechetDistanceAtInfinity",
-    "FrechetInceptionDistance",
-    "FrechetTo",
-    "InceptionFeatures",
-    "Interval",
-    "KernelInceptionDistance",
-    "MaximumMeanDiscrepancy",
-    "PerImageMetric",
-    "PerImageRows",
-    "PrecisionRecall",
-    "Statistics",
-    "feature_statistics",
-    "frechet_distance",
-    "mean",
-    "paired_bootstrap",
-    "reference_path",
-    "reference_statistics",
-    "share_extractors",
-    "standard_error",
-    "verdict",
-]
+    "CLIPScore", "ClipImageFeatures", "Column", "DenseDistance", "FeatureExtractor", "FeatureScore",
+    "FrechetDistanceAtInfinity", "FrechetInceptionDistance", "FrechetTo", "ImageBatch", "ImageScores",
+    "InceptionFeatures", "Interval", "KernelInceptionDistance", "MaximumMeanDiscrepancy", "MeasuredRows",
+    "PerImageRows", "PrecisionRecall", "Score", "Statistics", "feature_statistics", "frechet_distance", "mean",
+    "paired_bootstrap", "reference_path", "reference_statistics", "standard_error", "verdict",
+]  # fmt: skip

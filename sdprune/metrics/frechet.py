@@ -4,8 +4,10 @@ import hashlib
 import os
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,20 +17,26 @@ from sdprune.errors import InputError
 from sdprune.outside import read_npz, reading
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Statistics:
-    """Mean `mu` [d] and covariance `sigma` [d, d] of feature vectors, float64, and where they come from.
+    """Mean `mu` [d] and covariance `sigma` [d, d] of feature vectors, float64.
 
-    `n` (number of images), `extractor` (protocol name), `source` and the `features` [n, d] themselves, float32, are
-    None in files that others made.
+    `n` (number of images), `extractor` (protocol name) and the `features` [n, d] themselves, float32, are None in files
+    that others made.
     """
 
     mu: Tensor
     sigma: Tensor
     n: int | None = None
     extractor: str | None = None
-    source: str | None = None
     features: Tensor | None = None
+    made: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
+    """What scores worked out from it, see `once`."""
+
+    @cached_property
+    def root(self) -> Tensor:
+        """Square root [d, d] of `sigma`, float64."""
+        return symmetric_sqrt(self.sigma.double())
 
     @property
     def hash(self) -> str:
@@ -41,7 +49,7 @@ class Statistics:
         """Write an npz with the keys `mu` and `sigma` that FID tools exchange, plus ours; whole or not at all."""
         arrays = {"mu": self.mu.numpy(), "sigma": self.sigma.numpy()}
         features = None if self.features is None else self.features.numpy()
-        extras = {"n": self.n, "extractor": self.extractor, "source": self.source, "features": features}
+        extras = {"n": self.n, "extractor": self.extractor, "features": features}
         arrays |= {key: np.array(value) for key, value in extras.items() if value is not None}
         _write_npz(Path(path), arrays)
 
@@ -52,7 +60,9 @@ class Statistics:
         Raises:
             InputError: no such file, not an npz, a missing key, shapes that do not fit, values that are not finite.
         """
-        arrays = _read_npz(Path(path))
+        if not Path(path).is_file():
+            raise InputError(f"No FID statistics at {str(path)!r}: give an npz file with the keys mu and sigma.")
+        arrays = read_npz(Path(path))
         missing = [key for key in ("mu", "sigma") if key not in arrays]
         if missing:
             found = ", ".join(arrays) or "none"
@@ -65,10 +75,10 @@ class Statistics:
             raise InputError(f"{path} holds mu {list(mu.shape)} and sigma {list(sigma.shape)}; wanted [d] and [d, d].")
         if not all(part.isfinite().all() for part in (mu, sigma, features) if part is not None):
             raise InputError(f"{path} holds values that are not finite.")
-        extractor, source = (str(arrays[key]) if key in arrays else None for key in ("extractor", "source"))
+        extractor = str(arrays["extractor"]) if "extractor" in arrays else None
         if features is not None and features.shape[1:] != mu.shape:
             raise InputError(f"{path} holds mu {list(mu.shape)} and features {list(features.shape)}; wanted [n, d].")
-        return cls(mu, sigma, n, extractor, source, features)
+        return cls(mu, sigma, n, extractor, features)
 
 
 class Moments:
@@ -91,7 +101,7 @@ class Moments:
         self.mean = self.mean + shift * (len(rows) / total)
         self.n = total
 
-    def statistics(self, extractor: str | None = None, source: str | None = None) -> Statistics:
+    def statistics(self, extractor: str | None = None) -> Statistics:
         """Mean and unbiased covariance of everything added.
 
         Raises:
@@ -99,7 +109,7 @@ class Moments:
         """
         if self.n < 2:
             raise InputError(f"FID needs at least 2 images for a covariance, got {self.n}.")
-        return Statistics(self.mean, self.scatter / (self.n - 1), self.n, extractor, source)
+        return Statistics(self.mean, self.scatter / (self.n - 1), self.n, extractor)
 
 
 def feature_statistics(rows: Tensor) -> Statistics:
@@ -166,9 +176,3 @@ def _write_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
-
-
-def _read_npz(path: Path) -> dict[str, np.ndarray]:
-    if not path.is_file():
-        raise InputError(f"No FID statistics at {str(path)!r}: give an npz file with the keys mu and sigma.")
-    return read_npz(path)

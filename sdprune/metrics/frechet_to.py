@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sdprune.errors import InputError
-from sdprune.metrics.frechet import Statistics, feature_statistics, rooted_distance, symmetric_sqrt
+from sdprune.metrics.frechet import Statistics, feature_statistics, rooted_distance
 
 _STEP, _FIRST, _LAST = 0.25, -20.0, 8.0  # of ln s, in the integral of `_change_of_roots`: errors below 1e-9
 
@@ -28,7 +28,7 @@ class FrechetTo:
 
     def __init__(self, reference: Statistics, device: torch.device | str = "cpu") -> None:
         self.mu, self.sigma = (part.to(device, torch.float64) for part in (reference.mu, reference.sigma))
-        self._root = symmetric_sqrt(self.sigma)
+        self._root = reference.root.to(device)
 
     def __call__(self, rows: Tensor) -> float:
         """The distance itself.

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -25,17 +24,6 @@ class Interval:
         return {name: self.estimate, f"{name}_low": self.low, f"{name}_high": self.high, f"{name}_se": self.se}
 
 
-@runtime_checkable
-class BatchedStatistic(Protocol):
-    """A statistic of rows [n, ...] that can evaluate all resamples of them faster than one by one."""
-
-    def __call__(self, rows: Tensor) -> float:
-        """Value on rows [n, ...]."""
-
-    def resampled(self, rows: Tensor, indices: Tensor) -> Tensor:
-        """Values [resamples] float64 on `rows[index]` for each index of `indices` [resamples, n]."""
-
-
 class _Mean:
     """Mean over images of scores [n]."""
 
@@ -43,7 +31,7 @@ class _Mean:
         return rows.double().mean().item()
 
     def resampled(self, rows: Tensor, indices: Tensor) -> Tensor:
-        return rows.double()[indices].mean(1)
+        return rows.cpu().double()[indices].mean(1)
 
 
 mean = _Mean()
@@ -160,6 +148,7 @@ def paired_bootstrap(
 
 
 def _evaluate(statistic: Callable[[Tensor], float], rows: Tensor, indices: Tensor) -> Tensor:
-    if isinstance(statistic, BatchedStatistic):
+    """Values [resamples] float64 on `rows[index]` for each index of `indices` [resamples, n]."""
+    if hasattr(statistic, "resampled"):  # evaluates all faster than one by one
         return statistic.resampled(rows, indices)
     return torch.tensor([statistic(rows[index]) for index in indices], dtype=torch.float64)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sdprune.identity import facts_of
-from sdprune.metrics.extractors import FeatureExtractor
+from sdprune.metrics.features.base import FeatureExtractor
 from sdprune.metrics.frechet import Moments, Statistics
 
 BATCH_SIZE = 32
@@ -30,7 +30,6 @@ def reference_statistics(
     extractor: FeatureExtractor,
     cache_dir: str | Path,
     key: Mapping[str, Any],
-    source: str | None = None,
     keep_features: bool = False,
 ) -> Statistics:
     """Feature statistics of the real images, from the cache or computed and cached.
@@ -43,7 +42,6 @@ def reference_statistics(
         extractor: the protocol that the generated images are measured with.
         cache_dir: created when missing.
         key: JSON-able facts that tell this set of images from any other.
-        source: a line for people, stored with the statistics.
         keep_features: keep the features themselves too; a cached file without them is made anew.
 
     Raises:
@@ -60,7 +58,7 @@ def reference_statistics(
         moments.add(features)
         if keep_features:
             kept.append(features)
-    statistics = moments.statistics(extractor.name, source)
+    statistics = moments.statistics(extractor.name)
     if kept:
         statistics = replace(statistics, features=torch.cat(kept))
     statistics.save(path)

@@ -1,61 +1,67 @@
-"""A finished run's differences to the dense record."""
+"""A finished run's differences to another one, usually the dense model's; no trainer is needed."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from sdprune.identity import fingerprint
-from sdprune.metrics import PerImageMetric, verdict
+from sdprune.metrics import ImageScores, verdict
 from sdprune.record import Record, require_comparable
 
 
 class Comparison:
-    """Differences of a record to the dense one, by every metric, from each image's rows in both.
+    """Differences of a record to its baseline, by every score, from each image's rows in both.
 
     Args:
-        metrics: hold the rows of `record`, and their reference.
-        record: of the pruned model.
-        baseline: of the dense model, finished.
+        record: finished.
+        baseline: finished, on the same prompts and noise.
+        scores: with their references; where they hold no rows, those of the record are loaded.
+        same_model: whether both have to be prunings of one model.
     """
 
-    def __init__(self, metrics: Sequence[PerImageMetric], record: Record, baseline: Record) -> None:
-        self.metrics, self.record, self.baseline = metrics, record, baseline
+    def __init__(self, record: Record, baseline: Record, scores: ImageScores, same_model: bool = True) -> None:
+        self.record, self.baseline, self.scores, self.same_model = record, baseline, scores, same_model
 
     @property
     def key(self) -> str:
-        """Tells one way of comparing from another; unlike what is drawn and measured, it decides no fingerprint."""
-        how = [(metric.name, metric.tolerance, getattr(metric, "resamples", None)) for metric in self.metrics]
-        return fingerprint({"dense": self.baseline.directory.name, "how": how})
+        """Tells one way of comparing from another."""
+        how = [(score.name, score.tolerance, getattr(score, "resamples", None)) for score in self.scores.scores]
+        scored = [record.results["scored"] for record in (self.record, self.baseline)]
+        return fingerprint({"dense": self.baseline.directory.name, "how": how, "scored": scored})
 
     @property
     def done(self) -> bool:
         """Whether the record was compared in this very way."""
         return self.record.results.get("compared") == self.key
 
-    def make(self) -> dict[str, Any]:
-        """The sections of the results that a comparison fills.
+    def write(self) -> None:
+        """Add the differences to the record.
 
         Raises:
             InputError: records that differ in more than what was pruned, or damaged rows.
         """
-        require_comparable(self.record.facts, self.baseline.facts)
-        differences: dict[str, Any] = {"dense": self.baseline.directory.name}
-        for metric in self.metrics:
-            rows = {k: torch.from_numpy(v) for k, v in self.baseline.load_rows(metric.keys()).items()}
-            differences |= metric.compare(rows)
-        return {"comparison": differences, "verdicts": self._verdicts(differences), "compared": self.key}
+        require_comparable(self.record, self.baseline, self.same_model)
+        if not self.scores.positions and self.scores.scores:
+            self.scores.load_rows(self._rows(self.record))
+        differences = {"dense": self.baseline.directory.name, **self.scores.compare(self._rows(self.baseline))}
+        sections = {"comparison": differences, "verdicts": self._verdicts(differences), "compared": self.key}
+        self.record.finish({**self.record.results, **sections})
+
+    def _rows(self, record: Record) -> dict[str, torch.Tensor]:
+        rows = record.load_rows({key: key for key in self.scores.keys})
+        return {key: torch.from_numpy(values) for key, values in rows.items()}
 
     def _verdicts(self, differences: Mapping[str, Any]) -> dict[str, Any]:
         """For scores with a tolerance: whether the difference stays inside."""
-        told = {}
-        for metric in self.metrics:
-            low, high = (differences.get(f"{metric.name}_diff_{end}") for end in ("low", "high"))
-            if metric.tolerance is None or low is None or high is None:
+        found = {}
+        for score in self.scores.scores:
+            low, high = (differences.get(f"{score.name}_diff_{end}") for end in ("low", "high"))
+            if score.tolerance is None or low is None or high is None:
                 continue
-            dense = self.baseline.results["metrics"][metric.name]
-            found = verdict(dense, low, high, metric.tolerance, bool(metric.higher_is_better))
-            told[metric.name] = {"tolerance": metric.tolerance, "verdict": found}
-        return told
+            dense = self.baseline.results["metrics"][score.name]
+            stands = verdict(dense, low, high, score.tolerance, bool(score.higher_is_better))
+            found[score.name] = {"tolerance": score.tolerance, "verdict": stands}
+        return found

@@ -9,26 +9,29 @@ import torch
 from torch import Tensor
 
 from sdprune.metrics import PerImageRows
+from sdprune.record import Picture
 
 
 class Flaws(PerImageRows):
     """Which images are wholly black, which came out of numbers that are not finite, and the digests of their files."""
 
-    columns = ("black", "not_finite", "digest")
-    name = "images"
+    def __init__(self) -> None:
+        super().__init__(("images.black", "images.not_finite", "images.digest"))
 
-    def update(self, images: Tensor, finite: Sequence[bool], digests: Sequence[int], positions: Sequence[int]) -> None:
-        """Add uint8 images [b, 3, h, w]."""
+    def update(self, images: Tensor, pictures: Sequence[Picture], positions: Sequence[int]) -> None:
+        """Add images, uint8 [b, 3, h, w], with the files that they were read from."""
         black = images.flatten(1).amax(1) == 0
-        self.append(positions, black=black, not_finite=~torch.tensor(finite), digest=torch.tensor(digests))
+        finite, digests = ([getattr(one, name) for one in pictures] for name in ("finite", "digest"))
+        values = (black, ~torch.tensor(finite), torch.tensor(digests))
+        self.append(positions, dict(zip(self.keys, values, strict=True)))
 
     def compute(self) -> dict[str, int]:
         """How many went wrong in each way; gathers."""
         rows = self.rows()
-        return {name: int(rows[name].sum()) for name in ("black", "not_finite")}
+        return {name: int(rows[f"images.{name}"].sum()) for name in ("black", "not_finite")}
 
-    def told(self, ids: Sequence[Any]) -> dict[str, Any]:
+    def summary(self, ids: Sequence[Any]) -> dict[str, Any]:
         """For the record: how many there are, and the ids of the first hundred."""
         rows = self.rows()
-        either = (rows["black"] | rows["not_finite"]).nonzero().flatten().tolist()
+        either = (rows["images.black"] | rows["images.not_finite"]).nonzero().flatten().tolist()
         return {**self.compute(), "flawed": [ids[place] for place in either[:100]]}

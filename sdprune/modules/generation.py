@@ -1,44 +1,34 @@
-"""Generation: prune in memory, draw an image for each prompt, score, and write the record."""
+"""Generation: prune in memory, draw an image for each prompt, and score them."""
 
 from __future__ import annotations
 
 import os
-import resource
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Dict, List, Optional
+from typing import TYPE_CHECKING, Dict, List, Optional
 
 import numpy as np
 import torch
+from lightning import Callback
 
 from sdprune.calibration.settings import Calibration
 from sdprune.data import Batch
 from sdprune.errors import InputError
-from sdprune.identity import facts_of, package_code
+from sdprune.identity import DRAWING, facts_of, package_code
 from sdprune.locks import RunLock
-from sdprune.metrics import PerImageMetric, share_extractors
+from sdprune.metrics import ImageScores, Score
 from sdprune.modules.base import FrozenModule
 from sdprune.modules.comparison import Comparison
 from sdprune.modules.flaws import Flaws
-from sdprune.modules.pruning import flat, summary
-from sdprune.modules.pruning_plan import CalibrationPlan, PruningOptions, PruningPlan
+from sdprune.modules.pruning_plan import PruningOptions, PruningPlan
 from sdprune.modules.references import References
-from sdprune.pictures import grid
+from sdprune.modules.scoring import Scoring
 from sdprune.pipelines import DiffusersFamily, Sampling
 from sdprune.processes import Processes
 from sdprune.pruning import Budget, PruneReport, PruneSpec
-from sdprune.record import (
-    Picture,
-    Record,
-    clock,
-    image_seed,
-    label,
-    read_png,
-    save_png,
-    versions,
-)
-from sdprune.tracking import summarize
+from sdprune.record import Picture, Record, clock, image_seed, label, read_png, save_png
 
 if TYPE_CHECKING:
     from sdprune.data import CocoDataModule
@@ -49,7 +39,8 @@ SAMPLES = ["A dog in a field", "A treehouse at night", "An ocean sunset", "The E
 class GenerationModule(FrozenModule):
     """Draw an image for every prompt, score them and write a record: `sdprune predict`.
 
-    Pruning happens in memory before the first batch. Running the same command again goes on where it stopped.
+    Pruning happens in memory before the first batch. Running the same command again goes on where it stopped; with
+    more metrics or other samples it adds these to the record, and pictures that lie there are not drawn again.
 
     Args:
         pipeline: the model.
@@ -61,6 +52,8 @@ class GenerationModule(FrozenModule):
         samples: prompts of the sample grid.
         compare_dense: when something is pruned, draw the dense model's images too, unless that record is there
             already, and report paired differences. Without, metrics that measure nothing else are left out.
+        baseline: what to compare with instead of the dense model: the directory of a finished run, or another model of
+            the same family (a diffusers directory or a hub id), which is then drawn unpruned from the same noise.
         output: directory of all runs.
         store: directory of calibration statistics.
         budget: one sparsity for the whole model, which decides those of its components. One that cannot be met ends
@@ -71,7 +64,7 @@ class GenerationModule(FrozenModule):
         self,
         pipeline: DiffusersFamily,
         prune: Dict[str, PruneSpec],
-        metrics: List[PerImageMetric],
+        metrics: List[Score],
         sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
         calibration: Calibration = Calibration(),  # noqa: B008
         seed: int = 0,
@@ -80,325 +73,239 @@ class GenerationModule(FrozenModule):
         output: str = "runs",
         store: str = "runs/statistics",
         budget: Optional[Budget] = None,
+        baseline: Optional[str] = None,
     ):
         super().__init__(pipeline)
-        names = [metric.name for metric in metrics]
-        if len(set(names)) < len(names):
-            raise InputError(f"Two metrics share a name among {names}: set `name` of one.")
         self.options = PruningOptions(pipeline, prune, sampling, calibration, seed, store, budget)
-        self.plan: PruningPlan | None = None
-        self.sampling, self.seed, self.samples = sampling, seed, list(samples)
-        self.compare_dense, self.output = compare_dense, output
-        if self.options.wanted and not compare_dense:
-            metrics = [metric for metric in metrics if not metric.needs_dense]
-        self._metrics = list(metrics)  # a plain list: as submodules they would be cast by precision plugins
-        self._extractors = share_extractors(metrics)
-        self._flaws = Flaws()
-        self.references = References(metrics, output)
-        self.reports: dict[str, PruneReport] = {}
+        self.sampling, self.seed, self.samples, self.output = sampling, seed, list(samples), output
+        self.compares = compare_dense and (self.options.wanted or baseline is not None)
+        """Whether this run is compared with another one."""
+        if self.options.wanted and not self.compares:
+            metrics = [score for score in metrics if not any(column.needs_dense for column in score.columns)]
+        self._scores = [ImageScores(metrics)]  # in a list: as a submodule the trainer would move and cast it
+        self.references = References(self.scores, output)
+        self.given_baseline = baseline
         self.baseline: Record | None = None
+        """The finished record that this run is compared with."""
+        self.plan: PruningPlan | None = None
+        self.reports: dict[str, PruneReport] = {}
+        self.todo: frozenset[str] = frozenset()
+        """What the record lacks of `images`, `samples` and `scores`."""
         self.facts_of_data: dict[str, int] = {}
-        self.finished = False
-
-    def dense(self) -> GenerationModule:
-        """The same run without pruning, sharing pipeline and metrics."""
-        return GenerationModule(
-            self.pipeline, {}, self._metrics, self.sampling, seed=self.seed, samples=self.samples, compare_dense=False,
-            output=self.output, store=self.options.store,
-        )  # fmt: skip
 
     @property
-    def wants_dense(self) -> bool:
-        """Whether this run is compared with a dense one."""
-        return self.compare_dense and self.options.wanted
+    def scores(self) -> ImageScores:
+        """All scores of the run, and what they read of the images."""
+        return self._scores[0]
 
     @property
     def calibrates(self) -> bool:
         """Whether calibration captions are needed."""
         return self.options.calibrates
 
+    def find_baseline(self) -> GenerationModule | Record | None:
+        """What this run is compared with: a finished record, or a run without pruning that draws it.
+
+        The latter is of the baseline's model if one is given, else of this one's; networks that measure are shared.
+        """
+        if not self.compares:
+            return None
+        pipeline = self.pipeline
+        if self.given_baseline is not None:
+            if (Path(self.given_baseline) / "results.json").exists():
+                return Record.at(Path(self.given_baseline))
+            pipeline = type(pipeline)(self.given_baseline)
+        return GenerationModule(
+            pipeline, {}, self.scores.scores, self.sampling, seed=self.seed, samples=self.samples,
+            compare_dense=False, output=self.output, store=self.options.store,
+        )  # fmt: skip
+
+    # --- before anything costly ------------------------------------------------------------------------------
+
     def resolve(self, data: CocoDataModule, dtype: str) -> None:  # noqa: D102
         if self.plan is not None:
             return
         self.plan = self.options.resolve(data, dtype)
         facts = {
-            "version": package_code(),
+            "version": package_code(*DRAWING),
             "pipeline": facts_of(self.pipeline),
             "dtype": dtype,
             **self.plan.describe(),
-            "data": data.describe(reference=bool(self.references.metrics)),
+            "data": data.describe(),
             "sampling": self.sampling.describe(),
             "seed": self.seed,
-            "metrics": [facts_of(metric) for metric in self._metrics],
-            "samples": self.samples,
         }
-        self.record = Record(self.output, label(self.plan.specs), facts)
+        name = self.pipeline.name if self.given_baseline is not None and not self.plan.specs else ""
+        self.record = Record(self.output, label(self.plan.specs, name or "dense"), facts)
+        self.scoring = Scoring(self.scores, self.record, data)
 
     def directory(self) -> Path:
         """The record's."""
         return self.record.directory
+
+    def check(self, data: CocoDataModule) -> None:
+        """Everything that can be found wrong before the model is loaded, once the run is resolved."""
+        assert self.plan is not None
+        self.plan.check(data)
+        for score in self.scores.scores:
+            if data.n < score.minimum:
+                name = score.name or type(score).__name__
+                raise InputError(f"{name} needs at least {score.minimum} images, and n is {data.n}: leave it out.")
+        self.record.check(data.examples["file_name"])
+        images = self.references.check(data)
+        self.facts_of_data = data.check(calibration=self.calibrates, images=images)
 
     def record_infeasible(self, reason: str) -> Record:
         """A record that says why the budget cannot be met; nothing is drawn."""
         budget = {} if self.options.budget is None else self.options.budget.describe()
         specs = {name: spec.describe() for name, spec in self.options.prune.items()}
         facts = {"version": package_code(), "pipeline": facts_of(self.pipeline), "budget": budget, "prune": specs}
-        name = f"infeasible-{budget['total']:g}-{budget['text_share']:g}"
-        self.record = Record(self.output, name, facts)
+        self.record = Record(self.output, f"infeasible-{budget['total']:g}-{budget['text_share']:g}", facts)
         if not self.record.finished:
             self.record.start()
-            told = {"label": self.record.directory.name, "n": 0, "infeasible": reason, "budget": budget}
-            self.record.finish({**told, "speed": {"finished": clock(time.time())}})
+            content = {"label": self.record.directory.name, "n": 0, "infeasible": reason, "budget": budget}
+            self.record.finish({**content, "speed": {"finished": clock(time.time())}})
         return self.record
 
-    def check(self, data: CocoDataModule) -> None:
-        """Everything that can be found wrong before the model is loaded, once the run is resolved."""
-        assert self.plan is not None
-        self.plan.check(data)
-        for metric in self._metrics:
-            if data.n < metric.minimum:
-                name = metric.name or type(metric).__name__
-                raise InputError(f"{name} needs at least {metric.minimum} images, and n is {data.n}: leave it out.")
-        self.record.check(data.examples["file_name"])
-        images = self.references.check(data)
-        self.facts_of_data = data.check(calibration=self.calibrates, images=images)
+    # --- the run ---------------------------------------------------------------------------------------------
+
+    def configure_callbacks(self) -> Sequence[Callback]:
+        """Those that write the sample grid and the record."""
+        from sdprune.callbacks import RecordWriter, SampleGrid
+
+        return [SampleGrid(), RecordWriter()]
 
     def setup(self, stage: str) -> None:
-        """See whether the record is there, or wait while another run makes it; all processes decide alike."""
-        self._parent = os.getppid()
+        """See what the record lacks, or wait while another run makes it; all processes decide alike."""
         self.data.passes = None
+        self.resolve(self.data, self.precision_name)
+        self.scoring.baseline = self.baseline
+        self._parent = os.getppid()
         self._lock = RunLock(self.output, self.record.directory.name)
-        self.finished = not self._lock.acquire(lambda: self.record.finished)
-        if self.trainer.is_global_zero and not self.finished:
+        self._lock.acquire(lambda: not self._missing())
+        self.todo = frozenset(Processes().broadcast(self._missing()))
+        if "scores" in self.todo:
+            self.scoring.begin("images" in self.todo)
+        if "images" in self.todo and self.trainer.is_global_zero:
+            self.record.start()
             self.record.tidy()
+            self.record.adopt(self.data.examples["file_name"])
+        Processes().barrier()
+
+    def _missing(self) -> list[str]:
+        if not self.record.finished:
+            return ["images", "samples", "scores"]
+        results = self.record.results
+        stale = {"samples": results.get("samples") != self.samples, "scores": bool(self.scoring.stale(results))}
+        return [part for part, missing in stale.items() if missing]
 
     def teardown(self, stage: str) -> None:
         """Let other runs have the record."""
         self._lock.release()
 
     def on_predict_start(self) -> None:
-        """Load, calibrate what is missing, prune, and load the metrics."""
-        if self.finished:
-            return
-        self.started = time.perf_counter()
+        """Load, calibrate what is missing, prune, and load the networks that measure."""
+        device = self.trainer.strategy.root_device
+        self.seconds = {"preparation": 0.0, "generation": 0.0, "files": 0.0, "scoring": 0.0}
+        self.generated = 0
+        with self.timing("preparation"):
+            if self.todo & {"images", "samples"}:
+                self._prepare_pipeline(device)
+            self.flaws = Flaws().to(device)
+            if "scores" in self.todo:
+                self.scoring.prepare(device)
+                self.references.set(self.data)  # before anything is drawn: it may find fault with them
+
+    def _prepare_pipeline(self, device: torch.device) -> None:
+        assert self.plan is not None
         self.load()
         self.facts_of_data["truncated"] = self.data.count_truncated(self.pipeline.tokenizers["tokenizer"])
-        device = self.trainer.strategy.root_device
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        assert self.plan is not None
-        self._calibrate(self.plan.calibration)
-        self.reports = self.plan.apply()
-        self.sparsity = self.plan.account(self.reports)
-        for metric in self._metrics:
-            metric.reset()
-            metric.prepare(device)
-        self._flaws.reset()
-        self._flaws.to(device)
-        self.references.set(self.data)  # before anything is drawn: it may find fault with them
-        self.generated = 0
-        self.seconds = {
-            "preparation": time.perf_counter() - self.started,
-            "generation": 0.0,
-            "files": 0.0,
-            "scoring": 0.0,
-        }
-
-    def _calibrate(self, plan: CalibrationPlan) -> None:
-        """Fill the store with what pruning needs; a run that needs the same waits for this one."""
-        locks = self.lock_statistics(plan)
-        if not locks:  # then no captions need be there
-            return
-        collector = plan.collector(self.data, self.on_calibration)
-        collector.run(lambda: ((batch, batch.index, batch.valid) for batch in self.data.calibration_loader()))
+        locks = self.lock_statistics(self.plan.calibration)
+        if locks:  # else no captions need be there
+            collector = self.plan.calibration.collector(self.data, self.on_calibration)
+            collector.run(lambda: ((batch, batch.index, batch.valid) for batch in self.data.calibration_loader()))
         for lock in locks:
             lock.release()
+        self.reports = self.plan.apply()
 
     def predict_step(self, batch: Batch) -> list[int]:
-        """Draw a batch's images, or read them if an earlier attempt wrote them all; score them either way."""
-        if self.finished:
-            return []
+        """Draw a batch's images, or read them if they lie there; score them either way.
+
+        Returns:
+            The ids of the images: the trainer keeps what is returned.
+        """
         if self.global_rank and os.getppid() != self._parent:
             raise RuntimeError("The process that started this one has died.")
-        drawn = self._draw(batch)
-        start = time.perf_counter()
-        images = _stacked(drawn).to(self.trainer.strategy.root_device)
-        prompts, positions = batch.prompts[: batch.valid], batch.positions[: batch.valid]
-        features = {key: extractor(images) for key, extractor in self._extractors.items()}
-        dense = None
-        if self.baseline is not None and any(metric.needs_dense for metric in self._metrics):
-            dense = _stacked([read_png(path) for path in self._paths(self.baseline, batch)])
-        for metric in self._metrics:
-            own = None if metric.extractor is None else features[metric.extractor.key]
-            metric.update(images, prompts, positions, own, dense)
-        self._flaws.update(images, [one.finite for one in drawn], [one.digest for one in drawn], positions)
-        self.seconds["scoring"] += time.perf_counter() - start
+        if "images" not in self.todo and not self.scoring.keys:
+            return []
+        pictures = self._pictures(batch)
+        with self.timing("scoring"):
+            dense = None
+            if self.baseline is not None and self.scoring.reads_dense:
+                dense = stacked([read_png(path) for path in self.record_paths(self.baseline, batch)])
+            images = stacked(pictures)
+            self.scoring.update(batch, images, dense)
+            self.flaws.update(images, pictures, batch.positions[: batch.valid])
         return batch.ids[: batch.valid]
 
-    def _draw(self, batch: Batch) -> list[Picture]:
-        """The batch's images as they lie in their files."""
-        paths = self._paths(self.record, batch)
-        start = time.perf_counter()
-        drawn = None
+    def _pictures(self, batch: Batch) -> list[Picture]:
+        """The batch's images as they lie in their files; those that are missing are drawn first."""
+        paths = self.record_paths(self.record, batch)
         if not all(path.exists() for path in paths):
-            seeds = [image_seed(self.seed, image_id) for image_id in batch.ids]
-            drawn = self.pipeline.generate(batch.prompts, seeds, self.sampling)
-        middle = time.perf_counter()
-        for path, image, good in zip(paths, *drawn, strict=False) if drawn is not None else ():
-            if not path.exists():
-                save_png(path, image.permute(1, 2, 0).numpy(), good)
-                self.generated += 1
-        found = [read_png(path) for path in paths]  # what is scored is what lies there
-        self.seconds["generation"] += middle - start
-        self.seconds["files"] += time.perf_counter() - middle
-        return found
+            with self.timing("generation"):
+                drawn = self.draw(batch.prompts, batch.ids)
+            with self.timing("files"):
+                for path, picture in zip(paths, drawn, strict=False):
+                    if not path.exists():
+                        save_png(path, *picture)
+                        self.generated += 1
+        with self.timing("files"):
+            return [read_png(path) for path in paths]  # what is scored is what lies there
+
+    def draw(self, prompts: Sequence[str], ids: Sequence[object]) -> list[tuple[np.ndarray, bool]]:
+        """Pictures, uint8 [h, w, 3], from noise that the run's seed and the ids decide, and whether each is finite."""
+        drawn = self.pipeline.generate(prompts, [image_seed(self.seed, one) for one in ids], self.sampling)
+        return list(zip(drawn.images.permute(0, 2, 3, 1).numpy(), drawn.finite, strict=True))
 
     @staticmethod
-    def _paths(record: Record, batch: Batch) -> list[Path]:
+    def record_paths(record: Record, batch: Batch) -> list[Path]:
+        """Where a record keeps the pictures of a batch."""
         return [record.image_path(name) for name in batch.file_names[: batch.valid]]
 
     def on_predict_epoch_end(self) -> None:
-        """Gather what was measured, compute the scores; the first process writes the record."""
-        if self.finished:
-            return
-        for metric in (*self._metrics, self._flaws):
-            metric.gather()
-        scores, strategy = self._scores(), self.trainer.strategy
-        generated = strategy.reduce(torch.tensor(self.generated, device=strategy.root_device), reduce_op="sum")
-        if self.trainer.is_global_zero:
-            self._write(scores, int(generated))
-        strategy.barrier("record")
-
-    def _scores(self) -> dict[str, float]:
-        """Of all metrics, which the processes share among themselves; collective."""
-        processes = min(self.trainer.world_size, len(self._metrics))
-        numbers = range(self.global_rank, len(self._metrics), processes) if self.global_rank < processes else ()
-        computed = {number: self._metrics[number].compute() for number in numbers}
-        for source in range(processes):
-            computed |= self.trainer.strategy.broadcast(computed, src=source)
-        return {name: value for number in sorted(computed) for name, value in computed[number].items()}
-
-    def _write(self, scores: dict[str, float], generated: int) -> None:
-        ids = list(self.data.examples["id"])
-        rows: dict[str, np.ndarray] = {}
-        for metric in (*self._metrics, self._flaws):
-            rows |= {key: metric.rows()[column].numpy() for column, key in metric.keys().items()}
-        self.record.save_rows(ids, rows)
-        self._draw_samples()
-        seconds = time.perf_counter() - self.started
-        busy = sum(self.seconds[name] for name in ("generation", "files", "scoring"))
-        results = {
-            "fingerprint": self.record.fingerprint,
-            "label": self.record.directory.name,
-            "n": len(ids),
-            "metrics": scores,
-            "remarks": [remark for metric in self._metrics for remark in metric.remarks(scores)],
-            "comparison": {},  # of `compare`, later
-            "verdicts": {},
-            "images": self._flaws.told(ids),
-            "budget": None if self.options.budget is None else self.options.budget.describe(),
-            "sparsity": self.sparsity,
-            "pruning": summary(self.reports),
-            "data": self.facts_of_data,
-            "protocols": self._protocols(),
-            "speed": {
-                "seconds": seconds,
-                "finished": clock(time.time()),
-                **{f"{name}_seconds": value for name, value in self.seconds.items()},
-                "generated": generated,
-                "images_per_second": generated / busy if generated else 0.0,
-                "processes": self.trainer.world_size,
-                "peak_memory_bytes": peak_memory(self.trainer.strategy.root_device),
-            },
-            "device": str(self.trainer.strategy.root_device.type),
-            "versions": versions(),
-        }
-        self.record.finish(results)
-
-    def _protocols(self) -> dict[str, Any]:
-        """By metric, how it was measured: n, the network and its protocol, and the reference."""
-        references = self.references.describe(self.data)
-        told: dict[str, Any] = {}
-        for metric in self._metrics:
-            network = {} if metric.extractor is None else {"protocol": metric.extractor.name}
-            reference = {"reference": references[metric.name]} if metric.name in references else {}
-            told[metric.name or type(metric).__name__] = {
-                **metric.describe(), **network, "n": len(self.data.examples), **reference
-            }  # fmt: skip
-        return told
-
-    def _draw_samples(self) -> None:
-        if not self.samples:
-            return
-        seeds = [image_seed(self.seed, f"sample:{prompt}") for prompt in self.samples]
-        drawn = self.pipeline.generate(self.samples, seeds, self.sampling)
-        images = drawn.images.permute(0, 2, 3, 1).numpy()
-        for number, (image, finite) in enumerate(zip(images, drawn.finite, strict=True)):
-            save_png(self.record.directory / "samples" / f"{number}.png", image, finite)
-        rows = {"pruned" if self.reports else "dense": list(images)}
-        if self.baseline is not None:
-            folder = self.baseline.directory / "samples"
-            rows = {"dense": [read_png(folder / f"{i}.png").pixels for i in range(len(images))], **rows}
-        save_png(self.record.directory / "grid.png", grid(rows, self.samples))
+        """Gather what was measured, and compute the scores; collective."""
+        if "images" in self.todo:
+            self.flaws.gather()
+        self.values = self.scoring.compute() if "scores" in self.todo else {}
 
     def compare(self) -> None:
-        """Compare the finished record with the dense one's, unless that was done in the very same way.
+        """Compare the finished record with its baseline, unless that was done in the very same way.
 
         On the first process, when the others are gone: however long it takes, nobody waits in a collective. Whoever is
         killed here leaves a finished record without a comparison, which the same command adds.
         """
         if self.baseline is None:
             return
-        comparison = Comparison(self._metrics, self.record, self.baseline)
+        comparison = Comparison(self.record, self.baseline, self.scores, self.given_baseline is None)
         lock = RunLock(self.output, self.record.directory.name, Processes(alone=True))
-        if not lock.acquire(lambda: comparison.done):
-            return
-        if self.finished:
-            self._load_metrics()
-        self.record.finish({**self.record.results, **comparison.make()})
-        lock.release()
+        if lock.acquire(lambda: comparison.done):
+            self.references.set(self.data)
+            self.scores.to(self.trainer.strategy.root_device)
+            comparison.write()
+            lock.release()
 
-    def _load_metrics(self) -> None:
-        """Give the metrics the record's rows and their references."""
-        self.references.set(self.data)
-        for metric in self._metrics:
-            metric.to(self.trainer.strategy.root_device)
-            metric.load_rows({k: torch.from_numpy(v) for k, v in self.record.load_rows(metric.keys()).items()})
-
-    def log_record(self) -> None:
-        """The finished record's numbers and grid, to every logger; those of the dense run under `dense/`.
-
-        Read from the records, so that a run says the same whether it drew its images or found them finished.
-        """
-        numbers = _numbers(self.record.results)
-        facts = {"record": self.record.facts, "directory": self.record.directory.name, "model": self.pipeline.name}
-        verdicts = {f"verdicts/{name}": one["verdict"] for name, one in self.record.results.get("verdicts", {}).items()}
-        if self.baseline is not None:
-            numbers |= {f"dense/{key}": value for key, value in _numbers(self.baseline.results).items()}
-            facts["dense_directory"] = self.baseline.directory.name
-        picture = self.record.directory / "grid.png"
-        for logger in self.trainer.loggers:
-            logger.log_hyperparams(facts)
-            logger.log_metrics(numbers, step=0)
-            summarize(logger, verdicts)
-            if hasattr(logger, "log_image") and picture.exists():
-                logger.log_image("samples", [str(picture)], step=0)
-            logger.save()
+    @contextmanager
+    def timing(self, what: str) -> Iterator[None]:
+        """Add the seconds that a block takes to the record's account."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[what] += time.perf_counter() - start
 
 
-def _stacked(pictures: Sequence[Picture]) -> torch.Tensor:
+def stacked(pictures: Sequence[Picture]) -> torch.Tensor:
     """uint8 [b, 3, h, w]."""
     return torch.from_numpy(np.stack([picture.pixels for picture in pictures])).permute(0, 3, 1, 2)
-
-
-def _numbers(results: Mapping[str, Any]) -> dict[str, float]:
-    if "infeasible" in results:
-        return {"infeasible": 1.0}
-    return flat({key: results[key] for key in ("metrics", "comparison", "images", "sparsity", "speed")})
-
-
-def peak_memory(device: torch.device) -> int:
-    """Bytes: of the GPU where there is one, else of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

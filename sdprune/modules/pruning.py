@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any, Dict, Optional
 
 from sdprune.calibration.settings import Calibration
 from sdprune.errors import InputError
-from sdprune.identity import facts_of, fingerprint, own_version, package_code
+from sdprune.identity import DRAWING, facts_of, fingerprint, own_version, package_code
 from sdprune.modules.base import CalibratingModule
 from sdprune.modules.card import model_card, origin, records_of
 from sdprune.modules.pruning_plan import PruningOptions, PruningPlan
 from sdprune.pipelines import DiffusersFamily, Sampling
 from sdprune.pruning import Budget, PruneReport, PruneSpec, scopes
 from sdprune.record import clock, label, read_json, require_writable, write_json
+from sdprune.tracking import flat
 
 if TYPE_CHECKING:
     from sdprune.data import CocoDataModule
@@ -78,8 +79,11 @@ class PruningModule(CalibratingModule):
         self.calibration = self.plan.calibration
         self.plan.check(data)
         self.facts = {
-            "version": package_code(), "pipeline": facts_of(self.pipeline), "dtype": dtype, **self.plan.describe(),
-        }  # fmt: skip
+            "version": package_code(*DRAWING),
+            "pipeline": facts_of(self.pipeline),
+            "dtype": dtype,
+            **self.plan.describe(),
+        }
         directory = self.directory()
         require_writable(directory.parent, "--model.output" if self.given is None else "--model.directory")
         self._finished(directory)
@@ -149,17 +153,6 @@ class PruningModule(CalibratingModule):
         if self.pipeline.unused:
             self.say(f"Not saved, since images are drawn without: {', '.join(self.pipeline.unused)}.")
         self.say(f"Saved: {directory}{scored}")
-
-
-def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
-    """Numbers of a nested mapping, keyed `a/b/c`."""
-    result: dict[str, float] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            result |= flat(value, f"{prefix}{key}/")
-        elif isinstance(value, (int, float)) and not isinstance(value, bool):
-            result[f"{prefix}{key}"] = value
-    return result
 
 
 def sparsity_table(sparsity: Mapping[str, Any]) -> str:

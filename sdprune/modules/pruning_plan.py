@@ -12,7 +12,7 @@ from sdprune.calibration.prompts import PromptSubject, Requests
 from sdprune.calibration.settings import Calibration
 from sdprune.calibration.store import StatisticsStore
 from sdprune.errors import InputError
-from sdprune.identity import facts_of, package_code
+from sdprune.identity import DRAWING, facts_of, package_code
 from sdprune.pipelines import DiffusersFamily, Sampling
 from sdprune.processes import Processes
 from sdprune.pruning import Budget, PruneReport, PruneSpec, Size, account, apply, targets_of
@@ -168,7 +168,7 @@ class PruningOptions:
             name: PromptSubject(component, self.sampling, self.seed, self.calibration)
             for name, component in self.pipeline.prunable.items()
         }
-        facts = {"version": package_code(), "pipeline": facts_of(self.pipeline), "dtype": dtype}
+        facts = {"version": package_code(*DRAWING), "pipeline": facts_of(self.pipeline), "dtype": dtype}
         return Requests(subjects, facts | ({"prompts": data.describe_calibration()} if wanted else {}))
 
     def _budgeted(self, budget: Budget) -> dict[str, PruneSpec]:

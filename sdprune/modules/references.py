@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdprune.errors import InputError
 from sdprune.locks import RunLock
-from sdprune.metrics import FeatureMetric, PerImageMetric, Statistics, reference_path, reference_statistics
-from sdprune.processes import Processes
+from sdprune.metrics import FeatureExtractor, ImageScores, Score, Statistics, reference_path, reference_statistics
 from sdprune.record import require_writable
 
 if TYPE_CHECKING:
@@ -17,56 +15,56 @@ if TYPE_CHECKING:
 
 
 class References:
-    """The reference of every metric that wants one: the file that the data names, or `<output>/reference`.
+    """The reference of every score that needs one: the file that the data names, or `<output>/reference`.
 
     Args:
-        metrics: all metrics of a run.
+        scores: all scores of a run.
         output: directory of all runs.
     """
 
-    def __init__(self, metrics: Sequence[PerImageMetric], output: str):
-        self.metrics = [metric for metric in metrics if isinstance(metric, FeatureMetric)]
+    def __init__(self, scores: ImageScores, output: str):
+        self.scores = scores
+        self.needed = [score for score in scores.scores if score.needs_reference]
         self.cache = Path(output) / "reference"
-        self.processes = Processes()
 
     def check(self, data: CocoDataModule) -> bool:
         """Read what is there already; whether real images have to be read for the rest.
 
         Raises:
-            InputError: damaged statistics, such that a metric cannot use, or a cache that cannot be written.
+            InputError: damaged statistics, such that a score cannot use, or a cache that cannot be written.
         """
         require_writable(self.cache, "--model.output")
-        for metric in self.metrics:
+        for score in self.needed:
             if data.reference_file is not None:
-                metric.set_reference(Statistics.load(data.reference_file))
-        return not all(self._there(metric, data) for metric in self.metrics)
+                self.scores.set_reference(score.name, Statistics.load(data.reference_file))
+        return not all(self._there(score, data) for score in self.needed)
 
     def set(self, data: CocoDataModule) -> None:
-        """Give each metric its reference, which one process of one run makes if it is not there."""
-        made: dict[Path, Statistics] = {}  # metrics of one extractor share it
-        for metric in self.metrics:
-            path = self._path(metric, data)
+        """Give each score its reference, which one process of one run makes if it is not there."""
+        made: dict[Path, Statistics] = {}  # scores of one extractor share it
+        for score in self.needed:
+            path = self._path(score, data)
             if path not in made:
-                lock = RunLock(self.cache.parent, f"reference-{path.stem}", self.processes)
-                if lock.acquire(lambda metric=metric: self._there(metric, data)):  # type: ignore[misc]
-                    if self.processes.is_first:
-                        self._make(metric, data)
-                    self.processes.barrier()
+                lock = RunLock(self.cache.parent, f"reference-{path.stem}")
+                if lock.acquire(lambda score=score: self._there(score, data)):  # type: ignore[misc]
+                    if lock.processes.is_first:
+                        self._make(score, data)
+                    lock.processes.barrier()
                     lock.release()
                 made[path] = Statistics.load(path)
-            metric.set_reference(made[path])
+            self.scores.set_reference(score.name, made[path])
 
     def describe(self, data: CocoDataModule) -> dict[str, dict[str, Any]]:
-        """By metric, what it was measured against: which images, how many, by which protocol, with what result."""
+        """By score, what it was measured against: which images, how many, by which protocol, with what result."""
         told = {}
-        for metric in self.metrics:
-            made = metric.reference
+        for score in self.needed:
+            made = self.scores.references.get(score.name)
             facts = {} if made is None else {"n": made.n, "protocol": made.extractor, "hash": made.hash}
-            told[metric.name] = {"images": data.reference, **facts}
+            told[score.name] = {"images": data.reference, **facts}
         return told
 
-    def _there(self, metric: FeatureMetric, data: CocoDataModule) -> bool:
-        path = self._path(metric, data)
+    def _there(self, score: Score, data: CocoDataModule) -> bool:
+        path = self._path(score, data)
         if not path.exists():
             return False
         try:
@@ -79,16 +77,21 @@ class References:
 
     @property
     def _keep_features(self) -> bool:
-        return any(metric.reference_features for metric in self.metrics)
+        return any(score.reference_features for score in self.needed)
 
-    def _make(self, metric: FeatureMetric, data: CocoDataModule) -> None:
+    def _make(self, score: Score, data: CocoDataModule) -> None:
         key = _key(data)
         reference_statistics(
-            data.reference_images, metric.extractor, self.cache, key, keep_features=self._keep_features
+            data.reference_images, _extractor(score), self.cache, key, keep_features=self._keep_features
         )
 
-    def _path(self, metric: FeatureMetric, data: CocoDataModule) -> Path:
-        return data.reference_file or reference_path(metric.extractor, self.cache, _key(data))
+    def _path(self, score: Score, data: CocoDataModule) -> Path:
+        return data.reference_file or reference_path(_extractor(score), self.cache, _key(data))
+
+
+def _extractor(score: Score) -> FeatureExtractor:
+    assert score.extractor is not None
+    return score.extractor
 
 
 def _key(data: CocoDataModule) -> dict[str, Any]:

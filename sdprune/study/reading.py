@@ -13,7 +13,7 @@ import numpy as np
 
 from sdprune.errors import InputError
 from sdprune.identity import fingerprint
-from sdprune.record import COMPARED, is_whole, read_json
+from sdprune.record import COMPARED, is_whole, protocol, read_json
 from sdprune.study.group import Study
 from sdprune.study.records import Run, component
 from sdprune.study.values import DamagedError, Value, printable
@@ -127,7 +127,8 @@ def read_run(directory: Path, facts: dict[str, Any], results: dict[str, Any]) ->
         DamagedError: a part that is missing or of another type, by name.
     """
     config, result = Value(facts, "config.json"), Value(results, "results.json")
-    shared = {name: config[name].content for name in COMPARED}
+    scored = result["scored"].mapping()
+    shared = {**{name: config[name].content for name in COMPARED}, "scored": protocol({"scored": scored})}
     kept = {"prune": config["prune"].content, "calibration": config.get("calibration", [])}
     calibration = Value(kept["calibration"], "config.json: calibration")
     pruning = result["pruning"] if "pruning" in results else None
@@ -146,7 +147,7 @@ def read_run(directory: Path, facts: dict[str, Any], results: dict[str, Any]) ->
         title=_title(config, result),
         text=text,
         image=image,
-        samples=tuple(prompt.text() for prompt in config["samples"].elements()),
+        samples=tuple(prompt.text() for prompt in result["samples"].elements()),
         n=n,
         nominal=sparsity["nominal"].number(0, 10),  # the study's counting can ask for more than there is
         zeros={scope: sparsity[scope]["zero_fraction"].number(0, 1) for scope in ("targets", "prunable", "pipeline")},

@@ -13,6 +13,7 @@ import os
 import resource
 import time
 import zlib
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ import torch
 import yaml
 
 import sdprune.metrics
-from sdprune.metrics import ClipImageFeatures, FeatureExtractor, Statistics, feature_statistics
+from sdprune.metrics import ClipImageFeatures, FeatureExtractor, MeasuredRows, Statistics, feature_statistics
 
 FULL = os.environ.get("SDPRUNE_BENCHMARK") == "1"
 N = int(os.environ.get("SDPRUNE_IMAGES", 10_000 if FULL else 150))
@@ -79,13 +80,13 @@ def features(kind, network, d):
     return ((shared * noise + alone * torch.randn(N, d, generator=generator)) @ spread).relu_()
 
 
-def rows(metric, kind, d):
-    network = metric.extractor.name
-    columns = {"mse": torch.ones(N).double(), "ssim": torch.rand(N).double(), "prompt_ids": torch.arange(N)}
-    columns |= {name: features(kind, network, d) for name in ("features", "image_embeddings") if name in metric.columns}
-    if "text_embeddings" in metric.columns:
-        columns["text_embeddings"] = features("real", network, d)
-    return {name: columns[name] for name in metric.columns}
+def rows(score, kind, d):
+    """What the score reads of N images."""
+    found = {"dense.mse": torch.ones(N).double(), "dense.ssim": torch.rand(N).double(), "prompts": torch.arange(N)}
+    for column in score.columns:
+        if column.key not in found:
+            found[column.key] = features("real" if column.key.endswith(".texts") else kind, score.extractor.name, d)
+    return MeasuredRows({column.key: found[column.key] for column in score.columns})
 
 
 @pytest.fixture
@@ -98,21 +99,21 @@ def threads(one_thread):
 
 def test_every_score_of_one_model(threads):
     total, cpu, peaks, found = 0.0, 0.0, {}, {}
-    for metric, d in metrics():
-        if isinstance(metric, sdprune.metrics.FeatureMetric):
-            real = features("real", metric.extractor.name, d)
+    for score, d in metrics():
+        reference = None
+        if score.needs_reference:
+            real = features("real", score.extractor.name, d)
             moments = feature_statistics(real)
-            metric.set_reference(Statistics(moments.mu, moments.sigma, N, None, None, real))
-        metric.append(range(N), **rows(metric, "pruned", d))
-        dense, scores = rows(metric, "dense", d), {}
+            reference = Statistics(moments.mu, moments.sigma, N, None, real)
+        own, dense, scores = rows(score, "pruned", d), rows(score, "dense", d), {}
         seconds, used = [], time.process_time()
-        for step in (metric.compute, lambda metric=metric, dense=dense: metric.compare(dense)):
+        for step in (partial(score.compute, own, reference), partial(score.compare, own, dense, reference)):
             start = time.perf_counter()
             scores |= step()
             seconds.append(time.perf_counter() - start)
         total, cpu = total + sum(seconds), cpu + time.process_time() - used
-        peaks[metric.name] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        name = metric.name or type(metric).__name__
+        peaks[score.name] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        name = score.name or type(score).__name__
         line = ", ".join(f"{key} {value:.4f}" for key, value in scores.items() if not key.endswith(("_low", "_high")))
         print(f"\n{name}, {d} features: {seconds[0]:.1f} s, compared in {seconds[1]:.1f} s; {line}", flush=True)
         found |= scores

@@ -124,8 +124,8 @@ class ClipPreprocessing:
             pixels = (resize(pixels, target, self.mode) + 0.5).floor()
         if self.crop is not None:
             pixels = center_crop(pixels, self.crop)
-        mean = torch.tensor(self.mean, device=pixels.device).view(1, 3, 1, 1)
-        std = torch.tensor(self.std, device=pixels.device).view(1, 3, 1, 1)
+        # In float32: within a trainer of half precision, torch's default dtype is half.
+        mean, std = (pixels.new_tensor(values).view(1, 3, 1, 1) for values in (self.mean, self.std))
         return (pixels * self.scale - mean) / std
 
     def _target(self, height: int, width: int) -> tuple[int, int] | None:

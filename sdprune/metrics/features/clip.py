@@ -1,4 +1,4 @@
-"""A CLIP model as the metrics use it: loaded late, run in fp32, preprocessing without torchvision."""
+"""CLIP's embeddings of images and texts, with preprocessing that needs no torchvision."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -11,8 +11,11 @@ import torch
 from torch import Tensor
 
 from sdprune.errors import InputError
-from sdprune.metrics.inference import exact_inference
-from sdprune.metrics.preprocess import ClipPreprocessing
+from sdprune.identity import facts_of
+from sdprune.metrics.features.base import FeatureExtractor
+from sdprune.metrics.features.inference import exact_inference
+from sdprune.metrics.features.preprocess import ClipPreprocessing
+from sdprune.metrics.rows import Column, ImageBatch
 from sdprune.outside import read_config, reading
 from sdprune.pipelines.directory import require_all_weights
 from sdprune.pipelines.resolve import resolve
@@ -24,11 +27,10 @@ if TYPE_CHECKING:
 _LONGEST_EDGE = 4096  # of a resized picture, in pixels
 
 
-class ClipModel:
-    """Image and text embeddings of a transformers CLIPModel directory or hub id.
+class ClipImageFeatures(FeatureExtractor):
+    """CLIP's image embeddings (the projection's output, not normalised) as features; also its text embeddings.
 
-    Constructing it reads nothing; weights are loaded by `load` or at first use (safetensors only, no remote code,
-    fp32). It is a plain object, not an `nn.Module`, so that no trainer's precision setting can cast it.
+    Weights are read from safetensors only, without remote code, and run in fp32.
 
     Args:
         model: a directory, a hub id, or `miniature` for the evaluator that comes with this package.
@@ -43,7 +45,6 @@ class ClipModel:
         self.revision = revision
         self.processor = processor
         self.device = torch.device("cpu")
-        self._network: CLIPModel | None = None
 
     @property
     def source(self) -> str:
@@ -51,84 +52,72 @@ class ClipModel:
         return resolve(self.model, "evaluator")
 
     @property
-    def label(self) -> str:
-        """Name for people and for protocol names: the hub id, or a directory's own name."""
-        return Path(self.model).name if Path(self.model).is_dir() else self.model
+    def name(self) -> str:
+        """With the hub id, or a directory's own name."""
+        return f"clip:{Path(self.model).name if Path(self.model).is_dir() else self.model}"
 
     @property
-    def embedding_size(self) -> int:
+    def num_features(self) -> int:
         """Width of the shared image and text space; loads the model at first use."""
         config: Any = self.network.config
         return config.projection_dim
 
+    @cached_property
+    def _loaded(self) -> "tuple[CLIPModel, CLIPTokenizer, ClipPreprocessing]":
+        """The network, the tokenizer and the preprocessing. Raises InputError when they cannot be had."""
+        return _load(self.source, self.revision or "main", self.processor)
+
+    def load(self, device: torch.device | str) -> None:  # noqa: D102
+        self.device = torch.device(device)
+        self.network.to(self.device)
+
     @property
     def network(self) -> "CLIPModel":
-        """The loaded model on `device`.
+        """The model; loaded at first use."""
+        return self._loaded[0]
 
-        Raises:
-            InputError: the directory or hub id cannot be loaded.
-        """
-        if self._network is None:
-            self.load(self.device)
-        assert self._network is not None
-        return self._network
+    def preprocess(self, images: Tensor, generated: bool = True) -> Tensor:  # noqa: D102
+        return self._loaded[2](images.to(self.device))
 
-    def load(self, device: torch.device | str) -> None:
-        """Load the weights, the tokenizer and the preprocessing, or move what is loaded, to `device`."""
-        self.device = torch.device(device)
-        if self._network is None:
-            self._network, self._tokenizer, self._preprocess = _load(
-                self.source, self.revision or "main", self.processor
-            )
-        self._network.to(self.device)
-
-    def preprocess(self, images: Tensor) -> Tensor:
-        """Pixel values [b, 3, H, W] of uint8 images [b, 3, h, w], float32 on the model's device."""
-        self.network  # noqa: B018 (the preprocessing is read together with the weights)
-        return self._preprocess(images.to(self.device))
-
-    def embed_pixels(self, pixels: Tensor) -> Tensor:
-        """Image embeddings [b, d] of preprocessed pixels: the projection's output, not normalised."""
+    def extract(self, pixels: Tensor) -> Tensor:  # noqa: D102
         with exact_inference(self.device):
             output = self.network.get_image_features(pixel_values=pixels.to(self.device))
         return output.pooler_output.float()
 
-    def image_embeddings(self, images: Tensor) -> Tensor:
-        """Image embeddings [b, d] float32 of uint8 images [b, 3, h, w], not normalised."""
-        return self.embed_pixels(self.preprocess(images))
+    @property
+    def texts(self) -> Column:
+        """The embeddings of the prompts, named after the model."""
+        return Column(f"{self.key}.texts", self._of_prompts, self.load, facts_of(self))
+
+    def _of_prompts(self, batch: ImageBatch) -> Tensor:
+        return self.text_embeddings(batch.texts())
 
     def text_embeddings(self, prompts: Sequence[str]) -> Tensor:
         """Text embeddings [b, d] float32, not normalised; prompts are cut at the model's length (77 tokens in CLIP).
 
         Always padded to that length, so that a prompt's numbers do not hang on how long its neighbours are.
         """
-        config: Any = self.network.config
-        length = min(config.text_config.max_position_embeddings, self._tokenizer.model_max_length)
-        tokens = self._tokenizer(
-            list(prompts), padding="max_length", truncation=True, max_length=length, return_tensors="pt"
-        )
+        network, tokenizer, _ = self._loaded
+        config: Any = network.config
+        length = min(config.text_config.max_position_embeddings, tokenizer.model_max_length)
+        tokens = tokenizer(list(prompts), padding="max_length", truncation=True, max_length=length, return_tensors="pt")
         with exact_inference(self.device):
-            output = self.network.get_text_features(**tokens.to(self.device))
+            output = network.get_text_features(**tokens.to(self.device))
         return output.pooler_output.float()
 
     def describe(self) -> dict[str, Any]:
-        """What the embeddings depend on, for fingerprints: a hash of local files, or hub id and asked revision."""
-        processor = {} if self.processor is None else {"processor": self._processor_hash or self.processor}
-        if self._weights_hash is not None:
-            return {"weights": self._weights_hash, **processor}
-        return {"model": self.model, "revision": self.revision or "main", **processor}
+        """A hash of local files, or the hub id and the revision that was asked for."""
+        return {"class": "ClipImageFeatures", **self._facts}
 
     @cached_property
-    def _processor_hash(self) -> str | None:
-        return _directory_hash(self.processor or "")
-
-    @cached_property
-    def _weights_hash(self) -> str | None:
-        return _directory_hash(self.source)
-
-
-def _directory_hash(source: str) -> str | None:
-    return directory_hash(Path(source)) if Path(source).is_dir() else None
+    def _facts(self) -> dict[str, Any]:
+        facts = {"model": self.model, "revision": self.revision or "main"}
+        if Path(self.source).is_dir():
+            facts = {"weights": directory_hash(Path(self.source))}
+        if self.processor is not None:
+            local = Path(self.processor)
+            facts["processor"] = directory_hash(local) if local.is_dir() else self.processor
+        return facts
 
 
 def directory_hash(directory: Path) -> str:

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sdprune.errors import InputError
-from sdprune.metrics.extractors import FeatureExtractor
-from sdprune.metrics.feature_metric import FeatureMetric
+from sdprune.metrics.features.base import FeatureExtractor
+from sdprune.metrics.frechet import Statistics
 from sdprune.metrics.paired import mean, paired_bootstrap
+from sdprune.metrics.rows import Rows, once
+from sdprune.metrics.scores.base import FeatureScore
 
 _CHUNK = 1024  # rows of a distance matrix at a time
 _ROUNDING = 1e-12  # squared distances by matrix products are off by less than this share of the squared lengths
 _TIES = 8  # neighbours beyond the k-th whose distances are computed exactly too
 
 
-class PrecisionRecall(FeatureMetric):
+class PrecisionRecall(FeatureScore):
     """Precision: the share of generated images near a real one; recall: the share of real ones near a generated one.
 
     Near means no farther than that image is from its k-th nearest neighbour among its own kind. Both
@@ -38,6 +39,7 @@ class PrecisionRecall(FeatureMetric):
     """
 
     higher_is_better = True
+    reference_features = True
 
     def __init__(self, extractor: FeatureExtractor, name: str = "", neighbours: int = 3, resamples: int = 1000) -> None:
         super().__init__(extractor, name)
@@ -48,24 +50,19 @@ class PrecisionRecall(FeatureMetric):
         self.neighbours, self.resamples = neighbours, resamples
         self.minimum = neighbours + 1
 
-    def compute(self) -> dict[str, float]:
-        """`precision` and `recall` over all processes.
-
-        Raises:
-            InputError: not more images than neighbours.
-        """
-        realistic, reached = self._own_memberships()
+    def compute(self, rows: Rows, reference: Statistics | None = None) -> dict[str, float]:
+        """`precision` and `recall`. Raises InputError for not more images than neighbours."""
+        realistic, reached = self._memberships(rows, reference)
         return {self._titled("precision"): mean(realistic), self._titled("recall"): mean(reached)}
 
-    def compare(self, dense_rows: Mapping[str, Tensor]) -> dict[str, float]:
+    def compare(self, rows: Rows, dense_rows: Rows, reference: Statistics | None = None) -> dict[str, float]:
         """`precision_diff` with its interval over prompts, and `recall_diff` without one.
 
         Recall belongs to the set of generated images as a whole: resampling prompts would shrink the set.
         """
-        dense = self._dense_features(dense_rows)
-        pruned, unpruned = self._own_memberships(), self._memberships(dense)
-        interval = paired_bootstrap(pruned[0], unpruned[0], mean, self.resamples)
-        difference = mean(pruned[1]) - mean(unpruned[1])
+        pruned, dense = self._memberships(rows, reference), self._memberships(dense_rows, reference)
+        interval = paired_bootstrap(pruned[0], dense[0], mean, self.resamples)
+        difference = mean(pruned[1]) - mean(dense[1])
         return interval.as_dict(f"{self._titled('precision')}_diff") | {f"{self._titled('recall')}_diff": difference}
 
     def describe(self) -> dict[str, Any]:
@@ -75,19 +72,21 @@ class PrecisionRecall(FeatureMetric):
     def _titled(self, score: str) -> str:
         return f"{self.name}_{score}" if self.name else score
 
-    def _own_memberships(self) -> tuple[Tensor, Tensor]:
-        return self._once("memberships", lambda: self._memberships(self._features()))
-
-    def _memberships(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+    @once
+    def _memberships(self, rows: Rows, reference: Statistics | None) -> tuple[Tensor, Tensor]:
         """Of each generated image whether it is near a real one [n], of each real one the reverse [m]; 0 or 1."""
-        real = self._real()
-        real_reach, reach = self._once("reach", lambda: self._squared_reach(real)), self._squared_reach(rows)
-        realistic, reached = [], torch.zeros_like(real_reach, dtype=torch.bool)
-        for start in range(0, len(rows), _CHUNK):
-            chunk = _Distances(rows[start : start + _CHUNK], real)
-            realistic.append(chunk.within(real_reach).any(1))
-            reached |= chunk.within(reach[start : start + _CHUNK, None]).any(0)
+        own, reference = self.features(rows), self.require(reference)
+        real, real_reach = self.real_features(reference, like=own), self._real_reach(reference, own.device)
+        reach, realistic, reached = self._squared_reach(own), [], torch.zeros_like(real_reach, dtype=torch.bool)
+        for chunk, its_reach in zip(own.split(_CHUNK), reach.split(_CHUNK), strict=True):
+            distances = _Distances(chunk, real)
+            realistic.append(distances.within(real_reach).any(1))
+            reached |= distances.within(its_reach[:, None]).any(0)
         return torch.cat(realistic).double().cpu(), reached.double().cpu()
+
+    @once
+    def _real_reach(self, reference: Statistics, device: torch.device) -> Tensor:
+        return self._squared_reach(self.real_features(reference, torch.empty(0, dtype=torch.float64, device=device)))
 
     def _squared_reach(self, rows: Tensor) -> Tensor:
         """Squared distance of each row to its k-th nearest other row, [n]."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -11,15 +10,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sdprune.errors import InputError
-from sdprune.metrics.extractors import ClipImageFeatures, FeatureExtractor
-from sdprune.metrics.feature_metric import FeatureMetric
+from sdprune.metrics.features.base import FeatureExtractor
+from sdprune.metrics.features.clip import ClipImageFeatures
+from sdprune.metrics.frechet import Statistics
 from sdprune.metrics.paired import normal_interval
+from sdprune.metrics.rows import Rows, once
+from sdprune.metrics.scores.base import FeatureScore
 
 CMMD_MODEL = "openai/clip-vit-large-patch14-336"
 _CHUNK = 1024  # rows of a kernel matrix at a time
 
 
-class KernelMetric(FeatureMetric):
+class KernelScore(FeatureScore):
     """Squared maximum mean discrepancy with a kernel k, as a U-statistic: negative values are noise around 0.
 
     With generated features x_i and real ones y_j it is the mean of k(x_i, x_j) over i != j, plus that of k(y_i, y_j)
@@ -28,25 +30,26 @@ class KernelMetric(FeatureMetric):
     Source: Gretton et al., "A Kernel Two-Sample Test", JMLR 2012, eq. 3.
     """
 
-    higher_is_better = False
     minimum = 2
+    reference_features = True
     scale: ClassVar[float] = 1.0
 
     @abstractmethod
     def kernel(self, a: Tensor, b: Tensor) -> Tensor:
         """Kernel values [n, m] of rows [n, d] and [m, d], float64."""
 
-    def compute(self) -> dict[str, float]:
-        """`{name: value}` over all processes."""
-        own = self._value(*self._own_similarities())
-        return {self.name: own + self.scale * float(self._within(self._real()).mean())}
+    def compute(self, rows: Rows, reference: Statistics | None = None) -> dict[str, float]:
+        """`{name: value}`."""
+        within, between = self._similarities(rows, reference)
+        real = self.real_features(reference, like=within)
+        return {self.name: self._value(within, between) + self.scale * float(self._within(real).mean())}
 
-    def compare(self, dense_rows: Mapping[str, Tensor]) -> dict[str, float]:
+    def compare(self, rows: Rows, dense_rows: Rows, reference: Statistics | None = None) -> dict[str, float]:
         """`<name>_diff` to the dense model's, with `_low`, `_high` and `_se` over images, the real ones fixed.
 
         By each image's share in the U-statistic (its first-order projection), in pairs; see `normal_interval`.
         """
-        own, dense = self._own_similarities(), self._similarities(self._dense_features(dense_rows))
+        own, dense = self._similarities(rows, reference), self._similarities(dense_rows, reference)
         shares = 2 * self.scale * ((own[0] - own[1]) - (dense[0] - dense[1]))
         return normal_interval(self._value(*own) - self._value(*dense), shares).as_dict(f"{self.name}_diff")
 
@@ -54,18 +57,16 @@ class KernelMetric(FeatureMetric):
         """The statistic but for what the real images are among themselves."""
         return self.scale * float(within.mean() - 2 * between.mean())
 
-    def _own_similarities(self) -> tuple[Tensor, Tensor]:
-        return self._once("similarities", lambda: self._similarities(self._features()))
-
-    def _similarities(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean kernel value of each row with the other rows, and with the real ones, [n] each."""
-        real = self._real()
-        if len(rows) < 2 or len(real) < 2:
+    @once
+    def _similarities(self, rows: Rows, reference: Statistics | None) -> tuple[Tensor, Tensor]:
+        """Mean kernel value of each image with the other images, and with the real ones, [n] each."""
+        own = self.features(rows)
+        real = self.real_features(reference, like=own)
+        if len(own) < 2 or len(real) < 2:
             raise InputError(
-                f"{self.name} needs at least 2 generated and 2 real images, got {len(rows)} and {len(real)}."
+                f"{self.name} needs at least 2 generated and 2 real images, got {len(own)} and {len(real)}."
             )
-        chunks = [self.kernel(rows[start : start + _CHUNK], real).mean(1) for start in range(0, len(rows), _CHUNK)]
-        return self._within(rows), torch.cat(chunks)
+        return self._within(own), torch.cat([self.kernel(chunk, real).mean(1) for chunk in own.split(_CHUNK)])
 
     def _within(self, rows: Tensor) -> Tensor:
         """Mean kernel value of each row with the others, [n]. Each pair of rows is looked at once."""
@@ -79,7 +80,7 @@ class KernelMetric(FeatureMetric):
         return sums / (len(rows) - 1)
 
 
-class KernelInceptionDistance(KernelMetric):
+class KernelInceptionDistance(KernelScore):
     """KID: the discrepancy with the kernel (x.y / d + 1)^3; lower is better.
 
     Over all images at once, where others average subsets of 1,000: the same expectation with less noise.
@@ -98,7 +99,7 @@ class KernelInceptionDistance(KernelMetric):
         return (a @ b.T).div_(a.shape[1]).add_(1).pow_(3)
 
 
-class MaximumMeanDiscrepancy(KernelMetric):
+class MaximumMeanDiscrepancy(KernelScore):
     """The discrepancy with CMMD's kernel exp(-|x - y|^2 / (2 sigma^2)) on features of length 1, times 1,000.
 
     It is CMMD, and called so, only with CMMD's own network, CLIP ViT-L/14 at 336 pixels, and its sigma. The authors'
@@ -115,7 +116,7 @@ class MaximumMeanDiscrepancy(KernelMetric):
     scale = 1000.0
 
     def __init__(self, extractor: FeatureExtractor, name: str | None = None, sigma: float = 10.0) -> None:
-        genuine = isinstance(extractor, ClipImageFeatures) and extractor.clip.model == CMMD_MODEL and sigma == 10
+        genuine = isinstance(extractor, ClipImageFeatures) and extractor.model == CMMD_MODEL and sigma == 10
         super().__init__(extractor, name or ("cmmd" if genuine else "mmd"))
         if "cmmd" in self.name.lower() and not genuine:
             raise InputError(

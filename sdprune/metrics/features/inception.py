@@ -1,8 +1,6 @@
-"""Feature extractors for FID: one class a network, light to construct, loaded late."""
+"""The Inception network of the literature's FID."""
 
 import hashlib
-import json
-from abc import ABC, abstractmethod
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,99 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from sdprune.errors import InputError, unknown
-from sdprune.identity import facts_of
-from sdprune.metrics.clip import ClipModel
-from sdprune.metrics.inference import exact_inference
-from sdprune.metrics.preprocess import PROTOCOLS, check_images
-
-
-class FeatureExtractor(ABC):
-    """Maps images to feature vectors; the network and the preprocessing together are a *protocol* with a name.
-
-    A plain object, not an `nn.Module`: as somebody's submodule it would be cast by precision plugins. Constructing
-    one reads no weights; `load` or the first use does. To add one: subclass, implement the five abstract members.
-    """
-
-    @property
-    @abstractmethod
-    def name(self) -> str:
-        """Protocol name, stored with statistics; features of different names cannot be compared."""
-
-    @property
-    @abstractmethod
-    def num_features(self) -> int:
-        """Length d of a feature vector."""
-
-    @abstractmethod
-    def load(self, device: torch.device | str) -> None:
-        """Load the weights, or move what is loaded, to `device`. Raises InputError when they cannot be had."""
-
-    @abstractmethod
-    def preprocess(self, images: Tensor, generated: bool = True) -> Tensor:
-        """Network inputs [b, 3, H, W] float32 of uint8 images [b, 3, h, w]; H and W are the same for every h and w.
-
-        Args:
-            images: the images.
-            generated: whether they are generated or real; some protocols treat them differently.
-        """
-
-    @abstractmethod
-    def extract(self, pixels: Tensor) -> Tensor:
-        """Features [b, d] float32 of preprocessed pixels [b, 3, H, W]."""
-
-    @abstractmethod
-    def describe(self) -> dict[str, Any]:
-        """JSON-able facts that the features depend on, for fingerprints; needs no loaded weights."""
-
-    @property
-    def key(self) -> str:
-        """Tells features that are the same numbers from all others: the name and a hash of `describe` and own code."""
-        canonical = json.dumps(facts_of(self), sort_keys=True)
-        return f"{self.name}-{hashlib.sha256(canonical.encode()).hexdigest()[:8]}"
-
-    def __call__(self, images: Tensor) -> Tensor:
-        """Features [b, d] float32 of uint8 images [b, 3, h, w], on the extractor's device.
-
-        Raises:
-            ValueError: anything else than a uint8 batch.
-        """
-        check_images(images)
-        return self.extract(self.preprocess(images))
-
-
-class ClipImageFeatures(FeatureExtractor):
-    """CLIP's image embeddings (the projection's output, not normalised) as FID features.
-
-    Args:
-        model: a directory, a hub id, or `miniature` for the evaluator that comes with this package.
-        revision: branch, tag or commit of the hub repository; None means `main`.
-        processor: directory or hub id of the preprocessing; None means that of `model`.
-    """
-
-    def __init__(
-        self, model: str = "openai/clip-vit-base-patch32", revision: str | None = None, processor: str | None = None
-    ) -> None:
-        self.clip = ClipModel(model, revision, processor)
-
-    @property
-    def name(self) -> str:  # noqa: D102
-        return f"clip:{self.clip.label}"
-
-    @property
-    def num_features(self) -> int:  # noqa: D102
-        return self.clip.embedding_size
-
-    def load(self, device: torch.device | str) -> None:  # noqa: D102
-        self.clip.load(device)
-
-    def preprocess(self, images: Tensor, generated: bool = True) -> Tensor:  # noqa: D102
-        return self.clip.preprocess(images)
-
-    def extract(self, pixels: Tensor) -> Tensor:  # noqa: D102
-        return self.clip.embed_pixels(pixels)
-
-    def describe(self) -> dict[str, Any]:  # noqa: D102
-        return {"class": "ClipImageFeatures", **self.clip.describe()}
+from sdprune.metrics.features.base import FeatureExtractor
+from sdprune.metrics.features.inference import exact_inference
+from sdprune.metrics.features.preprocess import PROTOCOLS
 
 
 class InceptionFeatures(FeatureExtractor):

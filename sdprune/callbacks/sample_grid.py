@@ -1,0 +1,27 @@
+"""Pictures of a few fixed prompts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning import Callback, Trainer
+
+from sdprune.pictures import grid
+from sdprune.record import read_png, save_png
+
+
+class SampleGrid(Callback):
+    """Draws the sample prompts on the first process, and shows them in `grid.png` below those of the baseline."""
+
+    def on_predict_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Draw and write, where the record lacks them."""
+        if "samples" in pl_module.todo and pl_module.samples and trainer.is_global_zero:
+            record, baseline, samples = pl_module.record, pl_module.baseline, pl_module.samples
+            drawn = pl_module.draw(samples, [f"sample:{prompt}" for prompt in samples])
+            for number, (pixels, finite) in enumerate(drawn):
+                save_png(record.sample_path(number), pixels, finite)
+            rows = {"pruned" if pl_module.reports else "dense": [pixels for pixels, _ in drawn]}
+            if baseline is not None and baseline.results["samples"] == samples:
+                before = [read_png(baseline.sample_path(number)).pixels for number in range(len(samples))]
+                rows = {"dense": before, **rows}
+            save_png(record.directory / "grid.png", grid(rows, samples))

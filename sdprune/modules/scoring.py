@@ -1,0 +1,113 @@
+"""What a record has of the scores that a run wants, and what is still to be measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from sdprune.data import Batch
+from sdprune.identity import SCORING, facts_of, package_code
+from sdprune.metrics import ImageBatch, ImageScores, Score
+from sdprune.processes import Processes
+from sdprune.record import Record
+
+if TYPE_CHECKING:
+    from sdprune.data import CocoDataModule
+
+
+class Scoring:
+    """Brings the scores of a record up to what a run wants; what was measured in the very same way stays.
+
+    Args:
+        scores: that are wanted.
+        record: that they go to.
+        data: has the real images.
+    """
+
+    def __init__(self, scores: ImageScores, record: Record, data: CocoDataModule) -> None:
+        self.scores, self.record, self.data = scores, record, data
+        self.baseline: Record | None = None
+        """The record whose pictures columns may read."""
+        self.keys: list[str] = []
+        """Columns that are to be measured."""
+        self.wanted: list[Score] = []
+        """Scores that are to be computed."""
+        self.rows: dict[str, Tensor] = {}
+        """Columns that the record has, whatever reads them."""
+        self._codes = {"code": package_code(*SCORING)}
+
+    def facts(self, score: Score) -> dict[str, Any]:
+        """What decides a score, beside the pictures."""
+        reference = {"images": self.data.reference, "digest": self.data.reference_digest}
+        needed = {"reference": reference} if score.needs_reference else {}
+        return {
+            **self._codes,
+            **facts_of(score),
+            **needed,
+            **self._other(column.needs_dense for column in score.columns),
+        }
+
+    def column_facts(self, key: str) -> dict[str, Any]:
+        """What decides the values of a column, beside the pictures."""
+        column = self.scores.columns[key]
+        return {**self._codes, **column.facts, **self._other([column.needs_dense])}
+
+    def _other(self, needs_dense: Any) -> dict[str, Any]:
+        if not any(needs_dense):
+            return {}
+        return {"baseline": None if self.baseline is None else self.baseline.directory.name}
+
+    def stale(self, results: Mapping[str, Any]) -> list[Score]:
+        """The scores that finished results lack, or have by another protocol."""
+        scored = results.get("scored", {})
+        return [score for score in self.scores.scores if scored.get(score.name) != self.facts(score)]
+
+    def begin(self, draws: bool) -> None:
+        """Find out what is to be measured.
+
+        Args:
+            draws: whether pictures are drawn, so that nothing that was measured counts.
+        """
+        results = {} if draws else self.record.results
+        self.wanted = self.stale(results)
+        columns = results.get("columns", {})
+        self.keys = [key for key in self.scores.columns if columns.get(key) != self.column_facts(key)]
+        if not draws and self.wanted:
+            self.rows = {key: torch.from_numpy(values) for key, values in self.record.all_rows().items()}
+
+    def prepare(self, device: torch.device) -> None:
+        """Load the networks that are needed."""
+        self.scores.reset()
+        self.scores.prepare(device, self.keys)
+
+    @property
+    def reads_dense(self) -> bool:
+        """Whether a column that is to be measured reads the baseline's pictures."""
+        return any(self.scores.columns[key].needs_dense for key in self.keys)
+
+    def update(self, batch: Batch, images: Tensor, dense: Tensor | None) -> None:
+        """Measure the pictures of a batch, uint8 [b, 3, h, w]."""
+        positions = batch.positions[: batch.valid]
+        known = {key: self.rows[key][positions] for key in self.scores.columns if key not in self.keys}
+        pictures = ImageBatch(images.to(self.scores.device), batch.prompts[: batch.valid], positions, dense)
+        self.scores.update(pictures, known)
+
+    def compute(self) -> dict[str, float]:
+        """The wanted scores, which the processes share among themselves; collective."""
+        processes = Processes()
+        if self.keys or not self.rows:
+            self.scores.gather()
+        else:
+            self.scores.load_rows(self.rows)
+        sharing = min(processes.world_size, len(self.wanted))
+        numbers = range(processes.rank, len(self.wanted), sharing) if processes.rank < sharing else ()
+        own = {number: self.scores.compute_one(self.wanted[number]) for number in numbers}
+        computed = {number: values for part in processes.all_gather(own) for number, values in part.items()}
+        return {name: value for number in sorted(computed) for name, value in computed[number].items()}
+
+    def all_rows(self) -> dict[str, Tensor]:
+        """What the record keeps of every image."""
+        return {**self.rows, **self.scores.rows()}

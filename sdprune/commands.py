@@ -227,16 +227,24 @@ class SdpruneCLI(LightningCLI):
         if self.trainer.is_global_zero:
             if self.runs:
                 self.model.compare()
-                self._write_configuration()
+                self._write_configurations()
             log_record(self.trainer.loggers, self.model.record, self.model.baseline, self.model.pipeline.name)
             if self.summary:
                 show(self.model.record, already=self.already)
 
-    def _write_configuration(self) -> None:
-        """Keep what was asked for in the record: `sdprune predict --config RUN/config.yaml` is this run again."""
-        text = self._subcommand_parsers["predict"].dump(self.asked, skip_validation=True)
-        with replacing(self.model.record.directory / "config.yaml") as temporary:
-            temporary.write_text(text)
+    def _write_configurations(self) -> None:
+        """Keep what was asked for in the records: `sdprune predict --config RUN/config.yaml` is a run again."""
+        for run in self.runs:
+            asked = self.asked.clone()
+            if run is not self.model:
+                for option, value in {"prune": {}, "budget": None, "baseline": None}.items():
+                    asked[f"model.init_args.{option}"] = value
+                asked["model.init_args.pipeline.init_args.model"] = run.pipeline.model
+            text = self._subcommand_parsers["predict"].dump(asked, skip_validation=True)
+            path = run.record.directory / "config.yaml"
+            if not path.exists() or path.read_text() != text:
+                with replacing(path) as temporary:
+                    temporary.write_text(text)
 
     def _tell_of_machines(self) -> None:
         """Say what a run on several machines waits for: it is silent until all of its processes have met."""

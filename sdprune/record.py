@@ -157,7 +157,7 @@ class Record:
     @property
     def drawn(self) -> str:
         """Fingerprint of what decides each picture, whichever others there are."""
-        data = {key: value for key, value in self.facts["data"].items() if key not in ("n", "seed")}
+        data = {key: value for key, value in self.facts["data"].items() if key not in ("n", "seed", "reference")}
         return fingerprint({**self.facts, "data": data})
 
     @property

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -57,7 +58,7 @@ def test_files_of_a_record(output):
     )
     for run in (dense, pruned):
         assert {path.name for path in run.iterdir()} == {
-            "config.json", "grid.png", "images", "results.json", "rows.npz", "samples"
+            "config.json", "config.yaml", "grid.png", "images", "images.csv", "results.json", "rows.npz", "samples"
         }  # fmt: skip
         assert len(pictures(run)) == 7
         assert all(Image.open(path).size == (64, 64) for path in (run / "images").iterdir())
@@ -337,20 +338,29 @@ def test_too_few_images_for_a_metric_are_told_before_drawing(miniature, sdprune,
 
 def test_records_of_other_protocols_or_prompts_are_not_compared(output):
     from sdprune.errors import InputError
-    from sdprune.record import require_comparable
+    from sdprune.record import Record, require_comparable
 
-    dense, pruned = (
-        json.loads((the_run(output, name) / "config.json").read_text()) for name in ("dense", "text_encoder")
-    )
-    require_comparable(dense, pruned)
-    with pytest.raises(InputError, match=r"cannot be compared: data\.n is 7 in one and 8 in the other"):
-        require_comparable(dense, pruned | {"data": pruned["data"] | {"n": 8}})
-    metrics = json.loads(json.dumps(pruned["metrics"]))
-    metrics[0]["extractor"]["name"] = "inception-2048/study"
-    with pytest.raises(InputError, match=r"metrics\.0\.extractor\.name is None in one and 'inception-2048/study'"):
-        require_comparable(dense, pruned | {"metrics": metrics})
-    with pytest.raises(InputError, match="seed is 0 in one and 1 in the other"):
-        require_comparable(dense, pruned | {"seed": 1})
+    def record(name, facts=None, scored=None):
+        found = Record.at(the_run(output, name))
+        kept = {**found.results["scored"], **(scored or {})}
+        return SimpleNamespace(facts={**found.facts, **(facts or {})}, results={**found.results, "scored": kept})
+
+    dense = record("dense")
+    data = dense.facts["data"]
+    require_comparable(record("text_encoder"), dense)
+    with pytest.raises(InputError, match=r"cannot be compared: data\.n is 8 in one and 7 in the other"):
+        require_comparable(record("text_encoder", {"data": data | {"n": 8}}), dense)
+    fid = json.loads(json.dumps(dense.results["scored"]["fid"]))
+    fid["extractor"]["name"] = "inception-2048/study"
+    with pytest.raises(
+        InputError, match=r"fid\.extractor\.name is 'inception-2048/study' in one and None in the"
+    ):
+        require_comparable(record("text_encoder", scored={"fid": fid}), dense)
+    with pytest.raises(InputError, match="seed is 1 in one and 0 in the other"):
+        require_comparable(record("text_encoder", {"seed": 1}), dense)
+    with pytest.raises(InputError, match="pipeline"):
+        require_comparable(record("text_encoder", {"pipeline": {"files": "others"}}), dense)
+    require_comparable(record("text_encoder", {"pipeline": {"files": "others"}}), dense, same_model=False)
 
 
 def test_wanda_differs_from_magnitude_and_gathers_once(output, sdprune, tmp_path, monkeypatch):
@@ -373,7 +383,7 @@ def test_wanda_differs_from_magnitude_and_gathers_once(output, sdprune, tmp_path
         "--model.seed=1", "--data.seed=1", "--data.n=6", "--data.batch_size=3", "--model.sampling.steps=3",
         "--model.sampling.guidance=2", "--model.prune.unet.sparsity=0.36", "--model.prune.unet.granularity=row",
         "--model.prune.unet.criterion=Wanda", "--trainer.precision=bf16-true", "--data.reference=split",
-        "--model.samples=[a blue ring]", "--data.source.seed=1",
+        "--data.source.seed=1",
     ],
 )  # fmt: skip
 def test_what_counts_changes_the_fingerprint(output, tmp_path, option):

@@ -140,11 +140,18 @@ class CocoDataModule(LightningDataModule):
             yield torch.from_numpy(np.array(self.source.image(row))).permute(2, 0, 1).contiguous()
 
     def describe(self) -> dict[str, Any]:
-        """Return what generated images depend on, and which of them there are (`n`, `seed`), as JSON."""
+        """Return what generated images depend on, which there are and what they are compared with, as JSON.
+
+        The contents of real images are in `reference_digest`: only scores that look at them depend on it.
+        """
+        file = self.reference_file
         return {
-            "source": facts_of(self._prepared(self.source)), "n": self.n, "seed": self.seed,
+            "source": facts_of(self._prepared(self.source)),
+            "n": self.n,
+            "seed": self.seed,
             "batch_size": self.batch_size,
-        }  # fmt: skip
+            "reference": self.reference if file is None else f"file {self.reference_digest}",
+        }
 
     @property
     def reference_digest(self) -> str:

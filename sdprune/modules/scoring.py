@@ -41,8 +41,7 @@ class Scoring:
 
     def facts(self, score: Score) -> dict[str, Any]:
         """What decides a score, beside the pictures."""
-        reference = {"images": self.data.reference, "digest": self.data.reference_digest}
-        needed = {"reference": reference} if score.needs_reference else {}
+        needed = {"reference": self.data.reference_digest} if score.needs_reference else {}
         return {
             **self._codes,
             **facts_of(score),

@@ -217,7 +217,7 @@ BAD_OPTIONS = {
     "damaged index": (["--model.pipeline.model={tmp}/damaged"], ["model_index.json is damaged"]),
     "hub out of reach": (
         ["--model.pipeline.model=nobody/nothing"],
-        ["'nobody/nothing'", "Check the id and the network"],
+        ["'nobody/nothing' at revision 'main' is not in the local cache", "HF_HUB_OFFLINE is set", "model=DIR"],
     ),
     "no COCO directory": (
         ["--data.source=CocoDirectory", "--data.source.root={tmp}/none", "--data.source.split=val2017"],

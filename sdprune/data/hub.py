@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Optional
 
 from sdprune.data.sources import CaptionSource, Row, caption_table, digest_of
 from sdprune.errors import InputError, unknown
+from sdprune.hub import asking_hub
 from sdprune.outside import read_picture, reading
 
 if TYPE_CHECKING:
@@ -94,8 +95,9 @@ class HubDataset(CaptionSource):
     def _dataset(self) -> "Dataset":
         from datasets import load_dataset
 
-        problem = f"Cannot load split {self.split!r} of dataset {self.dataset!r}"
-        with reading(problem, "Check its name and the network."):
+        what = f"Split {self.split!r} of dataset {self.dataset!r}"
+        here, then = Path(self.dataset).exists(), "Connect, or give a local path."
+        with reading(f"{what} cannot be loaded", "Check its name.") if here else asking_hub(what, then):
             return load_dataset(self.dataset, split=self.split, revision=self.revision)
 
     @cached_property

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional, cast
 
 from sdprune.errors import InputError
+from sdprune.hub import asking_hub
 from sdprune.outside import reading
 from sdprune.pipelines.base import Drawn, PipelineFamily, Sampling, step_of
 from sdprune.pipelines.directory import ModelDirectory, make_scheduler, require_pipeline, save_portable
@@ -50,9 +51,13 @@ class StableDiffusion(PipelineFamily):
         Raises:
             InputError: neither a directory of such a pipeline nor a hub id that can be had.
         """
+        return ModelDirectory(self._directory() or self._download(), _PIPELINES, _CLASSES, self.variant)
+
+    def _directory(self) -> Path | None:
+        """The directory that the model's name stands for; None for a hub id."""
         path = Path(resolve(self.model, "pipeline"))
         if path.is_dir():
-            return ModelDirectory(path, _PIPELINES, _CLASSES, self.variant)
+            return path
         if path.is_file():
             raise InputError(
                 f"Model {self.model!r} is one file, and a diffusers directory is needed. Convert it with diffusers: "
@@ -60,14 +65,14 @@ class StableDiffusion(PipelineFamily):
             )
         if path.is_absolute() or self.model.startswith(".") or self.model.count("/") != 1:
             raise InputError(f"Model directory {self.model!r} does not exist: give a diffusers directory or a hub id.")
-        return ModelDirectory(self._download(), _PIPELINES, _CLASSES, self.variant)
+        return None
 
     def _download(self) -> Path:
         from diffusers import StableDiffusionPipeline
 
         where = f"Model {self.model!r} at revision {self.revision!r}"
-        problem = f"{where} is no directory here and cannot be had from the hub"
-        with reading(problem, "Check the id and the network, or give a diffusers directory."):
+        then = f"Connect, put it there (hf download {self.model}), or give a directory: --model.pipeline.model=DIR."
+        with asking_hub(where, then):
             index = StableDiffusionPipeline.load_config(self.model, revision=self.revision)
             require_pipeline(where, index, _PIPELINES)  # before gigabytes come
             return Path(
@@ -110,8 +115,9 @@ class StableDiffusion(PipelineFamily):
 
     @property
     def prunable(self) -> list[str]:
-        """See PipelineFamily; reads the index, so that a model that cannot be used is told before a wrong name."""
-        _ = self.files
+        """See PipelineFamily; a directory that cannot be used is told before a wrong name, and no hub is asked."""
+        if self._directory() is not None:
+            _ = self.files
         return list(_PRUNABLE)
 
     @property

@@ -80,7 +80,8 @@ class Configuration:
         annotation = option.annotation
         if value is None:
             if option.default is not None and not takes(annotation, type(None)):
-                raise InputError(f"{place} is empty: give it a value, or leave it out.")
+                none = f"--{place}={{}} for none" if elements_of(annotation, "dict") else "leave it out"
+                raise InputError(f"{place} is empty: give it a value, or {none}.")
         elif isinstance(value, list):
             for item in value:
                 self._value(place, Option(elements_of(annotation, "list") or Any, None), item)

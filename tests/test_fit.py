@@ -98,7 +98,8 @@ def test_n_of_m_needs_no_sparsity(sdprune, miniature, tmp_path):
         assert layer["pruned"] == weight.shape[0] * (weight.shape[1] // 4) * 2
     told = sdprune(*fit("prune", tmp_path, "--model.prune.unet.granularity=2:4"))  # the configuration gives 0.35
     assert told.code == 2
-    line = "granularity 2:4 prunes 0.5, not 0.35: leave sparsity out, or set it to 0.5."
+    line = "granularity 2:4 prunes 0.5, not 0.35: leave sparsity out, or set --model.prune.unet.sparsity=0.5."
+    line = f"--model.prune.unet: {line}"
     assert told.err == f"sdprune: error: {line}\n"
 
 

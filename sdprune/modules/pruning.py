@@ -79,13 +79,17 @@ class PruningPlan:
         specs = {name: self.asked.get(name, PruneSpec()) for name in self.pipeline.prunable}
         sizes = {name: self._size(name, spec) for name, spec in specs.items()}
         sparsities = budget.sparsities(sizes, [name for name in sizes if is_text(name)])
-        for name, spec in specs.items():
-            if spec.nominal and abs(spec.nominal - sparsities[name]) > AGREEMENT:
-                raise InputError(
-                    f"budget.total {budget.total:g} gives {name} a sparsity of {sparsities[name]:g}, and prune.{name} "
-                    f"has {spec.nominal:g} (granularity {spec.granularity}): give one of them. A sparsity of 0 leaves "
-                    "it to the budget."
-                )
+        asked = {
+            name: spec.pattern[0] / spec.pattern[1] if spec.pattern else spec.nominal for name, spec in specs.items()
+        }
+        unlike = [name for name in specs if asked[name] and abs(asked[name] - sparsities[name]) > AGREEMENT]
+        if unlike:
+            told = ", and ".join(
+                f"{name} a sparsity of {sparsities[name]:g}, where model.prune.{name} has {asked[name]:g}"
+                for name in unlike
+            )
+            free = " ".join(f"--model.prune.{name}.{_without_sparsity(specs[name])}" for name in unlike)
+            raise InputError(f"budget.total {budget.total:g} gives {told}. Leave it to the budget: {free}")
         return {
             name: spec if spec.nominal else replace(spec, sparsity=sparsities[name]) for name, spec in specs.items()
         }
@@ -147,6 +151,11 @@ class PruningPlan:
     def needs(self, data: CocoDataModule, dtype: str) -> list[Need]:
         """The statistics that allocations and criteria read."""
         return [need for pair in self._needs(data, dtype).values() for needs in pair for need in needs]
+
+
+def _without_sparsity(spec: PruneSpec) -> str:
+    """The option by which a specification says no more how much is pruned."""
+    return "granularity=null" if spec.pattern else "sparsity=0" if spec.band is None else "band=null"
 
 
 def _require_equal_masks(reports: Mapping[str, PruneReport]) -> None:

@@ -156,7 +156,7 @@ class PruneSpec:
         if band[0] >= band[1]:
             raise InputError(f"band is {list(band)}: its first share must be below its second, as in [0.1, 0.2].")
         if self.sparsity:
-            raise InputError(f"band {list(band)} and sparsity {self.sparsity} exclude each other: set sparsity to 0.")
+            raise InputError(f"band {list(band)} and sparsity {self.sparsity} exclude each other: set sparsity=0.")
         if not isinstance(self.criterion, Ranking):
             raise InputError(f"{_name(self.criterion)} ranks no weights, so that there is no band of them: use Wanda.")
 
@@ -189,7 +189,7 @@ class PruneSpec:
         if self.sparsity and abs(self.sparsity - n / m) > AGREEMENT:
             given, wanted = f"{self.sparsity:g}", f"{n / m:g}"
             raise InputError(
-                f"granularity {n}:{m} prunes {wanted}, not {given}: leave sparsity out, or set it to {wanted}."
+                f"granularity {n}:{m} prunes {wanted}, not {given}: leave sparsity out, or set sparsity={wanted}."
             )
 
     def _check_original(self) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal, NoReturn, Optional, Union
 
@@ -25,6 +27,7 @@ for _message in (  # Lightning's talk with its own developers, and advice on tra
     warnings.filterwarnings("ignore", message=_message)
 warnings.filterwarnings("ignore", module=r"jsonargparse\b|lightning\.pytorch\.cli")
 
+from jsonargparse import Namespace  # noqa: E402
 from lightning import LightningDataModule, LightningModule, Trainer  # noqa: E402
 from lightning.fabric.utilities.exceptions import MisconfigurationException  # noqa: E402
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI  # noqa: E402
@@ -34,13 +37,17 @@ import sdprune.modules  # noqa: E402, F401 (classes are found by name among thos
 from sdprune.callbacks import CalibrationProgress, ImageProgress  # noqa: E402
 from sdprune.data import CocoDataModule  # noqa: E402
 from sdprune.errors import InputError, cause  # noqa: E402
+from sdprune.hub import offline  # noqa: E402
 from sdprune.locks import release_all  # noqa: E402
 from sdprune.manual import manual_of, manual_of_verb  # noqa: E402
 from sdprune.mini.training import Stage  # noqa: E402
 from sdprune.modules import FrozenModule, GenerationModule  # noqa: E402
+from sdprune.modules.pruning import PruningPlan  # noqa: E402
 from sdprune.options import Configuration, explain, help_wanted, quoted  # noqa: E402
+from sdprune.pruning import PruneSpec  # noqa: E402
 from sdprune.record import Record  # noqa: E402
 from sdprune.schema import Option, bases_of, class_named  # noqa: E402
+from sdprune.study.worker import Checked  # noqa: E402
 from sdprune.summary import show  # noqa: E402
 from sdprune.tracking import connect, finish_all, wandb_logger  # noqa: E402
 
@@ -81,6 +88,34 @@ class Parser(LightningArgumentParser):
         while cause is not None and (isinstance(cause, ParseError) or not isinstance(cause, InputError)):
             cause = cause.__cause__ or cause.__context__
         raise cause or ParseError(message)
+
+    def instantiate_classes(self, cfg: Any, **kwargs: Any) -> Any:
+        """Construct what a configuration names; an error in how a component is pruned names the component."""
+        try:
+            return super().instantiate_classes(cfg, **kwargs)
+        except Exception as error:
+            bad, own = cause(error, InputError), cfg.get(cfg.get("subcommand") or "") or cfg
+            specs = getattr(own.get("model"), "init_args", {}).get("prune") if bad else None
+            for name, spec in (specs or {}).items():
+                if _fault_of_spec(spec) == str(bad):
+                    raise InputError(f"--model.prune.{name}: {_with_place(str(bad), name)}") from error
+            raise
+
+
+def _fault_of_spec(spec: Any) -> str | None:
+    parser = LightningArgumentParser()
+    parser.add_class_arguments(PruneSpec, "spec")
+    try:
+        parser.instantiate_classes(Namespace(spec=spec))
+    except Exception as error:
+        return str(cause(error, InputError))
+    return None
+
+
+def _with_place(message: str, component: str) -> str:
+    """`set sparsity=0.5` as `set --model.prune.unet.sparsity=0.5`."""
+    names = "|".join(field.name for field in fields(PruneSpec))
+    return re.sub(rf"\b({names})=", rf"--model.prune.{component}.\1=", message)
 
 
 class SdpruneCLI(LightningCLI):
@@ -265,8 +300,6 @@ def root_options(parser: LightningArgumentParser) -> dict[str, Option]:
 
 
 def _class(path: str, **init_args: Any) -> Any:
-    from jsonargparse import Namespace
-
     return Namespace(class_path=path, init_args=Namespace(**init_args))
 
 
@@ -339,46 +372,57 @@ def _cli_options() -> dict[str, Any]:
     }
 
 
-class _Checked(Exception):  # noqa: N818 (no error: it leaves LightningCLI's constructor before anything is run)
-    def __init__(self, faults: list[str | None]) -> None:
-        self.faults = faults
+class _AllChecked(Exception):  # noqa: N818 (no error: it leaves LightningCLI's constructor before anything is run)
+    def __init__(self, found: list[Checked]) -> None:
+        self.found = found
 
 
 class _Checker(SdpruneCLI):
-    """Parses many commands with one parser, constructs what they name, and runs none of them."""
+    """Parses many commands with one parser, constructs what they name, and runs none of them; asks no hub."""
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        self.known: set[str] = set()
-        raise _Checked([self._fault(parser, words) for words in args])
+        self.known: dict[str, Any] = {}
+        with offline():
+            raise _AllChecked([self._check(parser, words) for words in args])
 
-    def _fault(self, parser: LightningArgumentParser, words: Sequence[str]) -> str | None:
+    def _check(self, parser: LightningArgumentParser, words: Sequence[str]) -> Checked:
         try:
             super().parse_arguments(parser, words)
-            made = parser.instantiate_classes(self.config)[words[0]]
-            plan = getattr(made.model, "plan", None)
-            pipeline = str(self.config[words[0]].model.init_args.get("pipeline"))
-            if plan is not None and (names := f"{pipeline} {sorted(plan.asked)}") not in self.known:
-                plan.pipeline.require(list(plan.asked))  # may ask the hub
-                self.known.add(names)
-            return None
+            made, config = parser.instantiate_classes(self.config)[words[0]], self.config[words[0]]
+            model = made.model
+            if not isinstance(getattr(model, "plan", None), PruningPlan):
+                return Checked()
+            model.plan.pipeline = self.known.setdefault(str(config.model.init_args.pipeline), model.plan.pipeline)
+            model.plan.pipeline.require(list(model.plan.asked))
+            if not isinstance(model, GenerationModule):
+                return Checked()
+            data = self.known.setdefault(str(config.data), made.data)  # hashes the same files once
+            return Checked(None, self._finished(model, data, str(config.trainer.precision or "32-true")), model.numbers)
         except SystemExit:
-            return "--help and --print_config cannot be given to a sweep"
+            return Checked("--help and --print_config cannot be given to a sweep")
         except Exception as error:
-            return " ".join(str(cause(error, InputError) or error).split()) or type(error).__name__
+            return Checked(" ".join(str(cause(error, InputError) or error).split()) or type(error).__name__)
+
+    @staticmethod
+    def _finished(model: GenerationModule, data: Any, precision: str) -> bool:
+        """Whether the record is there; not when that cannot be known without the hub or with files that are missing."""
+        if not any(Path(model.output).glob("*/results.json")):
+            return False
+        try:
+            return model.prepare_record(data, precision).finished
+        except InputError:
+            return False
 
 
-def check(commands: Sequence[Sequence[str]]) -> list[str | None]:
-    """Find what is wrong with commands before any of them runs: options, values, classes, components.
+def check(commands: Sequence[Sequence[str]]) -> list[Checked]:
+    """Find what can be told of commands before any of them runs: faults of options, values, classes, components.
 
     Args:
         commands: each a verb and its options.
-
-    Returns:
-        One line for each command; None where nothing was found.
     """
     sys.argv[0] = sys.argv[0] or "sdprune"
     try:
         _Checker(**_cli_options(), args=[quoted(words) for words in commands])  # type: ignore[misc]
-    except _Checked as checked:
-        return checked.faults
+    except _AllChecked as checked:
+        return checked.found
     raise AssertionError("LightningCLI parses its arguments in its constructor")

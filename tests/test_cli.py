@@ -150,6 +150,11 @@ BAD_OPTIONS = {
         ["'model.metrics.subset' of KernelInceptionDistance", "Choices: extractor, "],
     ),
     "a number in place of a spec": (["--model.prune.unet=0.3"], ["model.prune.unet is 0.3", "--model.prune.unet.help"]),
+    "nothing to prune": (["--model.prune=null"], ["model.prune is empty", "--model.prune={{}} for none"]),
+    "a component named by its options": (
+        ["--model.prune.unet.granularity=2:4"],
+        ["--model.prune.unet: granularity 2:4 prunes 0.5, not 0.35", "set --model.prune.unet.sparsity=0.5."],
+    ),
     "an empty value": (["--model.sampling.steps="], ["model.sampling.steps is empty"]),
     "what a class passes on": (
         ["--trainer.logger=WandbLogger", "--trainer.logger.grop=y"],

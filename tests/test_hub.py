@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from command_lines import predict
+from command_lines import ROOT, predict
 
 from sdprune.data import HubDataset
 from sdprune.errors import InputError
@@ -110,3 +110,21 @@ def test_a_hub_that_answers_is_believed(serve):
         _ = StableDiffusion("nobody/nothing").files
     assert "not reached" not in str(told.value)
     server.shutdown()
+
+
+def test_a_dry_run_asks_no_hub(sdprune, serve, monkeypatch, tmp_path):
+    """The cells of a study of Stable Diffusion 2 are checked while every connection is noticed."""
+    serve("http://127.0.0.1:9")
+    monkeypatch.chdir(ROOT)
+    (tmp_path / "other-0").mkdir()
+    (tmp_path / "other-0" / "results.json").write_text("{}")  # so that it looks for finished cells
+    tried: list[object] = []
+    monkeypatch.setattr("socket.socket.connect", lambda self, address: tried.append(address))
+    monkeypatch.setattr("socket.getaddrinfo", lambda *address, **_: tried.append(address))
+    told = sdprune("sweep", "wandb_sweeps/study_text_encoder_wanda.yaml", "--dry-run", f"--model.output={tmp_path}")
+    assert (told.code, told.err, tried) == (0, "", [])
+    assert told.out.count("\n") == 12
+    told = sdprune("sweep", "wandb_sweeps/study_unet.yaml", "--dry-run", "--model.prune.unett.sparsity=0.1")
+    assert told.code == 2
+    assert "Unknown component 'unett'. Did you mean 'unet'?" in told.err
+    assert not tried

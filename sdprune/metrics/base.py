@@ -188,6 +188,11 @@ class PerImageMetric(PerImageRows):
         """What a reader should know of these scores, which `compute` gave: one sentence or two each."""
         return []
 
+    @property
+    def titles(self) -> tuple[list[str], list[str]]:
+        """Names of what `compute` and `compare` give, without the ends and errors of intervals."""
+        return [self.name], [f"{self.name}_diff"]
+
     @abstractmethod
     def describe(self) -> dict[str, Any]:
         """JSON-able facts that the score depends on, for fingerprints; needs no loaded weights."""

@@ -139,6 +139,12 @@ class CLIPScore(PerImageMetric):
             result |= paired_bootstrap(pruned, unpruned, mean, self.resamples).as_dict(f"{name}_diff")
         return result
 
+    @property
+    def titles(self) -> tuple[list[str], list[str]]:
+        """Of the score and the gap."""
+        names = [self.name, self._gap_name]
+        return names, [f"{name}_diff" for name in names]
+
     def describe(self) -> dict[str, Any]:
         """The CLIP model that scores."""
         return {"class": "CLIPScore", "name": self.name, **self.clip.describe()}

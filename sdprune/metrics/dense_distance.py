@@ -99,6 +99,12 @@ class DenseDistance(PerImageMetric):
             result |= interval.as_dict(f"{self.name}_{title}")
         return result
 
+    @property
+    def titles(self) -> tuple[list[str], list[str]]:
+        """Of the distances, all of which are comparisons."""
+        kinds = ["psnr", "ssim", "feature_distance", *(["lpips"] if self.with_lpips else [])]
+        return [], [f"{self.name}_{kind}" for kind in kinds]
+
     def describe(self) -> dict[str, Any]:
         """Extractor, and whether LPIPS is among the distances."""
         facts = {"class": "DenseDistance", "name": self.name, "extractor": facts_of(self.extractor)}

@@ -15,7 +15,7 @@ import torch
 
 from sdprune.data import Batch
 from sdprune.errors import InputError
-from sdprune.identity import facts_of, package_code
+from sdprune.identity import code_of, facts_of, package_code
 from sdprune.metrics import PerImageMetric, share_extractors
 from sdprune.modules.base import FrozenModule
 from sdprune.modules.comparison import Comparison
@@ -113,11 +113,24 @@ class GenerationModule(FrozenModule):
     def calibrates(self) -> bool:  # noqa: D102
         return self.plan.calibrates
 
+    @property
+    def numbers(self) -> list[str]:
+        """Names of the results' numbers, as W&B has them; one that ends with a slash stands for all that begin so."""
+        names = ["sparsity/", "images/", "speed/"]
+        compared = self.compare_dense and self.plan.wanted
+        for metric in self._metrics:
+            scores, differences = metric.titles if not code_of(metric) else ([""], [""])  # a user's may have any
+            names += [f"metrics/{name}" for name in scores]
+            names += [f"comparison/{name}" for name in differences if compared]
+        return names
+
     def prepare_record(self, data: CocoDataModule, precision: str) -> Record:
         """The run's directory, from everything that decides its results."""
+        if self.plan.infeasible is not None:
+            return self._infeasible_record()
         facts = {
             "version": package_code(),
-            "pipeline": facts_of(self.pipeline),
+            "pipeline": facts_of(self.plan.pipeline),
             "dtype": precision,
             "prune": self.plan.describe(),
             "calibration": self.plan.facts(data, precision),
@@ -136,16 +149,19 @@ class GenerationModule(FrozenModule):
 
     def record_infeasible(self, reason: str) -> Record:
         """A record that says why the budget cannot be met; nothing is drawn."""
-        budget = {} if self.plan.budget is None else self.plan.budget.describe()
-        specs = {name: spec.describe() for name, spec in self.plan.asked.items()}
-        facts = {"version": package_code(), "pipeline": facts_of(self.pipeline), "budget": budget, "prune": specs}
-        name = f"infeasible-{budget['total']:g}-{budget['text_share']:g}"
-        self.record = Record(self.output, name, facts)
+        self.record = self._infeasible_record()
         if not self.record.finished:
             self.record.start()
-            told = {"label": self.record.directory.name, "n": 0, "infeasible": reason, "budget": budget}
-            self.record.finish({**told, "speed": {"finished": clock(time.time())}})
+            told = {"label": self.record.directory.name, "n": 0, "infeasible": reason}
+            told |= {"budget": self.record.facts["budget"], "speed": {"finished": clock(time.time())}}
+            self.record.finish(told)
         return self.record
+
+    def _infeasible_record(self) -> Record:
+        budget = {} if self.plan.budget is None else self.plan.budget.describe()
+        specs = {name: spec.describe() for name, spec in self.plan.asked.items()}
+        facts = {"version": package_code(), "pipeline": facts_of(self.plan.pipeline), "budget": budget, "prune": specs}
+        return Record(self.output, f"infeasible-{budget['total']:g}-{budget['text_share']:g}", facts)
 
     def check(self, data: CocoDataModule, dtype: str) -> None:
         """Everything that can be told before the model is loaded; needs `prepare_record`."""
@@ -288,6 +304,7 @@ class GenerationModule(FrozenModule):
         results = {
             "fingerprint": self.record.fingerprint,
             "label": self.record.directory.name,
+            "model": self.pipeline.name,
             "n": len(ids),
             "metrics": scores,
             "remarks": [remark for metric in self._metrics for remark in metric.remarks(scores)],

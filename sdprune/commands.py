@@ -38,7 +38,7 @@ from sdprune.locks import release_all  # noqa: E402
 from sdprune.manual import manual_of, manual_of_verb  # noqa: E402
 from sdprune.mini.training import Stage  # noqa: E402
 from sdprune.modules import FrozenModule, GenerationModule  # noqa: E402
-from sdprune.options import Configuration, explain, help_wanted, quoted  # noqa: E402
+from sdprune.options import Configuration, explain, help_wanted, placed, quoted  # noqa: E402
 from sdprune.record import Record  # noqa: E402
 from sdprune.schema import Option, bases_of, class_named  # noqa: E402
 from sdprune.summary import show  # noqa: E402
@@ -81,6 +81,18 @@ class Parser(LightningArgumentParser):
         while cause is not None and (isinstance(cause, ParseError) or not isinstance(cause, InputError)):
             cause = cause.__cause__ or cause.__context__
         raise cause or ParseError(message)
+
+    def instantiate_classes(self, cfg: Any, **kwargs: Any) -> Any:
+        """Make the objects; what a constructor says of its arguments is told with their place."""
+
+        def make(cls: Any, *args: Any, **arguments: Any) -> Any:
+            try:
+                return cls(*args, **arguments)
+            except InputError as error:
+                raise placed(error, cfg[cfg.subcommand], cls, arguments) from error
+
+        self.add_instantiator(make, object)
+        return super().instantiate_classes(cfg, **kwargs)
 
 
 class SdpruneCLI(LightningCLI):
@@ -138,8 +150,8 @@ class SdpruneCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, with errors of one line."""
+        configuration = Configuration(root_options(self._subcommand_parsers[args[0]]), GROUPS)
         try:
-            configuration = Configuration(root_options(self._subcommand_parsers[args[0]]), GROUPS)
             wanted, words = help_wanted(args[1:])
             configuration.read(words)
             if wanted is not None:
@@ -147,7 +159,7 @@ class SdpruneCLI(LightningCLI):
                 raise SystemExit(0)
             super().parse_arguments(parser, args)
         except ParseError as error:
-            raise InputError(explain(str(error))) from error
+            raise InputError(explain(str(error), configuration)) from error
         seed = self.config[self.config.subcommand].seed_everything
         if not isinstance(seed, bool) and not 0 <= seed < 2**32:
             raise InputError(f"seed_everything is {seed}: choose from 0 to {2**32 - 1}.")
@@ -330,6 +342,7 @@ def _cli_options() -> dict[str, Any]:
         "subclass_mode_model": True,
         "subclass_mode_data": True,
         "auto_configure_optimizers": False,
+        "load_from_checkpoint_support": False,  # it wants to make the model and the data itself
         "save_config_callback": None,
         "seed_everything_default": 0,
         "trainer_class": Trainer,

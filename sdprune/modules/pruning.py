@@ -10,15 +10,30 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Dict, Optional
 
+import torch
+from torch import nn
+
 from sdprune.data import Batch
 from sdprune.errors import InputError
-from sdprune.identity import facts_of, fingerprint, own_version, package_code
+from sdprune.identity import code_of, facts_of, fingerprint, own_version, package_code
 from sdprune.modules.base import FrozenModule
 from sdprune.modules.calibrator import Calibrator, of_everyone
 from sdprune.modules.card import model_card, origin, records_of
 from sdprune.modules.needs import Calibration, Need, Needs, is_text
 from sdprune.pipelines import PipelineFamily, Sampling
-from sdprune.pruning import Budget, InfeasibleError, PruneReport, PruneSpec, Size, account, apply, targets_of, wholes
+from sdprune.pruning import (
+    Budget,
+    InfeasibleError,
+    PruneReport,
+    PruneSpec,
+    Size,
+    Uniform,
+    account,
+    apply,
+    prune,
+    targets_of,
+    wholes,
+)
 from sdprune.pruning.spec import AGREEMENT
 from sdprune.record import clock, label, read_json, require_writable, write_json
 from sdprune.store import StatisticsStore
@@ -114,6 +129,7 @@ class PruningPlan:
         self.pipeline.check(self.sampling)
         for name, spec in self.specs.items():
             targets_of(self.pipeline.skeleton(name), spec)
+            _try_out(spec)
         if self.calibrates:
             _ = data.calibration_examples  # enough captions
         self.store.check(self.facts(data, dtype))
@@ -147,6 +163,14 @@ class PruningPlan:
     def needs(self, data: CocoDataModule, dtype: str) -> list[Need]:
         """The statistics that allocations and criteria read."""
         return [need for pair in self._needs(data, dtype).values() for needs in pair for need in needs]
+
+
+def _try_out(spec: PruneSpec) -> None:
+    """Prune one small layer by a user's own criterion: what is wrong with it shows before any image is drawn."""
+    if code_of(spec.criterion):
+        small = replace(spec, allocation=Uniform(), layers=["Linear"], include=["*"], exclude=[])
+        with torch.random.fork_rng([]):
+            prune(nn.Linear(128, 128), small, inputs=[torch.randn(256, 128)])
 
 
 def _require_equal_masks(reports: Mapping[str, PruneReport]) -> None:

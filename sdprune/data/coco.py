@@ -240,11 +240,12 @@ def _read_statistics(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise InputError(
-            f"Cannot read the reference {path}: {error.strerror}. Give `drawn`, `split` or an .npz."
+            f"--data.reference is {path}, which cannot be read: {error.strerror}. Give `drawn`, `split` or an .npz."
         ) from error
 
 
 def _check_statistics(path: Path) -> None:
     _read_statistics(path)
     if missing := {"mu", "sigma"} - set(read_npz(path)):
-        raise InputError(f"The reference {path} has no {', '.join(sorted(missing))}: expected `mu` and `sigma`.")
+        lacks = " and no ".join(sorted(missing))
+        raise InputError(f"--data.reference is {path}, which has no {lacks}: give an .npz with mu and sigma.")

@@ -69,17 +69,15 @@ class Configuration:
             return type(default)
         return next(iter(choices.values())) if len(choices) == 1 else None
 
-    def missing(self, name: str) -> str:
-        """Where an option lacks without which a class cannot be made, as in `--data.calibration.path, which TextFile
-        needs`; by its name alone where no class that was named needs it.
-        """
-        needing = {
-            f"{place}.{name}": cls
-            for place, cls in self.classes.items()
-            if name in (options := options_of(cls) or {}) and options[name].default is REQUIRED
-        }
-        place = min(needing, key=lambda place: place in self.places, default=None)
-        return f"--{name}" if place is None else f"--{place}, which {needing[place].__name__} needs"
+    def missing(self, names: Sequence[str]) -> str:
+        """What options lack without which a class cannot be made: `--data.calibration.path, which TextFile needs`."""
+        for place, cls in sorted(self.classes.items(), key=lambda one: f"{one[0]}.{names[0]}" in self.places):
+            options = options_of(cls) or {}
+            if all(name in options and options[name].default is REQUIRED for name in names):
+                lacking = ", ".join(f"--{place}.{name}" for name in names)
+                return f"Missing: {lacking}, which {cls.__name__} needs. See --{place}.help."
+        lacking = ", ".join(f"--{name}" for name in names)
+        return f"Missing: {lacking}. Give a configuration (--config FILE, as those in configs/), or options."
 
     def _options(
         self, place: str, known: Mapping[str, Option] | None, values: Mapping[str, Any], owner: str = "",
@@ -304,9 +302,7 @@ def explain(message: str, configuration: Configuration) -> str:
     if found := re.search(r"unrecognized arguments: (\S+)", message):
         return f"Unknown option {found[1]!r}. {_NEXT}"
     if found := re.search(r"following arguments are required: (.*)", message):
-        names = [name.removeprefix("fit.").removeprefix("predict.") for name in found[1].split(", ")]
-        missing = "; ".join(map(configuration.missing, names))
-        return f"Missing: {missing}. Give a configuration (--config FILE, as those in configs/), or options."
+        return configuration.missing([name.rpartition(".")[2] for name in found[1].split(", ")])
     value = re.search(r"Got value: (.*)", message) or re.search(r"Given value: (.*)", message)
     if value and (literals := re.findall(r"Expected a typing\.Literal(\[.*?\])", message)):
         choices = dict.fromkeys(str(choice) for literal in literals for choice in literal_eval(literal))

@@ -216,7 +216,15 @@ BAD_OPTIONS = {
     ),
     "option that lacks": (
         ["--data.calibration=TextFile"],
-        ["Missing: --data.calibration.path, which TextFile needs"],
+        ["Missing: --data.calibration.path, which TextFile needs. See --data.calibration.help."],
+    ),
+    "several options that lack": (
+        ["--data.source=HubDataset"],
+        ["Missing: --data.source.dataset, --data.source.split, which HubDataset needs."],
+    ),
+    "option that one of two metrics lacks": (
+        ["--model.metrics+=KernelInceptionDistance"],
+        ["Missing: --model.metrics.extractor, which KernelInceptionDistance needs."],
     ),
     "class of another kind in the package": (
         ["--model.prune.unet.criterion=sdprune.pruning.OWL"],
@@ -401,8 +409,8 @@ def test_bad_files(sdprune, tmp_path, case):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["predict"], ["Missing: --data; --model. ", "--config"]),
-        (["fit"], ["Missing: --data; --model. ", "--config"]),
+        (["predict"], ["Missing: --data, --model. Give a configuration", "--config"]),
+        (["fit"], ["Missing: --data, --model. Give a configuration", "--config"]),
         (["predict", "--config"], ["--config", "expected one argument"]),
         (["predict", "--config", "{tmp}/none.yaml"], ["{tmp}/none.yaml", "No such file"]),
         (["predict", "--config={tmp}"], ["{tmp}", "directory"]),

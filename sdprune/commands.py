@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import sys
 import warnings
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal, NoReturn, Optional, Union
 
@@ -43,8 +41,7 @@ from sdprune.manual import manual_of, manual_of_verb  # noqa: E402
 from sdprune.mini.training import Stage  # noqa: E402
 from sdprune.modules import FrozenModule, GenerationModule  # noqa: E402
 from sdprune.modules.pruning import PruningPlan  # noqa: E402
-from sdprune.options import Configuration, explain, help_wanted, quoted  # noqa: E402
-from sdprune.pruning import PruneSpec  # noqa: E402
+from sdprune.options import Configuration, explain, help_wanted, placed, quoted  # noqa: E402
 from sdprune.record import Record  # noqa: E402
 from sdprune.schema import Option, bases_of, class_named  # noqa: E402
 from sdprune.study.worker import Checked  # noqa: E402
@@ -90,32 +87,16 @@ class Parser(LightningArgumentParser):
         raise cause or ParseError(message)
 
     def instantiate_classes(self, cfg: Any, **kwargs: Any) -> Any:
-        """Construct what a configuration names; an error in how a component is pruned names the component."""
-        try:
-            return super().instantiate_classes(cfg, **kwargs)
-        except Exception as error:
-            bad, own = cause(error, InputError), cfg.get(cfg.get("subcommand") or "") or cfg
-            specs = getattr(own.get("model"), "init_args", {}).get("prune") if bad else None
-            for name, spec in (specs or {}).items():
-                if _fault_of_spec(spec) == str(bad):
-                    raise InputError(f"--model.prune.{name}: {_with_place(str(bad), name)}") from error
-            raise
+        """Make the objects; what a constructor says of its arguments is told with their place."""
 
+        def make(cls: Any, *args: Any, **arguments: Any) -> Any:
+            try:
+                return cls(*args, **arguments)
+            except InputError as error:
+                raise placed(error, cfg[cfg.subcommand], cls, arguments) from error
 
-def _fault_of_spec(spec: Any) -> str | None:
-    parser = LightningArgumentParser()
-    parser.add_class_arguments(PruneSpec, "spec")
-    try:
-        parser.instantiate_classes(Namespace(spec=spec))
-    except Exception as error:
-        return str(cause(error, InputError))
-    return None
-
-
-def _with_place(message: str, component: str) -> str:
-    """`set sparsity=0.5` as `set --model.prune.unet.sparsity=0.5`."""
-    names = "|".join(field.name for field in fields(PruneSpec))
-    return re.sub(rf"\b({names})=", rf"--model.prune.{component}.\1=", message)
+        self.add_instantiator(make, object)
+        return super().instantiate_classes(cfg, **kwargs)
 
 
 class SdpruneCLI(LightningCLI):
@@ -173,8 +154,8 @@ class SdpruneCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, with errors of one line."""
+        configuration = Configuration(root_options(self._subcommand_parsers[args[0]]), GROUPS)
         try:
-            configuration = Configuration(root_options(self._subcommand_parsers[args[0]]), GROUPS)
             wanted, words = help_wanted(args[1:])
             configuration.read(words)
             if wanted is not None:
@@ -182,7 +163,7 @@ class SdpruneCLI(LightningCLI):
                 raise SystemExit(0)
             super().parse_arguments(parser, args)
         except ParseError as error:
-            raise InputError(explain(str(error))) from error
+            raise InputError(explain(str(error), configuration)) from error
         seed = self.config[self.config.subcommand].seed_everything
         if not isinstance(seed, bool) and not 0 <= seed < 2**32:
             raise InputError(f"seed_everything is {seed}: choose from 0 to {2**32 - 1}.")
@@ -363,6 +344,7 @@ def _cli_options() -> dict[str, Any]:
         "subclass_mode_model": True,
         "subclass_mode_data": True,
         "auto_configure_optimizers": False,
+        "load_from_checkpoint_support": False,  # it wants to make the model and the data itself
         "save_config_callback": None,
         "seed_everything_default": 0,
         "trainer_class": Trainer,

@@ -649,7 +649,7 @@ def test_original_sparsegpt_prunes_one_more_a_block():
         ({"criterion": "SparseGPT", "band": (0.1, 0.2)}, "ranks no weights"),
         ({"granularity": "N:M"}, "as in 2:4"),
         ({"granularity": "5:4", "sparsity": 0.5}, "prunes 5 of every 4"),
-        ({"granularity": "2:4", "sparsity": 0.4}, "prunes 0.5, not 0.4: leave sparsity out, or set sparsity=0.5"),
+        ({"granularity": "2:4", "sparsity": 0.4}, "prunes 0.5, not 0.4: leave sparsity out, or set it to 0.5"),
         ({"granularity": "2:4", "sparsity": 0.5, "allocation": "OWL"}, "OWL has no effect under granularity 2:4"),
         ({"criterion": "Wanda", "granularity": "component", "order": "sequential"}, "sequential cannot rank a whole"),
         ({"order": "onepass"}, "Unknown order 'onepass'. Did you mean 'one_pass'"),

@@ -145,7 +145,7 @@ def test_a_budget_and_a_components_other_sparsity_exclude_each_other(sdprune, tm
         assert told.code == 2
         assert told.err.count("\n") == 1
         for name, (budgeted, own) in amounts.items():
-            assert f"{name} a sparsity of {budgeted}, where model.prune.{name} has {own}" in told.err
+            assert f"{name} a sparsity of {budgeted}, where --model.prune.{name} has {own}" in told.err
         ways = told.err.strip().partition("Leave it to the budget: ")[2].split()
         assert ways == [f"--model.prune.{option}" for option in free]
     assert not list(tmp_path.glob("*-*"))

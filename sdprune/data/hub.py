@@ -59,7 +59,7 @@ class HubDataset(CaptionSource):
     def image(self, row: Row) -> "Image":
         """Return the picture of a row, in RGB."""
         stored = self._pictures[self._rows[row["id"]]][self.columns["image"]]
-        with reading(f"Image {row['id']} of dataset {self.dataset} is damaged"):
+        with reading(f"Image {row['id']} of dataset {self.dataset} is damaged", then=""):
             if stored is None:
                 raise ValueError("it is empty")
             return read_picture(stored["path"] if stored["bytes"] is None else BytesIO(stored["bytes"]))

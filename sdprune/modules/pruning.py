@@ -10,15 +10,30 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Dict, Optional
 
+import torch
+from torch import nn
+
 from sdprune.data import Batch
 from sdprune.errors import InputError
-from sdprune.identity import facts_of, fingerprint, own_version, package_code
+from sdprune.identity import code_of, facts_of, fingerprint, own_version, package_code
 from sdprune.modules.base import FrozenModule
 from sdprune.modules.calibrator import Calibrator, of_everyone
 from sdprune.modules.card import model_card, origin, records_of
 from sdprune.modules.needs import Calibration, Need, Needs, is_text
 from sdprune.pipelines import PipelineFamily, Sampling
-from sdprune.pruning import Budget, InfeasibleError, PruneReport, PruneSpec, Size, account, apply, targets_of, wholes
+from sdprune.pruning import (
+    Budget,
+    InfeasibleError,
+    PruneReport,
+    PruneSpec,
+    Size,
+    Uniform,
+    account,
+    apply,
+    prune,
+    targets_of,
+    wholes,
+)
 from sdprune.pruning.spec import AGREEMENT
 from sdprune.record import clock, label, read_json, require_writable, write_json
 from sdprune.store import StatisticsStore
@@ -85,11 +100,11 @@ class PruningPlan:
         unlike = [name for name in specs if asked[name] and abs(asked[name] - sparsities[name]) > AGREEMENT]
         if unlike:
             told = ", and ".join(
-                f"{name} a sparsity of {sparsities[name]:g}, where model.prune.{name} has {asked[name]:g}"
+                f"{name} a sparsity of {sparsities[name]:g}, where --model.prune.{name} has {asked[name]:g}"
                 for name in unlike
             )
             free = " ".join(f"--model.prune.{name}.{_without_sparsity(specs[name])}" for name in unlike)
-            raise InputError(f"budget.total {budget.total:g} gives {told}. Leave it to the budget: {free}")
+            raise InputError(f"--model.budget.total={budget.total:g} gives {told}. Leave it to the budget: {free}")
         return {
             name: spec if spec.nominal else replace(spec, sparsity=sparsities[name]) for name, spec in specs.items()
         }
@@ -118,6 +133,7 @@ class PruningPlan:
         self.pipeline.check(self.sampling)
         for name, spec in self.specs.items():
             targets_of(self.pipeline.skeleton(name), spec)
+            _try_out(spec)
         if self.calibrates:
             _ = data.calibration_examples  # enough captions
         self.store.check(self.facts(data, dtype))
@@ -156,6 +172,14 @@ class PruningPlan:
 def _without_sparsity(spec: PruneSpec) -> str:
     """The option by which a specification says no more how much is pruned."""
     return "granularity=null" if spec.pattern else "sparsity=0" if spec.band is None else "band=null"
+
+
+def _try_out(spec: PruneSpec) -> None:
+    """Prune one small layer by a user's own criterion: what is wrong with it shows before any image is drawn."""
+    if code_of(spec.criterion):
+        small = replace(spec, allocation=Uniform(), layers=["Linear"], include=["*"], exclude=[])
+        with torch.random.fork_rng([]):
+            prune(nn.Linear(128, 128), small, inputs=[torch.randn(256, 128)])
 
 
 def _require_equal_masks(reports: Mapping[str, PruneReport]) -> None:

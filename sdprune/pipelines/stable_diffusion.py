@@ -160,7 +160,7 @@ class StableDiffusion(PipelineFamily):
                 f"The U-Net of {self.files.path} takes {takes} channels and the VAE makes {makes}: this is a model for "
                 "inpainting or editing, which needs a picture. Give the text-to-image model that it was made from."
             )
-        with reading(f"The parts of {self.files.path} do not fit each other", "Restore it or give another model."):
+        with reading(f"The parts of {self.files.path} do not fit each other"):
             longest, largest = text.config.max_position_embeddings, max(tokenizer.get_vocab().values())
             if not 2 <= tokenizer.model_max_length <= longest or largest >= text.config.vocab_size:
                 raise ValueError(

@@ -156,7 +156,7 @@ class PruneSpec:
         if band[0] >= band[1]:
             raise InputError(f"band is {list(band)}: its first share must be below its second, as in [0.1, 0.2].")
         if self.sparsity:
-            raise InputError(f"band {list(band)} and sparsity {self.sparsity} exclude each other: set sparsity=0.")
+            raise InputError(f"band {list(band)} and sparsity {self.sparsity} exclude each other: set sparsity to 0.")
         if not isinstance(self.criterion, Ranking):
             raise InputError(f"{_name(self.criterion)} ranks no weights, so that there is no band of them: use Wanda.")
 
@@ -189,7 +189,7 @@ class PruneSpec:
         if self.sparsity and abs(self.sparsity - n / m) > AGREEMENT:
             given, wanted = f"{self.sparsity:g}", f"{n / m:g}"
             raise InputError(
-                f"granularity {n}:{m} prunes {wanted}, not {given}: leave sparsity out, or set sparsity={wanted}."
+                f"granularity {n}:{m} prunes {wanted}, not {given}: leave sparsity out, or set it to {wanted}."
             )
 
     def _check_original(self) -> None:
@@ -232,9 +232,11 @@ def _share(option: str, value: Any) -> float:
     """A number of any library as a float."""
     if not isinstance(value, Real) or isinstance(value, bool):
         raise InputError(f"{option} is {value!r}: give a number between 0 and 1, as in 0.35.")
-    if not 0 <= float(value) <= 1:  # also catches NaN
-        raise InputError(f"{option} is {value}: give a share between 0 and 1, as in 0.35.")
-    return float(value)
+    share = float(value)
+    if not 0 <= share <= 1:  # also catches NaN
+        hint = f"; for {share:g} %, write {share / 100:g}" if 1 < share <= 100 else ", as in 0.35"
+        raise InputError(f"{option} is {value}: give a share between 0 and 1{hint}.")
+    return share
 
 
 def _name(part: object) -> str:

@@ -102,7 +102,8 @@ def _in_own_file(error: BaseException | None) -> tuple[BaseException, TracebackT
     return None
 
 
-def _tell(line: str, code: int) -> int:
+def _tell(text: str, code: int) -> int:
+    line = "".join(one if one.isprintable() else ascii(one)[1:-1] for one in text)  # names of others stay in one line
     rank = os.environ.get("RANK") or os.environ.get("LOCAL_RANK", "0")
     if rank == "0":  # speaks for all
         print(f"sdprune: {line}", file=sys.stderr, flush=True)

@@ -370,8 +370,11 @@ class replacing:  # noqa: N801 (reads as a verb: with replacing(path) as tempora
         return self.temporary
 
     def __exit__(self, kind: Any, *rest: Any) -> None:
-        if kind is None:
-            self.temporary.chmod(0o644)
-            os.replace(self.temporary, self.path)
-        else:
+        try:
+            if kind is None:
+                self.temporary.chmod(0o644)
+                os.replace(self.temporary, self.path)
+        except IsADirectoryError as error:
+            raise InputError(f"{self.path} is a directory where a file belongs: remove it and run again.") from error
+        finally:
             self.temporary.unlink(missing_ok=True)

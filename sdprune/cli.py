@@ -6,6 +6,9 @@ import errno
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+from sysconfig import get_path
+from types import TracebackType
 
 from sdprune.errors import InputError, unknown
 from sdprune.errors import cause as _cause
@@ -74,13 +77,33 @@ def main(argv: Sequence[str] | None = None) -> int:
         if bad_input is None:
             import traceback
 
-            traceback.print_exc()
-            return _tell(f"failed: {type(error).__name__}: {error}", 1)
+            failed, frames, place = _in_own_file(error) or (error, error.__traceback__, "")
+            traceback.print_exception(type(failed), failed, frames, chain=failed is error)
+            return _tell(f"failed: {place}{type(failed).__name__}: {' '.join(str(failed).split())}", 1)
         return _tell(f"error: {bad_input}", 2)
 
 
+def _in_own_file(error: BaseException | None) -> tuple[BaseException, TracebackType, str] | None:
+    """What failed in a file of the user's own, if anything did: the exception, its frames from there on, the place."""
+    libraries = (str(Path(__file__).parent), get_path("stdlib"))
+    while error is not None:
+        first, place, frames = None, "", error.__traceback__
+        while frames is not None:
+            code = frames.tb_frame.f_code
+            file = Path(code.co_filename)
+            installed = {"site-packages", "dist-packages"} & set(file.parts) or str(file).startswith(libraries)
+            if file.is_file() and not installed:
+                shown = file.relative_to(Path.cwd()) if file.is_relative_to(Path.cwd()) else file
+                first, place = first or frames, f"{shown}:{frames.tb_lineno} in {code.co_name}: "
+            frames = frames.tb_next
+        if first is not None:
+            return error, first, place
+        error = error.__cause__ or error.__context__
+    return None
+
+
 def _tell(text: str, code: int) -> int:
-    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)  # names and ids come from outside
+    line = "".join(one if one.isprintable() else ascii(one)[1:-1] for one in text)  # names of others stay in one line
     rank = os.environ.get("RANK") or os.environ.get("LOCAL_RANK", "0")
     if rank == "0":  # speaks for all
         print(f"sdprune: {line}", file=sys.stderr, flush=True)

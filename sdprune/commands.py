@@ -25,6 +25,7 @@ for _message in (  # Lightning's talk with its own developers, and advice on tra
     warnings.filterwarnings("ignore", message=_message)
 warnings.filterwarnings("ignore", module=r"jsonargparse\b|lightning\.pytorch\.cli")
 
+from jsonargparse import Namespace  # noqa: E402
 from lightning import LightningDataModule, LightningModule, Trainer  # noqa: E402
 from lightning.fabric.utilities.exceptions import MisconfigurationException  # noqa: E402
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI  # noqa: E402
@@ -34,14 +35,16 @@ import sdprune.modules  # noqa: E402, F401 (classes are found by name among thos
 from sdprune.callbacks import CalibrationProgress, ImageProgress  # noqa: E402
 from sdprune.data import CocoDataModule  # noqa: E402
 from sdprune.errors import InputError, cause  # noqa: E402
+from sdprune.hub import offline  # noqa: E402
 from sdprune.locks import release_all  # noqa: E402
 from sdprune.manual import manual_of, manual_of_verb  # noqa: E402
 from sdprune.mini.training import Stage  # noqa: E402
 from sdprune.modules import FrozenModule, GenerationModule  # noqa: E402
-from sdprune.options import Configuration, explain, help_wanted, quoted  # noqa: E402
+from sdprune.options import Configuration, explain, help_wanted, placed, quoted  # noqa: E402
 from sdprune.pruning import InfeasibleError  # noqa: E402
 from sdprune.record import Record, replacing  # noqa: E402
 from sdprune.schema import Option, bases_of, class_named  # noqa: E402
+from sdprune.study.worker import Checked  # noqa: E402
 from sdprune.summary import show  # noqa: E402
 from sdprune.tracking import connect, finish_all, log_record, wandb_logger  # noqa: E402
 
@@ -82,6 +85,18 @@ class Parser(LightningArgumentParser):
         while cause is not None and (isinstance(cause, ParseError) or not isinstance(cause, InputError)):
             cause = cause.__cause__ or cause.__context__
         raise cause or ParseError(message)
+
+    def instantiate_classes(self, cfg: Any, **kwargs: Any) -> Any:
+        """Make the objects; what a constructor says of its arguments is told with their place."""
+
+        def make(cls: Any, *args: Any, **arguments: Any) -> Any:
+            try:
+                return cls(*args, **arguments)
+            except InputError as error:
+                raise placed(error, cfg[cfg.subcommand], cls, arguments) from error
+
+        self.add_instantiator(make, object)
+        return super().instantiate_classes(cfg, **kwargs)
 
 
 class SdpruneCLI(LightningCLI):
@@ -139,8 +154,8 @@ class SdpruneCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, with errors of one line."""
+        configuration = Configuration(root_options(self._subcommand_parsers[args[0]]), GROUPS)
         try:
-            configuration = Configuration(root_options(self._subcommand_parsers[args[0]]), GROUPS)
             wanted, words = help_wanted(args[1:])
             configuration.read(words)
             if wanted is not None:
@@ -149,7 +164,7 @@ class SdpruneCLI(LightningCLI):
             super().parse_arguments(parser, args)
             self.asked = self.config[self.config.subcommand].clone()
         except ParseError as error:
-            raise InputError(explain(str(error))) from error
+            raise InputError(explain(str(error), configuration)) from error
         seed = self.config[self.config.subcommand].seed_everything
         if not isinstance(seed, bool) and not 0 <= seed < 2**32:
             raise InputError(f"seed_everything is {seed}: choose from 0 to {2**32 - 1}.")
@@ -202,7 +217,7 @@ class SdpruneCLI(LightningCLI):
         try:
             model.resolve(self.datamodule, precision)
         except InfeasibleError as error:
-            self._track(model.record_infeasible(error.reason))
+            self._track(model.infeasible_record(error.reason, write=True))
             return
         self.runs = [model]
         other = model.find_baseline()
@@ -237,7 +252,8 @@ class SdpruneCLI(LightningCLI):
         for run in self.runs:
             asked = self.asked.clone()
             if run is not self.model:
-                for option, value in {"prune": {}, "budget": None, "baseline": None}.items():
+                unpruned: dict[str, Any] = {"prune": {}, "budget": None, "baseline": None}
+                for option, value in unpruned.items():
                     asked[f"model.init_args.{option}"] = value
                 asked["model.init_args.pipeline.init_args.model"] = run.pipeline.model
             text = self._subcommand_parsers["predict"].dump(asked, skip_validation=True)
@@ -294,8 +310,6 @@ def root_options(parser: LightningArgumentParser) -> dict[str, Option]:
 
 
 def _class(path: str, **init_args: Any) -> Any:
-    from jsonargparse import Namespace
-
     return Namespace(class_path=path, init_args=Namespace(**init_args))
 
 
@@ -359,6 +373,7 @@ def _cli_options() -> dict[str, Any]:
         "subclass_mode_model": True,
         "subclass_mode_data": True,
         "auto_configure_optimizers": False,
+        "load_from_checkpoint_support": False,  # it wants to make the model and the data itself
         "save_config_callback": None,
         "seed_everything_default": 0,
         "trainer_class": Trainer,
@@ -368,46 +383,58 @@ def _cli_options() -> dict[str, Any]:
     }
 
 
-class _Checked(Exception):  # noqa: N818 (no error: it leaves LightningCLI's constructor before anything is run)
-    def __init__(self, faults: list[str | None]) -> None:
-        self.faults = faults
+class _AllChecked(Exception):  # noqa: N818 (no error: it leaves LightningCLI's constructor before anything is run)
+    def __init__(self, found: list[Checked]) -> None:
+        self.found = found
 
 
 class _Checker(SdpruneCLI):
-    """Parses many commands with one parser, constructs what they name, and runs none of them."""
+    """Parses many commands with one parser, constructs what they name, and runs none of them; asks no hub."""
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        self.known: set[str] = set()
-        raise _Checked([self._fault(parser, words) for words in args])
+        self.known: dict[str, Any] = {}
+        with offline():
+            raise _AllChecked([self._check(parser, words) for words in args])
 
-    def _fault(self, parser: LightningArgumentParser, words: Sequence[str]) -> str | None:
+    def _check(self, parser: LightningArgumentParser, words: Sequence[str]) -> Checked:
         try:
             super().parse_arguments(parser, words)
-            made = parser.instantiate_classes(self.config)[words[0]]
-            plan = getattr(made.model, "plan", None)
-            pipeline = str(self.config[words[0]].model.init_args.get("pipeline"))
-            if plan is not None and (names := f"{pipeline} {sorted(plan.asked)}") not in self.known:
-                plan.pipeline.require(list(plan.asked))  # may ask the hub
-                self.known.add(names)
-            return None
+            made, config = parser.instantiate_classes(self.config)[words[0]], self.config[words[0]]
+            model = made.model
+            if not isinstance(model, GenerationModule):
+                return Checked()
+            model.pipeline = self.known.setdefault(str(config.model.init_args.pipeline), model.pipeline)
+            model.pipeline.require(list(model.options.prune))
+            data = self.known.setdefault(str(config.data), made.data)  # hashes the same files once
+            return Checked(None, self._finished(model, data, str(config.trainer.precision or "32-true")), model.numbers)
         except SystemExit:
-            return "--help and --print_config cannot be given to a sweep"
+            return Checked("--help and --print_config cannot be given to a sweep")
         except Exception as error:
-            return " ".join(str(cause(error, InputError) or error).split()) or type(error).__name__
+            return Checked(" ".join(str(cause(error, InputError) or error).split()) or type(error).__name__)
+
+    @staticmethod
+    def _finished(model: GenerationModule, data: Any, precision: str) -> bool:
+        """Whether the record is there; not when that cannot be known without the hub or with files that are missing."""
+        if not any(Path(model.output).glob("*/results.json")):
+            return False
+        try:
+            model.resolve(data, precision)
+            return model.record.finished
+        except InfeasibleError as error:
+            return model.infeasible_record(error.reason, write=False).finished
+        except InputError:
+            return False
 
 
-def check(commands: Sequence[Sequence[str]]) -> list[str | None]:
-    """Find what is wrong with commands before any of them runs: options, values, classes, components.
+def check(commands: Sequence[Sequence[str]]) -> list[Checked]:
+    """Find what can be told of commands before any of them runs: faults of options, values, classes, components.
 
     Args:
         commands: each a verb and its options.
-
-    Returns:
-        One line for each command; None where nothing was found.
     """
     sys.argv[0] = sys.argv[0] or "sdprune"
     try:
         _Checker(**_cli_options(), args=[quoted(words) for words in commands])  # type: ignore[misc]
-    except _Checked as checked:
-        return checked.faults
+    except _AllChecked as checked:
+        return checked.found
     raise AssertionError("LightningCLI parses its arguments in its constructor")

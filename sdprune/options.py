@@ -15,9 +15,10 @@ from typing import Any
 import yaml
 
 from sdprune.errors import InputError, unknown
-from sdprune.schema import Option, bases_of, choices_of, class_named, elements_of, options_of, takes
+from sdprune.schema import REQUIRED, Option, bases_of, choices_of, class_named, elements_of, options_of, takes
 
 _KINDS = {"float": "a number", "int": "a whole number", "bool": "true or false", "list": "a list, as in [a, b]"}
+_KINDS |= {"tuple": _KINDS["list"]}
 _KINDS |= {
     "dict": "options by name, as in {a: 1}",
     "str": "text, in quotes where YAML takes it for a number, as in '2:4'",
@@ -37,6 +38,8 @@ class Configuration:
     def __init__(self, root: Mapping[str, Option], groups: Mapping[str, type]) -> None:
         self.root, self.groups = root, groups
         self.classes: dict[str, Any] = {}
+        self.places: set[str] = set()
+        """The options that were given, by place."""
 
     def read(self, words: Sequence[str]) -> None:
         """Check the words of a command line in their order.
@@ -66,13 +69,26 @@ class Configuration:
             return type(default)
         return next(iter(choices.values())) if len(choices) == 1 else None
 
+    def missing(self, names: Sequence[str]) -> str:
+        """What options lack without which a class cannot be made: `--data.calibration.path, which TextFile needs`."""
+        for place, cls in sorted(self.classes.items(), key=lambda one: f"{one[0]}.{names[0]}" in self.places):
+            options = options_of(cls) or {}
+            if all(name in options and options[name].default is REQUIRED for name in names):
+                lacking = ", ".join(f"--{place}.{name}" for name in names)
+                return f"Missing: {lacking}, which {cls.__name__} needs. See --{place}.help."
+        lacking = ", ".join(f"--{name}" for name in names)
+        return f"Missing: {lacking}. Give a configuration (--config FILE, as those in configs/), or options."
+
     def _options(
-        self, place: str, known: Mapping[str, Option] | None, values: Mapping[str, Any], owner: str = ""
-    ) -> None:
+        self, place: str, known: Mapping[str, Option] | None, values: Mapping[str, Any], owner: str = "",
+        bases: list[type] | None = None,
+    ) -> None:  # fmt: skip
         for name, value in values.items():
             here = f"{place}.{name}".lstrip(".")
+            self.places.add(here)
             if known is not None and name not in known:
-                raise unknown_option(here, value, list(known), owner)
+                others = [other for other, cls in choices_of(bases or []).items() if name in (options_of(cls) or {})]
+                raise unknown_option(here, value, list(known), owner, others)
             if known is not None:
                 self._value(here, known[name], value)
 
@@ -80,7 +96,8 @@ class Configuration:
         annotation = option.annotation
         if value is None:
             if option.default is not None and not takes(annotation, type(None)):
-                raise InputError(f"{place} is empty: give it a value, or leave it out.")
+                none = f"--{place}={{}} for none" if elements_of(annotation, "dict") else "leave it out"
+                raise InputError(f"--{place} is empty: give it a value, or {none}.")
         elif isinstance(value, list):
             for item in value:
                 self._value(place, Option(elements_of(annotation, "list") or Any, None), item)
@@ -99,7 +116,7 @@ class Configuration:
             elif bases and (value in choices_of(bases) or not takes(annotation, str)):
                 self.classes[place] = class_named(place, value, bases)
         elif bases_of(annotation) and not takes(annotation, type(value)):
-            raise InputError(f"{place} is {value}: give its options, as in --{place}.NAME=VALUE. See --{place}.help.")
+            raise InputError(f"--{place} is {value}: give its options, as in --{place}.NAME=VALUE. See --{place}.help.")
 
     def _instance(self, place: str, option: Option, value: Mapping[str, Any]) -> None:
         bases = bases_of(option.annotation)
@@ -108,13 +125,13 @@ class Configuration:
         cls = self.class_at(place, option)
         options: Any = value.get("init_args") or {} if _CLASS_KEYS & set(value) else value
         if beside := [key for key in value if options is not value and key not in _CLASS_KEYS]:
-            raise InputError(f"{place}.{beside[0]} stands beside class_path: put it under init_args.")
+            raise InputError(f"--{place}.{beside[0]} stands beside class_path: put it under init_args.")
         if cls is None and options:
             choices = list(choices_of(bases)) or ["CLASS"]
-            told = f"{place} has no class yet: name it before its options, as in --{place}={choices[0]}."
+            told = f"--{place} has no class yet: name it before its options, as in --{place}={choices[0]}."
             raise InputError(f"{told} Choices: {', '.join(choices[:12])}.")
         if isinstance(options, Mapping) and cls is not None:
-            self._options(place, options_of(cls), options, cls.__name__)
+            self._options(place, options_of(cls), options, cls.__name__, bases)
 
 
 def given(words: Sequence[str]) -> Iterator[tuple[str, str | None]]:
@@ -191,13 +208,26 @@ def _content(value: str) -> dict[str, Any] | None:
     return read_file(Path(value)) if is_file else None
 
 
-def unknown_option(place: str, value: Any, choices: list[str], owner: str) -> InputError:
-    """`Unknown option 'model.prune.unet.sparsty' of PruneSpec. Did you mean ...? Choices: ...`, to be raised."""
+def unknown_option(place: str, value: Any, choices: list[str], owner: str, others: Sequence[str] = ()) -> InputError:
+    """`Unknown option 'model.prune.unet.sparsty' of PruneSpec. Did you mean ...? Choices: ...`, to be raised.
+
+    Args:
+        place: the option.
+        value: what was given for it.
+        choices: the options that there are.
+        owner: the class whose options they are.
+        others: classes that could stand in its place and have the option.
+    """
     before, _, name = place.rpartition(".")
     rest = ""
     while isinstance(value, Mapping) and len(value) == 1 and not _CLASS_KEYS & set(value):
         key, value = next(iter(value.items()))
         rest += f".{key}"
+    if len(others) == 1:
+        return InputError(
+            f"Unknown option {place + rest!r} of {owner}: it belongs to {others[0]}. Name that class first, as in "
+            f"--{before}={others[0]}, or see --{before}.help."
+        )
     close = get_close_matches(str(name), choices, n=1, cutoff=0.7)
     hint = f" Did you mean {f'{before}.{close[0]}{rest}'.lstrip('.')!r}?" if close else ""
     shown = ", ".join(choices[:12]) + (f", ... ({len(choices)} in all)" if len(choices) > 12 else "")
@@ -208,7 +238,64 @@ def unknown_option(place: str, value: Any, choices: list[str], owner: str) -> In
     )
 
 
-def explain(message: str) -> str:
+def placed(error: InputError, configuration: Any, made: Any, arguments: Mapping[str, Any]) -> InputError:
+    """What a constructor said of its arguments, with the option's whole name.
+
+    Args:
+        error: what it raised.
+        configuration: the parser's namespaces.
+        made: the class.
+        arguments: what it was called with.
+    """
+    found = next((place for place, one in _objects("", configuration) if _is_of(one, made, arguments)), None)
+    if found is None:
+        return error
+    message = str(error)
+    name = re.match(r"(?:Unknown )?([\w.]*)", message)[1]  # type: ignore[index]
+    option = name.removeprefix(f"{found.rpartition('.')[2]}.")
+    if option not in arguments:
+        return InputError(f"--{found}: {message}")
+    if message.startswith("Unknown"):
+        return InputError(f"--{found}.{option}: {message}")
+    return InputError(f"--{found}.{option}{message.removeprefix(name)}")
+
+
+def _objects(place: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """Every namespace of a parsed configuration, with its place."""
+    if isinstance(value, list):
+        for item in value:
+            yield from _objects(place, item)
+    elif content := _fields(value):
+        yield place, value
+        for name, item in content.items():
+            yield from _objects(f"{place}.{name}".lstrip("."), item)
+
+
+def _fields(value: Any) -> dict[str, Any]:
+    """What a namespace or a dict holds; of a class its options."""
+    content = value if isinstance(value, dict) else getattr(value, "__dict__", {})
+    return _fields(content.get("init_args")) if "class_path" in content else content
+
+
+def _is_of(value: Any, cls: Any, arguments: Mapping[str, Any]) -> bool:
+    """Whether a namespace names a class, or is of a fixed class, with these arguments."""
+    path = getattr(value, "class_path", None)
+    fields = _fields(value)
+    return (
+        (path is None or path.rpartition(".")[2] == cls.__name__)
+        and fields.keys() == arguments.keys()
+        and all(_became(one, arguments[name]) for name, one in fields.items())
+    )
+
+
+def _became(value: Any, made: Any) -> bool:
+    """Whether a value of the configuration may have become an argument."""
+    if path := getattr(value, "class_path", None):
+        return path.rpartition(".")[2] == type(made).__name__
+    return hasattr(value, "__dict__") or isinstance(value, (list, dict)) or repr(value) == repr(made)
+
+
+def explain(message: str, configuration: Configuration) -> str:
     """The parser's message on a value in one line: the option, the value, the choices, the next step."""
     keys = re.findall(r'Parser key "([\w.]+)"', message)
     nested = re.search(r"NestedArg\(key='([\w.+]+)', val=(.*)\)", message)
@@ -216,7 +303,7 @@ def explain(message: str) -> str:
     if found := re.search(r"unrecognized arguments: (\S+)", message):
         return f"Unknown option {found[1]!r}. {_NEXT}"
     if found := re.search(r"following arguments are required: (.*)", message):
-        return f"Missing: {found[1]}. Give a configuration (--config FILE, as those in configs/), or options."
+        return configuration.missing([name.rpartition(".")[2] for name in found[1].split(", ")])
     value = re.search(r"Got value: (.*)", message) or re.search(r"Given value: (.*)", message)
     if value and (literals := re.findall(r"Expected a typing\.Literal(\[.*?\])", message)):
         choices = dict.fromkeys(str(choice) for literal in literals for choice in literal_eval(literal))
@@ -226,7 +313,7 @@ def explain(message: str) -> str:
         return f"Unknown option {place!r}. What a class passes on to others goes under dict_kwargs. {_NEXT}"
     if value and kinds:
         wanted = " or ".join(dict.fromkeys(_KINDS.get(kind, kind) for kind in kinds))
-        return f"{place} is {value[1][:100]}: give {wanted}."
+        return f"--{place} is {value[1][:100]}: give {wanted}."
     lines = [line.strip(" -") for line in message.splitlines() if line.strip() and "NestedArg" not in line]
     first, *rest = lines or ["bad input"]
     return f"{first[:300]} {rest[-1][:100] if rest else ''}".rstrip()

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     import numpy as np
     from PIL.Image import Image
 
+REPLACE = "Replace it with an intact copy."
+"""The next step where a file or a directory is damaged."""
 _PICTURES = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # not EPS: Pillow runs Ghostscript for it
 _LARGEST = 2**20  # of the numbers in a model's configuration; sizes beyond are damage that would exhaust memory
 _MOST_LAYERS = 1_000
@@ -26,14 +28,14 @@ _RATIO = 100
 
 
 @contextmanager
-def reading(problem: str, then: str = "Restore it or give another.") -> Iterator[None]:
+def reading(problem: str, then: str = REPLACE) -> Iterator[None]:
     """Raise InputError for whatever a library raises on data that it cannot use.
 
     Only reading belongs in here: whatever goes wrong is blamed on the data.
 
     Args:
         problem: a clause that names the data, such as `config.json is damaged`.
-        then: the next step.
+        then: the next step; empty where the caller tells it.
 
     Raises:
         InputError: `<problem> (<reason>). <then>`.
@@ -45,7 +47,7 @@ def reading(problem: str, then: str = "Restore it or give another.") -> Iterator
     except BaseException as error:
         if not _blames_data(error):
             raise
-        raise InputError(f"{problem} ({reason(error)}). {then}") from error
+        raise InputError(f"{problem} ({reason(error)}). {then}".rstrip()) from error
 
 
 def _blames_data(error: BaseException) -> bool:
@@ -64,7 +66,7 @@ def reason(error: BaseException) -> str:
     return text if named else f"{type(error).__name__}: {text}".rstrip(": ")
 
 
-def read_json(path: Path, then: str = "Restore it or give another.") -> Any:
+def read_json(path: Path, then: str = REPLACE) -> Any:
     """Read strict JSON: no NaN, no Infinity.
 
     Raises:
@@ -101,14 +103,11 @@ def read_config(path: Path) -> dict[str, Any]:
     """
     values = read_json(path)
     if not isinstance(values, dict):
-        raise InputError(f"{path} is damaged: expected an object of options. Restore it or give another model.")
+        raise InputError(f"{path} is damaged: expected an object of options. {REPLACE}")
     for key, number in _numbers(values):
         most = _MOST_LAYERS if "layers" in key else _LARGEST
         if isinstance(number, int) and abs(number) > most:
-            raise InputError(
-                f"{path} is damaged: {key} is {number}, and at most {most} is possible. Restore it or give another "
-                "model."
-            )
+            raise InputError(f"{path} is damaged: {key} is {number}, and at most {most} is possible. {REPLACE}")
     return values
 
 

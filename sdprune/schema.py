@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import os
+import re
 import sys
 from abc import ABC
 from collections.abc import Iterator, Mapping
@@ -138,24 +140,64 @@ def class_named(place: str, name: str, bases: list[type]) -> Any:
     """
     kind = place.rpartition(".")[2]
     choices = choices_of(bases)
-    if "." not in name:
-        if name not in choices:
-            raise unknown(kind, name, choices)
+    if name in choices and "." not in name:
         return choices[name]
+    if meant := _own_classes(name):
+        raise InputError(
+            f"--{place} is {name}: a class of your own is named MODULE.CLASS, as in --{place}={meant[0]} for the one "
+            f"in {meant[0].partition('.')[0]}.py of the current directory."
+        )
+    if os.path.exists(name):
+        raise _is_path(place, name, choices)
+    if "." not in name:
+        raise unknown(kind, name, choices)
     found = _imported(place, name)
     kinds = " or ".join(base.__name__ for base in bases)
     if isinstance(found, type) and not any(issubclass(found, base) for base in bases):
-        raise InputError(f"{place} is {name}, which is no {kinds}: derive the class from it.")
+        raise InputError(
+            f"--{place} is {name}, which is no {kinds}: derive the class from {' or '.join(map(_public, bases))}."
+        )
     if isinstance(found, type) and not _is_choice(found):
-        raise InputError(f"{place} is {name}, which is abstract: name a class derived from it.")
+        raise InputError(f"--{place} is {name}, which is abstract: name a class derived from it.")
     if not callable(found):
-        raise InputError(f"{place} is {name}, which is no class: give a {kinds}.")
+        raise InputError(f"--{place} is {name}, which is no class: give a {kinds}.")
     return found
+
+
+def _own_classes(name: str) -> list[str]:
+    """The classes of modules in the current directory that a class alone, a module alone or its file stands for."""
+    found = []
+    for path in sorted(path for path in Path.cwd().glob("*.py") if path.is_file()):
+        classes = re.findall(r"^class (\w+)", path.read_text(encoding="utf-8", errors="replace"), re.MULTILINE)
+        whole = name == path.stem or Path(name).absolute() == path
+        found += [f"{path.stem}.{cls}" for cls in classes if whole or name == cls]
+    return found
+
+
+def _is_path(place: str, name: str, choices: Mapping[str, type]) -> InputError:
+    """A file or a directory in place of a class, with the classes that read one."""
+    is_directory = os.path.isdir(name)
+    reading = [
+        f"--{place}={cls} --{place}.{option}={name}"
+        for cls, target in choices.items()
+        for option, one in (options_of(target) or {}).items()
+        if one.default is REQUIRED and takes(one.annotation, Path) and (option != "path") == is_directory
+    ]
+    kind = "directory" if is_directory else "file"
+    hint = f", as in {reading[0]}" if reading else f". Choices: {', '.join(choices)}"
+    return InputError(f"--{place} is {name}, a {kind}: name the class that reads it{hint}.")
+
+
+def _public(cls: type) -> str:
+    """The shortest dotted path by which a class can be imported."""
+    parts = cls.__module__.split(".")
+    modules = (".".join(parts[:count]) for count in range(1, len(parts) + 1))
+    return next(f"{one}.{cls.__name__}" for one in modules if getattr(sys.modules[one], cls.__name__, None) is cls)
 
 
 def _imported(place: str, path: str) -> Any:
     module, _, name = path.rpartition(".")
-    failed = f"{place} is {path}: module {module!r} cannot be imported"
+    failed = f"--{place} is {path}: module {module!r} cannot be imported"
     with _searching_here():
         try:
             found: Any = import_module(module)

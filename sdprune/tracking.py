@@ -14,6 +14,8 @@ from sdprune.record import Record
 
 _started: list[Any] = []
 """The W&B runs that were started here, which are ours to finish."""
+_ended: list[str] = []
+"""What `finish_all` said of those that were ended."""
 
 
 def wandb_logger(
@@ -113,4 +115,12 @@ def finish_all(failed: bool) -> list[str]:
         run = _started.pop()
         lines.append(f"wandb sync {run.settings.sync_dir}" if run.offline else str(run.url))
         run.finish(exit_code=int(failed))
+    _ended.extend(lines)
+    return lines
+
+
+def take_ended() -> list[str]:
+    """What `finish_all` has said since the last call."""
+    lines = list(_ended)
+    _ended.clear()
     return lines

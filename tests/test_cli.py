@@ -115,8 +115,15 @@ def test_print_config(sdprune, tmp_path):
 
 
 BAD_OPTIONS = {
-    "negative sparsity": (["--model.prune.unet.sparsity=-0.1"], ["sparsity is -0.1", "between 0 and 1"]),
+    "negative sparsity": (
+        ["--model.prune.unet.sparsity=-0.1"],
+        ["--model.prune.unet.sparsity is -0.1", "between 0 and 1, as in 0.35."],
+    ),
     "sparsity above 1": (["--model.prune.unet.sparsity=1.5"], ["sparsity is 1.5", "between 0 and 1"]),
+    "sparsity of the other component": (
+        ["--model.prune.text_encoder.sparsity=50"],
+        ["--model.prune.text_encoder.sparsity is 50.0", "between 0 and 1; for 50 %, write 0.5."],
+    ),
     "sparsity nan": (["--model.prune.unet.sparsity=nan"], ["prune.unet.sparsity is nan", "number"]),
     "sparsity no number": (["--model.prune.unet.sparsity=abc"], ["prune.unet.sparsity is abc", "number"]),
     "component": (["--model.prune.unett.sparsity=0.3"], ["'unett'", "Did you mean 'unet'", "text_encoder, unet"]),
@@ -150,6 +157,7 @@ BAD_OPTIONS = {
         ["'model.metrics.subset' of KernelInceptionDistance", "Choices: extractor, "],
     ),
     "a number in place of a spec": (["--model.prune.unet=0.3"], ["model.prune.unet is 0.3", "--model.prune.unet.help"]),
+    "nothing to prune": (["--model.prune=null"], ["model.prune is empty", "--model.prune={{}} for none"]),
     "an empty value": (["--model.sampling.steps="], ["model.sampling.steps is empty"]),
     "what a class passes on": (
         ["--trainer.logger=WandbLogger", "--trainer.logger.grop=y"],
@@ -175,7 +183,50 @@ BAD_OPTIONS = {
         ["--model.prune.unet.criterion=shifted.Shiftd"],
         ["class of module 'shifted' 'Shiftd'", "Did you mean 'Shifted'"],
     ),
-    "class of another kind": (["--model.prune.unet.criterion=shifted.Other"], ["shifted.Other", "no Criterion"]),
+    "class of another kind": (
+        ["--model.prune.unet.criterion=shifted.Other"],
+        ["shifted.Other", "no Criterion", "from sdprune.pruning.Criterion."],
+    ),
+    "class that is no metric": (
+        ["--model.metrics+=shifted.Other"],
+        ["--model.metrics is shifted.Other", "from sdprune.metrics.PerImageMetric."],
+    ),
+    **{
+        f"class of one's own as {name}": (
+            [f"--model.prune.unet.criterion={name}"],
+            [f"--model.prune.unet.criterion is {name}", "MODULE.CLASS", "--model.prune.unet.criterion=shifted.Shifted"],
+        )
+        for name in ("Shifted", "shifted", "shifted.py", "./shifted.py")
+    },
+    "file in place of a class": (
+        ["--data.calibration=file"],
+        ["--data.calibration is file, a file", "--data.calibration=TextFile --data.calibration.path=file."],
+    ),
+    "directory in place of a class": (
+        ["--data.source=pickled"],
+        ["--data.source is pickled, a directory", "--data.source=CocoDirectory --data.source.root=pickled."],
+    ),
+    "name that no file can have": (["--data.source=" + 300 * "x"], ["Unknown source", "EmbeddedWorld"]),
+    "option of another class": (
+        ["--data.source.root=x"],
+        ["'data.source.root' of EmbeddedWorld", "belongs to CocoDirectory", "--data.source=CocoDirectory"],
+    ),
+    "option of another allocation": (
+        ["--model.prune.unet.allocation.lambda_=0.1"],
+        ["of Uniform", "belongs to OWL", "--model.prune.unet.allocation=OWL"],
+    ),
+    "option that lacks": (
+        ["--data.calibration=TextFile"],
+        ["Missing: --data.calibration.path, which TextFile needs. See --data.calibration.help."],
+    ),
+    "several options that lack": (
+        ["--data.source=HubDataset"],
+        ["Missing: --data.source.dataset, --data.source.split, which HubDataset needs."],
+    ),
+    "option that one of two metrics lacks": (
+        ["--model.metrics+=KernelInceptionDistance"],
+        ["Missing: --model.metrics.extractor, which KernelInceptionDistance needs."],
+    ),
     "class of another kind in the package": (
         ["--model.prune.unet.criterion=sdprune.pruning.OWL"],
         ["sdprune.pruning.OWL", "no Criterion"],
@@ -186,9 +237,16 @@ BAD_OPTIONS = {
     "layer kind": (["--model.prune.unet.layers=[Liner]"], ["'Liner'", "Did you mean 'Linear'"]),
     "SparseGPT by row": (
         ["--model.prune.unet.criterion=SparseGPT", "--model.prune.unet.granularity=row"],
-        ["SparseGPT is not defined for granularity row", "column_block"],
+        ["--model.prune.unet: SparseGPT is not defined for granularity row", "column_block"],
     ),
-    "calibration": (["--model.calibration.hessian_gib=-1"], ["hessian_gib is -1.0", "GiB"]),
+    "damping": (
+        ["--model.prune.unet.criterion=SparseGPT", "--model.prune.unet.criterion.damping=-1"],
+        ["--model.prune.unet.criterion.damping is -1.0"],
+    ),
+    "batch size": (["--data.batch_size=0"], ["--data.batch_size=0 is too small"]),
+    "budget": (["--model.budget.total=30"], ["--model.budget.total is 30.0", "between 0 and 1"]),
+    "band that is a number": (["--model.prune.unet.band=0.3"], ["--model.prune.unet.band is 0.3", "a list"]),
+    "calibration": (["--model.calibration.hessian_gib=-1"], ["--model.calibration.hessian_gib is -1.0", "GiB"]),
     "typo in a spec": (
         ["--model.prune.unet.sparsty=0.3"],
         ["unet.sparsty'", "Did you mean 'model.prune.unet.sparsity'"],
@@ -199,16 +257,20 @@ BAD_OPTIONS = {
     "typo in the trainer": (["--trianer.devices=2"], ["Did you mean 'trainer.devices'"]),
     "typo in the data": (["--data.batchsize=2"], ["Did you mean 'data.batch_size'"]),
     "no option": (["foo"], ["'foo'", "--help"]),
-    "steps": (["--model.sampling.steps=0"], ["steps is 0", "1 or more"]),
+    "steps": (["--model.sampling.steps=0"], ["--model.sampling.steps is 0", "1 or more"]),
     "steps no number": (["--model.sampling.steps=x"], ["sampling.steps is x", "whole number"]),
     "size": (["--model.sampling.height=20"], ["height is 20", "multiple of 8"]),
     "scheduler": (["--model.sampling.scheduler=DDIMSchedule"], ["Did you mean 'DDIMScheduler'", "DDPMScheduler"]),
-    "too few images": (["--data.n=41"], ["40 < n=41", "at most 40"]),
+    "too few images": (["--data.n=41"], ["--data.n=41 is more", "at most 40"]),
     "too few to calibrate": (
         ["--data.calibration_n=21", "--model.prune.unet.criterion=Wanda"],
-        ["20 < n=21", "at most 20"],
+        ["--data.calibration_n=21 is more", "at most 20"],
     ),
-    "reference": (["--data.reference=drwan"], ["Did you mean 'drawn'"]),
+    "too few to draw to calibrate": (
+        ["--data.calibration_n=21", "--data.calibration_draw=random", "--model.prune.unet.criterion=Wanda"],
+        ["--data.calibration_n=21 is more", "at most 20"],
+    ),
+    "reference": (["--data.reference=drwan"], ["--data.reference: ", "Did you mean 'drawn'"]),
     "reference file": (["--data.reference={tmp}/none.npz"], ["{tmp}/none.npz", "No such file"]),
     "no model directory": (["--model.pipeline.model={tmp}/none"], ["'{tmp}/none' does not exist", "hub id"]),
     "no pipeline in it": (["--model.pipeline.model={tmp}"], ["{tmp} is no diffusers directory", "model_index.json"]),
@@ -217,7 +279,7 @@ BAD_OPTIONS = {
     "damaged index": (["--model.pipeline.model={tmp}/damaged"], ["model_index.json is damaged"]),
     "hub out of reach": (
         ["--model.pipeline.model=nobody/nothing"],
-        ["'nobody/nothing'", "Check the id and the network"],
+        ["'nobody/nothing' at revision 'main' is not in the local cache", "HF_HUB_OFFLINE is set", "model=DIR"],
     ),
     "no COCO directory": (
         ["--data.source=CocoDirectory", "--data.source.root={tmp}/none", "--data.source.split=val2017"],
@@ -348,8 +410,8 @@ def test_bad_files(sdprune, tmp_path, case):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["predict"], ["predict.model", "--config"]),
-        (["fit"], ["fit.model", "--config"]),
+        (["predict"], ["Missing: --data, --model. Give a configuration", "--config"]),
+        (["fit"], ["Missing: --data, --model. Give a configuration", "--config"]),
         (["predict", "--config"], ["--config", "expected one argument"]),
         (["predict", "--config", "{tmp}/none.yaml"], ["{tmp}/none.yaml", "No such file"]),
         (["predict", "--config={tmp}"], ["{tmp}", "directory"]),
@@ -372,7 +434,7 @@ def test_bad_calls(sdprune, tmp_path, arguments, words):
     [
         (["--model.prune.unet.include=[foo*]"], ["'foo*' matches none"]),
         (["--model.output={tmp}/file/runs"], ["Cannot write", "--model.output"]),
-        (["--model.prune.unet.criterion=Wanda", "--data.calibration_n=21"], ["20 < n=21"]),
+        (["--model.prune.unet.criterion=Wanda", "--data.calibration_n=21"], ["--data.calibration_n=21 is more"]),
         (["--model.prune.unet.criterion=Wanda", "--model.sampling.scheduler=Foo"], ["scheduler 'Foo'"]),
     ],
 )

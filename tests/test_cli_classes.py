@@ -89,3 +89,59 @@ def test_options_before_their_class_say_so(sdprune, tmp_path: Path):
     assert told.code == 2
     assert "data.calibration has no class yet" in told.err
     assert told.err.count("\n") == 1
+
+
+FAULTS = {
+    "statistic that is not declared": (
+        "weight.abs() * statistics['input_norm']",
+        2,
+        "sdprune: error: Shifted reads the statistic input_norm, which its class does not name: ",
+    ),
+    "statistic that there is not": (
+        "weight * statistics['shift']",
+        1,
+        "sdprune: failed: shifted.py:16 in score: KeyError: 'shift'",
+    ),
+    "exception": (
+        "weight / (1 // 0)",
+        1,
+        "sdprune: failed: shifted.py:16 in score: ZeroDivisionError: integer",
+    ),
+    "no scores": ("1.0", 2, "sdprune: error: Shifted scores layer '' with float"),
+}
+
+
+@pytest.mark.parametrize("case", FAULTS)
+def test_faults_of_a_class_of_ones_own_are_told_before_anything_is_drawn(sdprune, here, case):
+    wrong, code, last = FAULTS[case]
+    (here / "shifted.py").write_text(SHIFTED.replace("(weight + self.shift).abs()", wrong))
+    told = sdprune(*predict(here / "runs", "--model.prune.unet.criterion=shifted.Shifted"))
+    assert (told.code, told.err.splitlines()[-1][: len(last)]) == (code, last)
+    assert not list((here / "runs").glob("*/images"))
+    files = [line for line in told.err.splitlines() if line.startswith("  File ")]
+    assert len(files) == code % 2, "the traceback begins in the file of one's own"
+
+
+def test_a_fault_of_a_constructor_of_ones_own(sdprune, here):
+    (here / "shifted.py").write_text(SHIFTED.replace("self.shift = shift", "raise ValueError('no\\nshift')"))
+    told = sdprune(*predict(here / "runs", "--model.prune.unet.criterion=shifted.Shifted"))
+    assert told.err.splitlines()[-1] == "sdprune: failed: shifted.py:13 in __init__: ValueError: no shift"
+    assert (told.code, told.err.count("  File ")) == (1, 1)
+
+
+def test_a_fault_of_a_metric_of_ones_own(sdprune, here):
+    (here / "brightness.py").write_text(BRIGHTNESS.replace("images.float()", "images.brightness()"))
+    told = sdprune(*predict(here / "runs", "--model.metrics=[{class_path: brightness.Brightness}]"))
+    sys.modules.pop("brightness", None)
+    assert told.code == 1
+    assert "sdprune: failed: brightness.py:18 in update: AttributeError: " in told.err.splitlines()[-1]
+    assert told.err.count("  File ") == 1
+
+
+def test_options_of_a_criterion_that_is_tried_out(sdprune, here):
+    """It is tried as it will be used: by its own granularity, with the statistics that it names."""
+    patterned = "granularities = ('N:M',)\n    statistics = frozenset({'input_norm'})\n\n    def score"
+    (here / "shifted.py").write_text(SHIFTED.replace("def score", patterned))
+    options = ["--model.prune.unet.criterion=shifted.Shifted", "--model.prune.unet.sparsity=0.5"]
+    told = sdprune(*predict(here / "runs", *options, "--model.prune.unet.granularity=2:4"))
+    assert told.code == 0, told.err

@@ -1,6 +1,7 @@
 """Sources of captions: what they return, and what they say when something is wrong."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -175,6 +176,7 @@ def test_missing_and_corrupt_images_are_all_named(tmp_path):
     assert "000000000007.jpg is missing" in told
     assert "000000000014.jpg is damaged" in told
     assert "000000000021.jpg is damaged" in told
+    assert re.findall(r"(?<=\. )[A-Z].*", told) == ["Replace them."], "one next step"
     source.check([row for row in source.load() if row["id"] > 21])
 
 

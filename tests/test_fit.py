@@ -11,6 +11,9 @@ import yaml
 from command_lines import fit, predict, process
 from safetensors.torch import load_file
 
+from sdprune.pruning.allocation.owl import OWL
+from sdprune.pruning.criteria.sparsegpt import SparseGPT
+
 WANDA = ["--model.prune.unet.criterion=Wanda", "--model.prune.text_encoder.criterion=Wanda"]
 
 
@@ -98,7 +101,7 @@ def test_n_of_m_needs_no_sparsity(sdprune, miniature, tmp_path):
         assert layer["pruned"] == weight.shape[0] * (weight.shape[1] // 4) * 2
     told = sdprune(*fit("prune", tmp_path, "--model.prune.unet.granularity=2:4"))  # the configuration gives 0.35
     assert told.code == 2
-    line = "granularity 2:4 prunes 0.5, not 0.35: leave sparsity out, or set it to 0.5."
+    line = "--model.prune.unet.granularity 2:4 prunes 0.5, not 0.35: leave sparsity out, or set it to 0.5."
     assert told.err == f"sdprune: error: {line}\n"
 
 
@@ -261,6 +264,38 @@ def test_the_card_names_the_base_model_and_its_licence(sdprune, miniature, tmp_p
     [
         ({"unet": {"sparsity": 0.35, "criterion": "Wanda", "allocation": "OWL"}}, "unet-owl-wanda-row-0.35"),
         ({"unet": {"sparsity": 0.5, "granularity": "2:4"}}, "unet-magnitude-2_4"),
+        (
+            {"unet": {"sparsity": 0.35, "criterion": "Wanda", "allocation": OWL(m=5, lambda_=0.1), "mode": "original"}},
+            "unet-owl-m5-lambda0.1-wanda-row-0.35-original",
+        ),
+        (
+            {
+                "text_encoder": {"sparsity": 0.475, "criterion": "Wanda", "order": "sequential", "mode": "original"},
+                "unet": {"sparsity": 0.35, "criterion": "Wanda", "order": "sequential", "mode": "original"},
+            },
+            "text_encoder-wanda-row-0.475-unet-wanda-row-0.35-sequential-original",
+        ),
+        (
+            {
+                "text_encoder": {"sparsity": 0.475, "mode": "original", "order": "sequential"},
+                "unet": {"sparsity": 0.35, "criterion": SparseGPT(damping=0.1), "timesteps": "linear"},
+            },
+            "text_encoder-magnitude-0.475-original-unet-sparsegpt-damping0.1-0.35-linear",
+        ),
+        (
+            {
+                "text_encoder": {"sparsity": 0.475, "criterion": "SparseGPT", "allocation": OWL(m=5)},
+                "unet": {"sparsity": 0.35, "criterion": "SparseGPT", "allocation": OWL(m=5, lambda_=0.123456)},
+            },
+            "text_encoder-owl-m5-sparsegpt-0.475-unet-owl-m5-lambda0.123456-sparsegpt-0.35",
+        ),
+        (
+            {
+                "text_encoder": {"sparsity": 0.475, "criterion": "SparseGPT", "allocation": OWL(m=5)},
+                "unet": {"sparsity": 0.35, "criterion": "SparseGPT", "allocation": OWL(m=5.25, lambda_=0.123456)},
+            },
+            "text_encoder-owl-sparsegpt-0.475-unet-owl-sparsegpt-0.35",
+        ),
         ({"unet": {"band": (0.1, 0.2)}}, "unet-magnitude-layer-band-0.1-0.2"),
         ({"unet": {"sparsity": 0.3, "granularity": "row"}}, "unet-magnitude-row-0.3"),
         (

@@ -1,4 +1,4 @@
-"""Some of the damage of mutations.py: four cases of every kind."""
+"""Some of the damage of mutations.py: eight cases of every kind."""
 
 import os
 import sys
@@ -6,7 +6,7 @@ import sys
 import mutations
 import pytest
 
-CASES = 4
+CASES = 8
 
 
 @pytest.fixture(scope="module")

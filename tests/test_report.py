@@ -172,8 +172,14 @@ def test_bad_input_is_one_line(study, sdprune, tmp_path):
     cases = {
         ("report", tmp_path / "none"): "No directory",
         ("report", tmp_path / "empty"): "No finished run below",
-        ("report", study, "--outt=x"): "Unknown option --outt",
+        (
+            "report",
+            study,
+            "--outt=x",
+        ): "Unknown option of sdprune report '--outt'. Did you mean '--out'?",
         ("report", study, "--out"): "--out wants a value",
+        ("report", study, "--out="): "--out is empty",
+        ("report", "--out=x"): "wants a directory of runs",
         ("report", study, f"--reference={tmp_path / 'bad.csv'}"): "bad.csv is no file of results",
     }
     for arguments, words in cases.items():
@@ -182,6 +188,33 @@ def test_bad_input_is_one_line(study, sdprune, tmp_path):
         assert told.err.startswith("sdprune: error: ")
         assert told.err.count("\n") == 1
         assert words in told.err
+
+
+def test_runs_that_are_no_cells_of_the_study_have_a_table(study, sdprune, tmp_path):
+    """With what was pruned, how, and the scores with intervals; the flags take a space."""
+    other = write(study, {"unet": spec(0.33, "Wanda")}, 21.5, 0.305)
+    assert sdprune("report", study, "--out", tmp_path / "out").code == 0
+    rows = {row["run"]: row for row in table(tmp_path / "out", "others")}
+    row = rows[other.name]
+    assert (row["text encoder"], row["image"], row["fid"]) == ("dense", "wanda 33.0 %", "21.500")
+    assert row["fid - dense"] == "+3.430 [+2.430, +4.430]"
+    assert row["clip_score - dense"] == "-0.009 [-0.011, -0.007]"
+    assert len(rows) == 12 - 5  # dense, 40 % of the U-Net, one of both, two splits are cells of the tables
+    assert not any("text_encoder" in name and "unet" in name for name in rows)
+    markdown = (tmp_path / "out" / "report.md").read_text()
+    assert "### All other runs" in markdown
+    assert "tables/runs.csv" in markdown
+
+
+def test_a_model_without_a_hub_id_has_its_name(study, sdprune, tmp_path):
+    for number, (name, title) in enumerate({"miniature": "the miniature, ", "my-model": "my-model, "}.items()):
+        root = tmp_path / str(number)
+        run = write(root, {}, 1.0, 0.9)
+        facts, results = (json.loads((run / f"{file}.json").read_text()) for file in ("config", "results"))
+        (run / "config.json").write_text(json.dumps(facts | {"pipeline": {"files": "0123"}}))
+        (run / "results.json").write_text(json.dumps(results | {"model": name}))
+        assert sdprune("report", root).code == 0
+        assert f"## {title}40 prompts" in (root / "report" / "report.md").read_text()
 
 
 def test_two_hundred_runs_in_time(tmp_path, sdprune):

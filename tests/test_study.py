@@ -122,20 +122,32 @@ def test_an_infeasible_budget_is_an_error_without_the_command_line_too(miniature
 
 
 @pytest.mark.parametrize(
-    ("given", "component", "amounts"),
+    ("given", "amounts", "free"),
     [
-        (["text_encoder.sparsity=0", "unet.sparsity=0.35"], "unet", ("0.11", "0.35")),
-        (["text_encoder.sparsity=0.475", "unet.sparsity=0"], "text_encoder", ("0.83", "0.475")),
-        (["text_encoder.sparsity=0", "unet.sparsity=0.5", "unet.granularity=2:4"], "unet", ("0.11", "0.5")),
+        (["text_encoder.sparsity=0", "unet.sparsity=0.35"], {"unet": ("0.11", "0.35")}, ["unet.sparsity=0"]),
+        (
+            ["text_encoder.sparsity=0.475", "unet.sparsity=0.35"],
+            {"text_encoder": ("0.83", "0.475"), "unet": ("0.11", "0.35")},
+            ["text_encoder.sparsity=0", "unet.sparsity=0"],
+        ),
+        (
+            ["text_encoder.sparsity=0", "unet.sparsity=0.5", "unet.granularity=2:4"],
+            {"unet": ("0.11", "0.5")},
+            ["unet.granularity=null"],
+        ),
     ],
 )
-def test_a_budget_and_a_components_other_sparsity_exclude_each_other(sdprune, tmp_path, given, component, amounts):
+def test_a_budget_and_a_components_other_sparsity_exclude_each_other(sdprune, tmp_path, given, amounts, free):
+    """The line names every such component, and the options that leave it to the budget."""
     options = [f"--model.prune.{option}" for option in given]
     for line in (predict(tmp_path, *options), fit("prune", tmp_path, *options)):
         told = sdprune(*line, "--model.budget.total=0.2", "--model.budget.text_share=0.5")
         assert told.code == 2
         assert told.err.count("\n") == 1
-        assert f"gives {component} a sparsity of {amounts[0]}, and prune.{component} has {amounts[1]}" in told.err
+        for name, (budgeted, own) in amounts.items():
+            assert f"{name} a sparsity of {budgeted}, where --model.prune.{name} has {own}" in told.err
+        ways = told.err.strip().partition("Leave it to the budget: ")[2].split()
+        assert ways == [f"--model.prune.{option}" for option in free]
     assert not list(tmp_path.glob("*-*"))
 
 

@@ -199,7 +199,11 @@ def test_the_cells_of_a_sweep_are_runs_of_one_group(sdprune, tmp_path, monkeypat
     told = sdprune("sweep", tmp_path / "sweep.yaml", *options)
     assert told.code == 0, told.out + told.err
     wandb.teardown()
-    runs = [run_of(path) for path in (tmp_path / "runs" / "wandb").glob("offline-run-*")]
+    paths = list((tmp_path / "runs" / "wandb").glob("offline-run-*"))
+    (line,) = (line for line in told.out.splitlines() if "wandb sync" in line)
+    assert line.startswith("W&B        wandb sync ")
+    assert set(line.split()[3:]) == {str(path.resolve()) for path in paths}
+    runs = [run_of(path) for path in paths]
     assert len({run.run_id for run in runs}) == 2
     assert {run.run_group for run in runs} == {"two_cells"}
 

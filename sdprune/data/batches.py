@@ -23,14 +23,14 @@ def draw(n_total: int, n: int, seed: int) -> np.ndarray:
     Raises:
         InputError: `n` exceeds `n_total`.
     """
-    require_images(n_total, n)
+    require_images(n_total, n, "n")
     return np.random.RandomState(seed).choice(n_total, n, replace=False)
 
 
-def require_images(n_total: int, n: int) -> None:
-    """Raise InputError when `n` captions are asked of `n_total`."""
+def require_images(n_total: int, n: int, option: str) -> None:
+    """Raise InputError, which names the option, when `n` captions are asked of `n_total`."""
     if n > n_total:
-        raise InputError(f"The source has fewer images than asked: {n_total} < n={n}. Ask for at most {n_total}.")
+        raise InputError(f"{option}={n} is more than its source has: ask for at most {n_total}.")
 
 
 @dataclass

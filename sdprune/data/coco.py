@@ -86,15 +86,16 @@ class CocoDataModule(LightningDataModule):
     @cached_property
     def examples(self) -> "Dataset":
         """The drawn rows (`id`, `file_name`, `caption`, `path`), in drawn order."""
+        require_images(len(self._table), self.n, "--data.n")
         return self._table.select(draw(len(self._table), self.n, self.seed))
 
     @cached_property
     def calibration_examples(self) -> "Dataset":
         """The calibration rows, with the columns of `examples`."""
         table = self._table if self.calibration is self.source else self._prepared(self.calibration).load()
+        require_images(len(table), self.calibration_n, "--data.calibration_n")
         if self.calibration_draw == "random":
             return table.select(draw(len(table), self.calibration_n, self.seed + 1))
-        require_images(len(table), self.calibration_n)
         return table.select(range(self.calibration_n))
 
     def predict_dataloader(self) -> "DataLoader[Batch] | list[DataLoader[Batch]]":
@@ -245,11 +246,12 @@ def _read_statistics(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise InputError(
-            f"Cannot read the reference {path}: {error.strerror}. Give `drawn`, `split` or an .npz."
+            f"--data.reference is {path}, which cannot be read: {error.strerror}. Give `drawn`, `split` or an .npz."
         ) from error
 
 
 def _check_statistics(path: Path) -> None:
     _read_statistics(path)
     if missing := {"mu", "sigma"} - set(read_npz(path)):
-        raise InputError(f"The reference {path} has no {', '.join(sorted(missing))}: expected `mu` and `sigma`.")
+        lacks = " and no ".join(sorted(missing))
+        raise InputError(f"--data.reference is {path}, which has no {lacks}: give an .npz with mu and sigma.")

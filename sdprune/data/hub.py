@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Optional
 
 from sdprune.data.sources import CaptionSource, Row, caption_table, digest_of
 from sdprune.errors import InputError, unknown
+from sdprune.hub import asking_hub
 from sdprune.outside import read_picture, reading
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ class HubDataset(CaptionSource):
     def image(self, row: Row) -> "Image":
         """Return the picture of a row, in RGB."""
         stored = self._pictures[self._rows[row["id"]]][self.columns["image"]]
-        with reading(f"Image {row['id']} of dataset {self.dataset} is damaged"):
+        with reading(f"Image {row['id']} of dataset {self.dataset} is damaged", then=""):
             if stored is None:
                 raise ValueError("it is empty")
             return read_picture(stored["path"] if stored["bytes"] is None else BytesIO(stored["bytes"]))
@@ -94,8 +95,9 @@ class HubDataset(CaptionSource):
     def _dataset(self) -> "Dataset":
         from datasets import load_dataset
 
-        problem = f"Cannot load split {self.split!r} of dataset {self.dataset!r}"
-        with reading(problem, "Check its name and the network."):
+        what = f"Split {self.split!r} of dataset {self.dataset!r}"
+        here, then = Path(self.dataset).exists(), "Connect, or give a local path."
+        with reading(f"{what} cannot be loaded", "Check its name.") if here else asking_hub(what, then):
             return load_dataset(self.dataset, split=self.split, revision=self.revision)
 
     @cached_property

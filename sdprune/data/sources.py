@@ -89,7 +89,7 @@ class CaptionSource(ABC):
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
             found = list(pool.map(attempt, rows))
         if problems := [str(one).rstrip(".") for one in found if isinstance(one, InputError)]:
-            raise InputError(f"{len(problems)} real images cannot be used: {shown(problems, '; ')}. Restore them.")
+            raise InputError(f"{len(problems)} real images cannot be used: {shown(problems, '; ')}. Replace them.")
         return [one for one in found if not isinstance(one, InputError)]
 
 
@@ -130,7 +130,7 @@ class CocoDirectory(CaptionSource):
 
     def image(self, row: Row) -> "Image":
         """Return the picture of a row, in RGB; refuses one that a link leads out of the image directory."""
-        with reading(f"{row['file_name']} is damaged"):
+        with reading(f"{row['file_name']} is damaged", then=""):
             return read_picture(self._path(row))
 
     def describe(self) -> dict[str, Any]:
@@ -161,7 +161,7 @@ class CocoDirectory(CaptionSource):
 
     def _path(self, row: Row) -> Path:
         path = Path(row["path"])
-        with reading(f"{row['file_name']} is damaged"):
+        with reading(f"{row['file_name']} is damaged", then=""):
             if not path.resolve().is_relative_to(self._image_directory().resolve()):
                 raise InputError(f"{row['file_name']} leaves the image directory {self.root / self.split}.")
             if not path.is_file():
@@ -205,7 +205,7 @@ class TextFile(CaptionSource):
         try:
             lines = [line.strip() for line in self._bytes().decode("utf-8-sig").rstrip().split("\n")]
         except UnicodeDecodeError as error:
-            raise InputError(f"{self.path} is not UTF-8 text ({error}). Expected one prompt a line.") from error
+            raise InputError(f"{self.path} is not UTF-8 text ({error}). Save it as UTF-8.") from error
         names = [f"{line:012d}.jpg" for line in range(len(lines))]
         places = [f"line {number}" for number in range(1, len(lines) + 1)]
         return caption_table(str(self.path), list(range(len(lines))), names, lines, [""] * len(lines), places)
@@ -231,7 +231,7 @@ class TextFile(CaptionSource):
         try:
             return self.path.read_bytes()
         except OSError as error:
-            raise InputError(f"Cannot read prompts from {self.path}: {error.strerror}.") from error
+            raise InputError(f"Cannot read prompts from {self.path}: {error.strerror}. Give a text file.") from error
 
 
 def _check_images(file: Path, names: Mapping[Any, Any], captions: Mapping[Any, str], ids: list[Any]) -> None:
@@ -309,7 +309,7 @@ def caption_table(
     rows = list(zip(places or names, captions, strict=True))
     broken = [place for place, text in rows if isinstance(text, str) and not _is_text(text)]
     if broken:
-        raise InputError(f"{origin} has captions that are not valid Unicode for {shown(broken)}. Write them anew.")
+        raise InputError(f"{origin} has captions that are not valid Unicode for {shown(broken)}. Correct them.")
     empty = [place for place, text in rows if not isinstance(text, str) or not text.strip()]
     if empty:
         raise InputError(f"{origin} has empty captions for {shown(empty)}. Give each a text or remove it.")

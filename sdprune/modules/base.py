@@ -38,6 +38,10 @@ class FrozenModule(LightningModule, ABC):
         """The model."""
         return self._pipeline[0]
 
+    @pipeline.setter
+    def pipeline(self, pipeline: DiffusersFamily) -> None:
+        self._pipeline[0] = pipeline
+
     @property
     def data(self) -> CocoDataModule:
         """The trainer's data module."""

@@ -56,7 +56,7 @@ class CalibrationModule(CalibratingModule):
                 raise unknown("statistic", name, statistic_names())
         self.components, self.statistics = components, statistics
         self.spec = PruneSpec(layers=list(layers), timesteps=timesteps)
-        self.options = PruningOptions(pipeline, {}, sampling, calibration, seed, store)
+        self.options = PruningOptions({}, sampling, calibration, seed, store)
 
     def resolve(self, data: CocoDataModule, dtype: str) -> None:  # noqa: D102
         if hasattr(self, "calibration"):
@@ -64,12 +64,13 @@ class CalibrationModule(CalibratingModule):
         self.pipeline.require(self.components)
         for component in self.components:
             find_targets(self.pipeline.meta_module(component), self.spec.layers)
-        plan = self.options.resolve(data, dtype)
-        requests = self.options.requests(data, dtype)
+        plan = self.options.resolve(self.pipeline, data, dtype)
+        requests = self.options.requests(self.pipeline, data, dtype)
         wanted = [one for name in self.components for one in requests.of_model(name, self.statistics, self.spec)]
         self.calibration = CalibrationPlan(
             requests.subjects, tuple(wanted), plan.calibration.store, self.options.calibration
         )
+        self.pipeline.check(self.options.sampling)
         self.calibration.check(data)
 
     def directory(self) -> None:

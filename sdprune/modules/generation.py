@@ -16,7 +16,7 @@ from lightning import Callback
 from sdprune.calibration.settings import Calibration
 from sdprune.data import Batch
 from sdprune.errors import InputError
-from sdprune.identity import DRAWING, facts_of, package_code
+from sdprune.identity import DRAWING, code_of, facts_of, package_code
 from sdprune.locks import RunLock
 from sdprune.metrics import ImageScores, Score
 from sdprune.modules.base import FrozenModule
@@ -76,7 +76,7 @@ class GenerationModule(FrozenModule):
         baseline: Optional[str] = None,
     ):
         super().__init__(pipeline)
-        self.options = PruningOptions(pipeline, prune, sampling, calibration, seed, store, budget)
+        self.options = PruningOptions(prune, sampling, calibration, seed, store, budget)
         self.sampling, self.seed, self.samples, self.output = sampling, seed, list(samples), output
         self.compares = compare_dense and (self.options.wanted or baseline is not None)
         """Whether this run is compared with another one."""
@@ -125,7 +125,7 @@ class GenerationModule(FrozenModule):
     def resolve(self, data: CocoDataModule, dtype: str) -> None:  # noqa: D102
         if self.plan is not None:
             return
-        self.plan = self.options.resolve(data, dtype)
+        self.plan = self.options.resolve(self.pipeline, data, dtype)
         facts = {
             "version": package_code(*DRAWING),
             "pipeline": facts_of(self.pipeline),
@@ -146,6 +146,7 @@ class GenerationModule(FrozenModule):
     def check(self, data: CocoDataModule) -> None:
         """Everything that can be found wrong before the model is loaded, once the run is resolved."""
         assert self.plan is not None
+        self.pipeline.check(self.sampling)
         self.plan.check(data)
         for score in self.scores.scores:
             if data.n < score.minimum:
@@ -157,17 +158,27 @@ class GenerationModule(FrozenModule):
         images = self.references.check(data)
         self.facts_of_data = data.check(calibration=self.calibrates, images=images)
 
-    def record_infeasible(self, reason: str) -> Record:
+    def infeasible_record(self, reason: str, write: bool) -> Record:
         """A record that says why the budget cannot be met; nothing is drawn."""
         budget = {} if self.options.budget is None else self.options.budget.describe()
         specs = {name: spec.describe() for name, spec in self.options.prune.items()}
         facts = {"version": package_code(), "pipeline": facts_of(self.pipeline), "budget": budget, "prune": specs}
         self.record = Record(self.output, f"infeasible-{budget['total']:g}-{budget['text_share']:g}", facts)
-        if not self.record.finished:
+        if write and not self.record.finished:
             self.record.start()
             content = {"label": self.record.directory.name, "n": 0, "infeasible": reason, "budget": budget}
             self.record.finish({**content, "speed": {"finished": clock(time.time())}})
         return self.record
+
+    @property
+    def numbers(self) -> list[str]:
+        """Names of the results' numbers, as W&B has them; one that ends with a slash stands for all that begin so."""
+        names = ["sparsity/", "images/", "speed/"]
+        for score in self.scores.scores:
+            scores, differences = score.titles if not code_of(score) else ([""], [""])  # a user's may have any
+            names += [f"metrics/{name}" for name in scores]
+            names += [f"comparison/{name}" for name in differences if self.compares]
+        return names
 
     # --- the run ---------------------------------------------------------------------------------------------
 

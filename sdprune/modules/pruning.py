@@ -63,7 +63,7 @@ class PruningModule(CalibratingModule):
         directory: Optional[str] = None,
     ):
         super().__init__(pipeline)
-        self.options = PruningOptions(pipeline, prune, sampling, calibration, seed, store, budget)
+        self.options = PruningOptions(prune, sampling, calibration, seed, store, budget)
         self.output, self.given = output, directory
         self.plan: Optional[PruningPlan] = None
 
@@ -75,8 +75,9 @@ class PruningModule(CalibratingModule):
     def resolve(self, data: CocoDataModule, dtype: str) -> None:  # noqa: D102
         if self.plan is not None:
             return
-        self.plan = self.options.resolve(data, dtype)
+        self.plan = self.options.resolve(self.pipeline, data, dtype)
         self.calibration = self.plan.calibration
+        self.pipeline.check(self.options.sampling)
         self.plan.check(data)
         self.facts = {
             "version": package_code(*DRAWING),

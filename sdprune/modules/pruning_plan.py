@@ -6,16 +6,21 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Optional
 
+import torch
+from torch import nn
+
+from sdprune.api import prune
 from sdprune.calibration.collect import Collector, Request
 from sdprune.calibration.progress import CalibrationState
 from sdprune.calibration.prompts import PromptSubject, Requests
 from sdprune.calibration.settings import Calibration
 from sdprune.calibration.store import StatisticsStore
 from sdprune.errors import InputError
-from sdprune.identity import DRAWING, facts_of, package_code
+from sdprune.identity import DRAWING, code_of, facts_of, package_code
 from sdprune.pipelines import DiffusersFamily, Sampling
 from sdprune.processes import Processes
 from sdprune.pruning import Budget, PruneReport, PruneSpec, Size, account, apply, targets_of
+from sdprune.pruning.allocation.uniform import Uniform
 from sdprune.pruning.spec import AGREEMENT
 
 if TYPE_CHECKING:
@@ -109,7 +114,6 @@ class PruningOptions:
     """What is to be pruned and how, as it was configured.
 
     Args:
-        pipeline: the model.
         prune: by component; components at sparsity 0 stay dense.
         sampling: how images are drawn in calibration.
         calibration: what counts there.
@@ -118,7 +122,6 @@ class PruningOptions:
         budget: decides the components' sparsities, if given; those of `prune` then are 0 or agree with it.
     """
 
-    pipeline: DiffusersFamily
     prune: Mapping[str, PruneSpec]
     sampling: Sampling
     calibration: Calibration
@@ -137,59 +140,78 @@ class PruningOptions:
         specs = [spec for spec in self.prune.values() if not spec.dense or self.budget is not None]
         return any(spec.criterion.statistics or spec.allocation.statistics for spec in specs)
 
-    def resolve(self, data: CocoDataModule, dtype: str) -> PruningPlan:
+    def resolve(self, pipeline: DiffusersFamily, data: CocoDataModule, dtype: str) -> PruningPlan:
         """Decide everything that can be decided before the model is loaded.
 
         Args:
+            pipeline: the model.
             data: has the calibration prompts.
             dtype: the trainer's precision.
 
         Raises:
             InfeasibleError: the budget cannot be met.
-            InputError: an unknown component, a scheduler that does not fit, or a budget that gives a component another
-                sparsity than its specification.
+            InputError: an unknown component, or a budget that gives a component another sparsity than its
+                specification.
         """
-        self.pipeline.require(list(self.prune))
-        self.pipeline.check(self.sampling)
-        specs = dict(self.prune) if self.budget is None else self._budgeted(self.budget)
+        pipeline.require(list(self.prune))
+        specs = dict(self.prune) if self.budget is None else self._budgeted(self.budget, pipeline)
         specs = {name: spec for name, spec in specs.items() if not spec.dense}
-        requests = self.requests(data, dtype, any(spec.statistics for spec in specs.values()))
+        for spec in specs.values():
+            _try_out(spec)
+        requests = self.requests(pipeline, data, dtype, any(spec.statistics for spec in specs.values()))
         needed = {
             name: (requests.of_allocation(name, spec), requests.of_criterion(name, spec))
             for name, spec in specs.items()
         }
         flat = tuple(one for pair in needed.values() for part in pair for one in part)
         calibration = CalibrationPlan(requests.subjects, flat, StatisticsStore(self.store), self.calibration)
-        return PruningPlan(self.pipeline, specs, needed, calibration, self.budget)
+        return PruningPlan(pipeline, specs, needed, calibration, self.budget)
 
-    def requests(self, data: CocoDataModule, dtype: str, wanted: bool = True) -> Requests:
+    def requests(self, pipeline: DiffusersFamily, data: CocoDataModule, dtype: str, wanted: bool = True) -> Requests:
         """Writes requests for statistics; without any being wanted, captions need not be there."""
         subjects = {
             name: PromptSubject(component, self.sampling, self.seed, self.calibration)
-            for name, component in self.pipeline.prunable.items()
+            for name, component in pipeline.prunable.items()
         }
-        facts = {"version": package_code(*DRAWING), "pipeline": facts_of(self.pipeline), "dtype": dtype}
+        facts = {"version": package_code(*DRAWING), "pipeline": facts_of(pipeline), "dtype": dtype}
         return Requests(subjects, facts | ({"prompts": data.describe_calibration()} if wanted else {}))
 
-    def _budgeted(self, budget: Budget) -> dict[str, PruneSpec]:
+    def _budgeted(self, budget: Budget, pipeline: DiffusersFamily) -> dict[str, PruneSpec]:
         """All prunable components at the sparsities that the budget gives them."""
-        components = self.pipeline.prunable
+        components = pipeline.prunable
         specs = {name: self.prune.get(name, PruneSpec()) for name in components}
-        sizes = {name: self._size(name, spec) for name, spec in specs.items()}
+        sizes = {name: _size(pipeline.meta_module(name), spec) for name, spec in specs.items()}
         text = [name for name, component in components.items() if component.role == "text"]
         sparsities = budget.sparsities(sizes, text)
-        for name, spec in specs.items():
-            if spec.nominal and abs(spec.nominal - sparsities[name]) > AGREEMENT:
-                raise InputError(
-                    f"budget.total {budget.total:g} gives {name} a sparsity of {sparsities[name]:g}, and prune.{name} "
-                    f"has {spec.nominal:g} (granularity {spec.granularity}): give one of them. A sparsity of 0 leaves "
-                    "it to the budget."
-                )
+        asked = {
+            name: spec.pattern[0] / spec.pattern[1] if spec.pattern else spec.nominal for name, spec in specs.items()
+        }
+        unlike = [name for name in specs if asked[name] and abs(asked[name] - sparsities[name]) > AGREEMENT]
+        if unlike:
+            conflicts = ", and ".join(
+                f"{name} a sparsity of {sparsities[name]:g}, where --model.prune.{name} has {asked[name]:g}"
+                for name in unlike
+            )
+            free = " ".join(f"--model.prune.{name}.{_without_sparsity(specs[name])}" for name in unlike)
+            raise InputError(f"--model.budget.total={budget.total:g} gives {conflicts}. Leave it to the budget: {free}")
         return {
             name: spec if spec.nominal else replace(spec, sparsity=sparsities[name]) for name, spec in specs.items()
         }
 
-    def _size(self, name: str, spec: PruneSpec) -> Size:
-        module = self.pipeline.meta_module(name)
-        weights = sum(target.weight.numel() for target in targets_of(module, spec))
-        return Size(sum(parameter.numel() for parameter in module.parameters()), weights)
+
+def _size(module: nn.Module, spec: PruneSpec) -> Size:
+    weights = sum(target.weight.numel() for target in targets_of(module, spec))
+    return Size(sum(parameter.numel() for parameter in module.parameters()), weights)
+
+
+def _without_sparsity(spec: PruneSpec) -> str:
+    """The option by which a specification says no more how much is pruned."""
+    return "granularity=null" if spec.pattern else "sparsity=0" if spec.band is None else "band=null"
+
+
+def _try_out(spec: PruneSpec) -> None:
+    """Prune one small layer by a user's own criterion: what is wrong with it shows before any image is drawn."""
+    if code_of(spec.criterion):
+        small = replace(spec, allocation=Uniform(), layers=["Linear"], include=["*"], exclude=[])
+        with torch.random.fork_rng([]):
+            prune(nn.Linear(128, 128), small, inputs=[torch.randn(256, 128)])

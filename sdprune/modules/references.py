@@ -72,7 +72,7 @@ class References:
         except InputError as error:
             if path == data.reference_file:
                 raise
-            raise InputError(f"{error} Delete it: it is made again.") from error
+            raise InputError(f"{path} is damaged: delete it, and it is made again.") from error
         return statistics.features is not None or not self._keep_features or path == data.reference_file
 
     @property

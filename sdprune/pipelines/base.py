@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Optional, cast
 
 from sdprune.errors import InputError, unknown
+from sdprune.hub import asking_hub
 from sdprune.outside import reading
 from sdprune.pipelines.component import Component, Denoiser, TextEncoder
 from sdprune.pipelines.directory import ModelDirectory, make_scheduler, require_pipeline, save_portable
@@ -124,9 +125,13 @@ class DiffusersFamily(ABC):
         Raises:
             InputError: neither a directory of such a pipeline nor a hub id that can be had.
         """
+        return ModelDirectory(self._directory() or self._download(), self.parts, self._pipelines, self.variant)
+
+    def _directory(self) -> Optional[Path]:
+        """The directory that the model's name stands for; None for a hub id."""
         path = Path(resolve(self.model, "pipeline"))
         if path.is_dir():
-            return ModelDirectory(path, self.parts, self._pipelines, self.variant)
+            return path
         if path.is_file():
             raise InputError(
                 f"Model {self.model!r} is one file, and a diffusers directory is needed. Convert it with diffusers: "
@@ -134,12 +139,12 @@ class DiffusersFamily(ABC):
             )
         if path.is_absolute() or self.model.startswith(".") or self.model.count("/") != 1:
             raise InputError(f"Model directory {self.model!r} does not exist: give a diffusers directory or a hub id.")
-        return ModelDirectory(self._download(), self.parts, self._pipelines, self.variant)
+        return None
 
     def _download(self) -> Path:
         where = f"Model {self.model!r} at revision {self.revision!r}"
-        problem = f"{where} is no directory here and cannot be had from the hub"
-        with reading(problem, "Check the id and the network, or give a diffusers directory."):
+        then = f"Connect, put it there (hf download {self.model}), or give a directory: --model.pipeline.model=DIR."
+        with asking_hub(where, then):
             index = self._class.load_config(self.model, revision=self.revision)
             require_pipeline(where, index, self._pipelines)  # before gigabytes come
             return Path(
@@ -184,9 +189,10 @@ class DiffusersFamily(ABC):
     def prunable(self) -> dict[str, Component]:
         """The components that turn text into latents, by name, text encoders first.
 
-        It reads the model's index, so that a model that cannot be used is reported before a wrong name.
+        A directory that cannot be used is reported before a wrong name; no hub is asked.
         """
-        _ = self.files
+        if self._directory() is not None:
+            _ = self.files
         found: dict[str, Component] = {name: TextEncoder(self, name) for name in self.parts if "text_encoder" in name}
         return found | {name: Denoiser(self, name) for name in self.parts if name in ("unet", "transformer")}
 
@@ -282,7 +288,7 @@ class DiffusersFamily(ABC):
                 f"The denoiser of {self.files.path} takes {takes} channels and the VAE makes {makes}: this is a model "
                 "for inpainting or editing, which needs a picture. Give the text-to-image model that it was made from."
             )
-        with reading(f"The parts of {self.files.path} do not fit each other", "Restore it or give another model."):
+        with reading(f"The parts of {self.files.path} do not fit each other"):
             lengths = {name: self._length(name, modules[name]) for name in modules if name != self.denoiser}
             scale = 2 ** (len(vae.config.block_out_channels) - 1)
             native = modules[self.denoiser].config.sample_size * scale

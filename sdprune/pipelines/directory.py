@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdprune.errors import InputError, unknown
-from sdprune.outside import read_config, read_json, reading
+from sdprune.outside import REPLACE, read_config, read_json, reading
 
 if TYPE_CHECKING:
     import torch
@@ -50,7 +50,7 @@ class ModelDirectory:
         if not isinstance(entry, list) or len(entry) != 2 or not all(isinstance(part, str) for part in entry):
             raise InputError(
                 f"{self.path / INDEX} is damaged: it has {entry!r} for {name}, expected a library and a class. "
-                "Restore it or give another model."
+                + REPLACE
             )
         library: str
         choices: Sequence[str]
@@ -88,9 +88,7 @@ class ModelDirectory:
         """
         values = read_config(self.path / name / file)
         if self.index[name][0] == "diffusers" and not isinstance(values.get("_class_name"), str):
-            raise InputError(
-                f"{self.path / name / file} is damaged: it names no class. Restore it or give another model."
-            )
+            raise InputError(f"{self.path / name / file} is damaged: it names no class. {REPLACE}")
         return values
 
     def meta_module(self, name: str) -> nn.Module:
@@ -112,7 +110,7 @@ class ModelDirectory:
         if described > 2 * (stored := self._stored(name)):  # loading would fill memory before it finds out
             raise InputError(
                 f"{self.path / name} lacks most of its weights: its config.json describes {described:,} parameters, "
-                f"its safetensors hold {stored:,}. It is damaged or belongs to another configuration. Fetch it anew."
+                f"its safetensors hold {stored:,}. It is damaged or belongs to another configuration. {REPLACE}"
             )
         return module.eval()
 
@@ -124,12 +122,10 @@ class ModelDirectory:
 
         files = sorted((self.path / name).glob("*.safetensors"))
         if not files:
-            raise InputError(
-                f"{self.path / name} has no safetensors: only these are read. Convert the model, or give another."
-            )
+            raise InputError(f"{self.path / name} has no safetensors: only these are read. Convert the model.")
         total = 0
         for file in files:
-            with reading(f"{file} is damaged", "Fetch it anew."), safe_open(file, framework="pt") as content:
+            with reading(f"{file} is damaged"), safe_open(file, framework="pt") as content:
                 total += sum(prod(content.get_slice(key).get_shape()) for key in content.keys())  # noqa: SIM118
         return total
 
@@ -161,7 +157,7 @@ class ModelDirectory:
             return self.type_of("scheduler").from_config(config)
 
     def _reading(self, name: str) -> Any:
-        return reading(f"{self.path / name} cannot be read", "It is damaged: fetch it anew, or give another model.")
+        return reading(f"{self.path / name} cannot be read")
 
     @cached_property
     def hash(self) -> str:
@@ -187,7 +183,7 @@ def require_all_weights(where: str, found: Mapping[str, Any]) -> None:
         if keys:
             raise InputError(
                 f"{where} {verb} {len(keys)} of its weights, such as {min(keys)!r}: it is damaged or belongs to "
-                "another configuration. Fetch it anew."
+                f"another configuration. {REPLACE}"
             )
 
 
@@ -205,7 +201,7 @@ def require_pipeline(where: str, index: Any, pipelines: Mapping[str, str]) -> No
     found = index.get("_class_name") if isinstance(index, dict) else None
     wanted = next(iter(pipelines.values()))
     if not isinstance(found, str):
-        raise InputError(f"{where} is damaged: its {INDEX} names no pipeline class. Restore it or give another model.")
+        raise InputError(f"{where} is damaged: its {INDEX} names no pipeline class. {REPLACE}")
     for family, pipeline in pipelines.items():
         if found == pipeline != wanted:
             raise InputError(f"{where} is a {found!r}, not a {wanted}: use --model.pipeline={family}.")
@@ -237,7 +233,7 @@ def scheduler_class(name: str, kind: str = "scheduler") -> Any:
 def make_scheduler(name: str, own: Any) -> Any:
     """A new scheduler with the configuration of the pipeline's own."""
     cls = scheduler_class(name)
-    with reading(f"Scheduler {name} cannot be used", "Choose another scheduler, or restore the model's own."):
+    with reading(f"Scheduler {name} cannot be used", "Choose another scheduler."):
         return cls.from_config(own.config)
 
 

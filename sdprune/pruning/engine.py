@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Dict, List, Optional, Tuple
 
@@ -13,6 +14,7 @@ from sdprune.errors import InputError
 from sdprune.pruning.plan import Plan, Statistics
 from sdprune.pruning.prunable import require_prunable
 from sdprune.pruning.spec import PruneSpec
+from sdprune.pruning.statistics import statistic_names
 from sdprune.pruning.targets import Target, find_targets
 
 
@@ -82,8 +84,24 @@ def apply(
     for target in targets:
         if target.weight.is_meta:
             raise InputError(f"Layer {target.name!r} is on the meta device, where it has no numbers: load the weights.")
-    plan = Plan(targets, spec, statistics or {}, dense_statistics or statistics or {})
+    with _declared(spec.allocation):
+        plan = Plan(targets, spec, statistics or {}, dense_statistics or statistics or {})
     return prune_targets(targets, plan)
+
+
+@contextmanager
+def _declared(part: Any) -> Iterator[None]:
+    """Name a statistic that a criterion or an allocation reads although its class does not say so."""
+    try:
+        yield
+    except KeyError as error:
+        name = error.args[0] if error.args else None
+        if name not in statistic_names() or name in part.statistics:
+            raise
+        raise InputError(
+            f"{type(part).__name__} reads the statistic {name}, which its class does not name: set `statistics = "
+            f"frozenset({sorted({name, *part.statistics})})` in it."
+        ) from error
 
 
 def targets_of(component: nn.Module, spec: PruneSpec) -> list[Target]:
@@ -102,16 +120,17 @@ def prune_targets(targets: Sequence[Target], plan: Plan) -> PruneReport:
     """Prune some or all of the targets of a plan in place."""
     reports: dict[str, LayerReport] = {}
     digests: dict[str, bytes] = {}
-    for target, mask, weight, notes in plan.work(targets):
-        if not plan.spec.dense:
-            target.write(mask, weight)
-        weights, pruned = target.weight.numel(), int(mask.count_nonzero())
-        zeros = weights - int(target.weight.count_nonzero())
-        reports[target.name] = LayerReport(
-            target.name, target.kind, target.block, weights, pruned, zeros, notes, target.names[1:]
-        )
-        digests[target.name] = hashlib.sha256(np.packbits(mask.cpu().numpy()).data).digest()
-        del mask, weight  # before the next one is made
+    with _declared(plan.spec.criterion):
+        for target, mask, weight, notes in plan.work(targets):
+            if not plan.spec.dense:
+                target.write(mask, weight)
+            weights, pruned = target.weight.numel(), int(mask.count_nonzero())
+            zeros = weights - int(target.weight.count_nonzero())
+            reports[target.name] = LayerReport(
+                target.name, target.kind, target.block, weights, pruned, zeros, notes, target.names[1:]
+            )
+            digests[target.name] = hashlib.sha256(np.packbits(mask.cpu().numpy()).data).digest()
+            del mask, weight  # before the next one is made
     in_order = b"".join(digests[target.name] for target in targets)
     layers = [reports[target.name] for target in targets]
     return PruneReport(plan.spec.describe(), plan.spec.nominal, layers, hashlib.sha256(in_order).hexdigest())

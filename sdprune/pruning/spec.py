@@ -233,9 +233,11 @@ def _share(option: str, value: Any) -> float:
     """A number of any library as a float."""
     if not isinstance(value, Real) or isinstance(value, bool):
         raise InputError(f"{option} is {value!r}: give a number between 0 and 1, as in 0.35.")
-    if not 0 <= float(value) <= 1:  # also catches NaN
-        raise InputError(f"{option} is {value}: give a share between 0 and 1, as in 0.35.")
-    return float(value)
+    share = float(value)
+    if not 0 <= share <= 1:  # also catches NaN
+        hint = f"; for {share:g} %, write {share / 100:g}" if 1 < share <= 100 else ", as in 0.35"
+        raise InputError(f"{option} is {value}: give a share between 0 and 1{hint}.")
+    return share
 
 
 def _name(part: object) -> str:

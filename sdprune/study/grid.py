@@ -7,7 +7,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from sdprune.errors import InputError
+from sdprune.errors import InputError, unknown
 
 
 def cells(path: Path) -> list[dict[str, Any]]:
@@ -39,6 +39,21 @@ def command(path: Path, cell: Mapping[str, Any]) -> list[str]:
         elif not word.startswith("--wandb"):
             arguments.append(word)
     return arguments
+
+
+def metric(path: Path) -> tuple[str | None, bool]:
+    """What the cells are ordered by, as W&B names it, and whether more of it is better.
+
+    Raises:
+        InputError: it is not as W&B has it.
+    """
+    given = read(path).get("metric") or {}
+    if not isinstance(given, Mapping) or not isinstance(given.get("name"), (str, type(None))):
+        raise InputError(f"{path}: its metric is {given!r}: give {{name: comparison/fid_diff, goal: minimize}}.")
+    goal = given.get("goal", "minimize")
+    if goal not in ("minimize", "maximize"):
+        raise unknown(f"goal of the metric in {path}", goal, ("minimize", "maximize"))
+    return given.get("name"), goal == "maximize"
 
 
 def read(path: Path) -> dict[str, Any]:

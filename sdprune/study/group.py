@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import cached_property
+from pathlib import Path
 from typing import NamedTuple
 
 from sdprune.pruning import Budget, InfeasibleError, Size
@@ -37,6 +38,8 @@ class Study:
             same.setdefault(run.identity, []).append(run)
             for text in (True, False):
                 groups.setdefault((text, run.component(text).pruned.method), []).append(run)
+        self.shown: set[Path] = set()
+        """Directories of the runs that tables of single cells show."""
         self._varying = {group: _varying(found, group[0]) for group, found in groups.items()}
         for found in same.values():
             if len(found) > 1:
@@ -75,14 +78,18 @@ class Study:
         """
         found = self.candidates(text, image)
         if len({run.identity for run in found}) < 2:
-            return found[0] if found else None
+            return self._showing(found[0]) if found else None
         original = [run for run in found if run.original]
         told = f"{len(found)} runs have the methods and sparsities of one cell ({_names(found)})"
         if len({run.identity for run in original}) == 1:
             self.note(f"{told}: shown is {original[0].name}, which counts as published (mode original)")
-            return original[0]
+            return self._showing(original[0])
         self.note(f"{told}: none is shown in tables of single runs; report them from directories of their own")
         return None
+
+    def _showing(self, run: Run) -> Run:
+        self.shown.add(run.directory)
+        return run
 
     def alone(self, text: bool) -> list[Line]:
         """The runs that pruned one component alone."""

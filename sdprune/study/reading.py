@@ -13,6 +13,7 @@ import numpy as np
 
 from sdprune.errors import InputError
 from sdprune.identity import fingerprint
+from sdprune.pipelines.resolve import MINIATURE
 from sdprune.record import COMPARED, is_whole, protocol, read_json
 from sdprune.study.group import Study
 from sdprune.study.records import Run, component
@@ -167,9 +168,8 @@ def read_run(directory: Path, facts: dict[str, Any], results: dict[str, Any]) ->
 def _title(config: Value, result: Value) -> str:
     sampling = config["sampling"]
     networks = {part["protocol"].text() for _, part in result["protocols"].items() if "protocol" in part.mapping()}
-    model = config["pipeline"].get("model")
     parts = [
-        "a local model" if model is None else config["pipeline"]["model"].text(),
+        _model(config["pipeline"], result),
         f"{config['data']['n'].whole(1)} prompts",
         f"{sampling['steps'].whole(1)} steps",
         f"guidance {sampling['guidance'].number():g}",
@@ -177,6 +177,14 @@ def _title(config: Value, result: Value) -> str:
         *sorted(networks),
     ]
     return ", ".join(parts)
+
+
+def _model(pipeline: Value, result: Value) -> str:
+    """The hub id; of a local model, which its files identify, the name that it had in the configuration."""
+    if pipeline.get("model") is not None:
+        return pipeline["model"].text()
+    name = result["model"].text() if result.get("model") is not None else "a local model"
+    return "the miniature" if name == MINIATURE else name
 
 
 def _clip_scores(path: Path, n: int) -> np.ndarray | None:

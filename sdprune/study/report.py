@@ -16,7 +16,7 @@ from sdprune.study.group import Study
 from sdprune.study.markdown import escape
 from sdprune.study.reading import Found, read
 from sdprune.study.tables import Reference, published, tables
-from sdprune.study.usage import REPORT as HELP
+from sdprune.study.usage import Flags, path
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -31,18 +31,14 @@ def run(arguments: Sequence[str]) -> int:
     Raises:
         InputError: unknown options, directories without finished runs, a reference that cannot be read.
     """
-    directories = [word for word in arguments if not word.startswith("-")]
-    options = dict(word.lstrip("-").partition("=")[::2] for word in arguments if word.startswith("-"))
-    if not directories or {"help", "h"} & set(options):
-        print(HELP, end="")
-        return 0
-    for name, value in options.items():
-        if name not in ("out", "reference"):
-            raise InputError(f"Unknown option --{name} of sdprune report. Choices: --out=DIR, --reference=FILE.")
-        if not value:
-            raise InputError(f"--{name} wants a value, as in --{name}=PATH.")
-    given = [Reference.load(Path(options["reference"]), "reference")] if "reference" in options else []
-    out = Path(options.get("out") or Path(directories[0]) / "report")
+    flags = Flags("report")
+    flags.add_argument("--out", type=path)
+    flags.add_argument("--reference", type=path)
+    options, directories = flags.read(arguments)
+    if not directories:
+        raise InputError("sdprune report wants a directory of runs, as in: sdprune report runs.")
+    given = [Reference.load(Path(options.reference), "reference")] if options.reference else []
+    out = Path(options.out or Path(directories[0]) / "report")
     found = read(directories)
     require_writable(out, "--out")
     sections = []
@@ -69,14 +65,15 @@ def _section(study: Study, references: Sequence[Reference], out: Path, prefix: s
     flawed = [(run.name, run.images) for run in study.runs if run.images["flawed"]]
     return {
         "title": study.title, "runs": len(study.runs), "tables": made, "figures": drawn, "flawed": flawed,
-        "notes": study.notes,
+        "notes": study.notes, "prefix": prefix,
     }  # fmt: skip
 
 
 def _markdown(sections: Sequence[dict[str, Any]], found: Found) -> str:
     lines = ["# Report", ""]
     for section in sections:
-        lines += [f"## {escape(section['title'])}", "", f"{section['runs']} runs.", ""]
+        everything = f"All that was counted and measured of each is in tables/{section['prefix']}runs.csv."
+        lines += [f"## {escape(section['title'])}", "", f"{section['runs']} runs. {everything}", ""]
         lines += [table.markdown() for table in section["tables"] if table.name != "runs"]
         for figure in section["figures"]:
             caption = escape(figure.caption)

@@ -4,29 +4,13 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import replace
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any
 
-from sdprune.study.worker import FailedError, Worker, run_command, run_process
-
-
-@dataclass
-class Outcome:
-    """What became of a cell.
-
-    Args:
-        results: of the record; nothing of `fit`.
-        failure: one line, where it failed.
-        seconds: it took.
-    """
-
-    results: Mapping[str, Any] = field(default_factory=dict)
-    failure: str | None = None
-    seconds: float = 0.0
+from sdprune.study.worker import Checked, DiedError, Outcome, Worker, run_command, run_process
 
 
 class Runner:
@@ -55,10 +39,10 @@ class Runner:
         for worker in self.workers:
             worker.end()
 
-    def check(self, commands: Sequence[Sequence[str]]) -> list[str | None]:
-        """What is wrong with each command."""
+    def check(self, commands: Sequence[Sequence[str]]) -> list[Checked]:
+        """What can be told of each command before it runs."""
         if self.workers:
-            return list(self.workers[0].ask("check", commands))
+            return [Checked(*one) for one in self.workers[0].ask("check", commands)]
         from sdprune.commands import check
 
         return check(commands)
@@ -81,19 +65,18 @@ class Runner:
         """One bad cell must not stop the others."""
         started = time.monotonic()
         try:
-            results = run_process(words) if self.apart else self._work(words) if self.workers else run_command(words)
-            return Outcome(results, None, time.monotonic() - started)
-        except FailedError as error:
-            return Outcome({}, str(error), time.monotonic() - started)
+            outcome = run_process(words) if self.apart else self._work(words) if self.workers else run_command(words)
+        except DiedError as error:
+            outcome = Outcome({}, str(error))
+        return replace(outcome, seconds=time.monotonic() - started)
 
-    def _work(self, words: Sequence[str]) -> Mapping[str, Any]:
+    def _work(self, words: Sequence[str]) -> Outcome:
         worker = self.idle.get()
         try:
             if not worker.alive and not self.stopped:
                 worker = Worker(self.threads)
                 self.workers.append(worker)
-            results: Mapping[str, Any] = worker.ask("run", words)
-            return results
+            return Outcome(**worker.ask("run", words))
         finally:
             self.idle.put(worker)
 

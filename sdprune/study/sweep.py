@@ -8,12 +8,16 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sdprune.errors import InputError
-from sdprune.study.grid import cells, command, read
-from sdprune.study.runner import Outcome, Runner, several_processes
-from sdprune.study.usage import SWEEP as HELP
+from sdprune.errors import InputError, unknown
+from sdprune.study.grid import cells, command, metric, read
+from sdprune.study.runner import Runner, several_processes
+from sdprune.study.usage import Flags, jobs
+from sdprune.study.worker import Checked, Outcome
 
 _ALIKE = 3  # failures of the same kind, and nothing else, that stop a sweep
+_ROOTS = ("config", "seed_everything", "trainer", "model", "data", "wandb", "wandb_project", "wandb_group")
+"""Options of the cells' verbs without a dot; here, since importing those verbs takes seconds."""
+_INTERVAL = ("_low", "_high", "_se")
 
 
 class Cell(NamedTuple):
@@ -23,7 +27,7 @@ class Cell(NamedTuple):
     number: int
     """In the file, from 1."""
     name: str
-    """Its values, and the options given to all: `unet.sparsity=0.2 data.n=64`."""
+    """The values that vary: `unet.sparsity=0.2`."""
     words: list[str]
     """The command, without `sdprune`."""
 
@@ -39,47 +43,72 @@ def run(arguments: Sequence[str], tell: Callable[[str], None] = print) -> int:
         The exit code.
 
     Raises:
-        InputError: a file that is no grid sweep, a wrong number of jobs.
+        InputError: a flag that there is not, a file that is no grid sweep, a wrong number of jobs.
     """
-    files = [Path(word) for word in arguments if not word.startswith("--")]
-    options = [word for word in arguments if word.startswith("--") and not word.startswith("--jobs")]
-    if not files or "--help" in options:
-        tell(HELP.rstrip())
-        return 0
-    jobs = _jobs([word for word in arguments if word.startswith("--jobs")])
-    dry = "--dry-run" in options
-    todo = _todo(files, [word for word in options if word != "--dry-run"])
-    if dry:
-        for cell in todo:
-            tell(shlex.join(["sdprune", *cell.words]))
-    with Runner(min(jobs, len(todo)), any(several_processes(cell.words) for cell in todo)) as runner:
-        faults = _faults(todo, runner.check([cell.words for cell in todo]))
+    own, options = _split(arguments)
+    flags = Flags("sweep", ["--help", *(f"--{name}" for name in _ROOTS)])
+    flags.add_argument("--jobs", type=jobs, default=1)
+    flags.add_argument("--dry-run", action="store_true")
+    given, places = flags.read(own)
+    if not places:
+        raise InputError("sdprune sweep wants a file, as in: sdprune sweep wandb_sweeps/mini_sparsity.yaml.")
+    todo, shared = _todo([Path(place) for place in places], options)
+    with Runner(min(given.jobs, len(todo)), any(several_processes(cell.words) for cell in todo)) as runner:
+        checked = runner.check([cell.words for cell in todo])
+        faults = [*_faults(todo, checked), *_unrecorded(todo, checked)]
         for line in faults:
             print(f"sdprune: error: {line}", file=sys.stderr)
-        if faults or dry:
-            return 2 if faults else 0
-        return _run(todo, runner, tell)
+        if faults:
+            return 2
+        if not given.dry_run:
+            return _run(todo, [one.finished for one in checked], shared, runner, tell)
+    for cell, one in zip(todo, checked, strict=True):
+        tell(shlex.join(["sdprune", *cell.words]) + ("  # finished already" if one.finished else ""))
+    return 0
 
 
-def _todo(files: Iterable[Path], options: Sequence[str]) -> list[Cell]:
-    return [
-        Cell(file, number, _name(cell, options), [*command(file, cell), *_group(file, options), *options])
-        for file in files
-        for number, cell in enumerate(cells(file), 1)
-    ]
+def _split(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The sweep's own words, and the options of its cells, each with its value."""
+    own: list[str] = []
+    options: list[str] = []
+    todo = list(words)
+    while todo:
+        word = todo.pop(0)
+        name, equals, _ = word.partition("=")
+        if not word.startswith("--") or not ("." in name or name.strip("-+") in _ROOTS):
+            own.append(word)
+        elif equals or not todo or todo[0].startswith("--"):
+            options.append(word)
+        else:
+            options.append(f"{word}={todo.pop(0)}")
+    return own, options
 
 
-def _name(cell: Mapping[str, Any], options: Sequence[str]) -> str:
-    words = [f"{name}={value}" for name, value in cell.items()] + [word.removeprefix("--") for word in options]
-    return " ".join(word.removeprefix("model.prune.") for word in words)
+def _todo(files: Iterable[Path], options: Sequence[str]) -> tuple[list[Cell], str]:
+    """The cells, and what all of them have in common."""
+    grids = {file: cells(file) for file in files}
+    points = [point for grid in grids.values() for point in grid]
+    names = dict.fromkeys(name for point in points for name in point)
+    varying = [name for name in names if len({str(point.get(name)) for point in points}) > 1]
+    todo = []
+    for file, grid in grids.items():
+        for number, point in enumerate(grid, 1):
+            name = _named((key, point[key]) for key in varying if key in point) or file.stem
+            todo.append(Cell(file, number, name, [*command(file, point), *_group(file, options), *options]))
+    fixed = [(key, value) for key, value in points[0].items() if key not in varying] if points else []
+    return todo, " ".join([_named(fixed), *(word.removeprefix("--") for word in options)]).strip()
 
 
-def _faults(todo: Sequence[Cell], found: Sequence[str | None]) -> list[str]:
+def _named(values: Iterable[tuple[str, Any]]) -> str:
+    return " ".join(f"{name}={value}".removeprefix("model.prune.") for name, value in values)
+
+
+def _faults(todo: Sequence[Cell], checked: Sequence[Checked]) -> list[str]:
     """One line for each kind of fault, with the first cell that has it."""
     by: dict[tuple[Path, str], list[Cell]] = {}
-    for cell, fault in zip(todo, found, strict=True):
-        if fault is not None:
-            by.setdefault((cell.file, fault), []).append(cell)
+    for cell, one in zip(todo, checked, strict=True):
+        if one.fault is not None:
+            by.setdefault((cell.file, one.fault), []).append(cell)
     lines = []
     for (file, fault), same in by.items():
         more = f" and {len(same) - 1} more" if len(same) > 1 else ""
@@ -87,12 +116,33 @@ def _faults(todo: Sequence[Cell], found: Sequence[str | None]) -> list[str]:
     return lines
 
 
-def _run(todo: Sequence[Cell], runner: Runner, tell: Callable[[str], None]) -> int:
+def _unrecorded(todo: Sequence[Cell], checked: Sequence[Checked]) -> list[str]:
+    """One line for each file whose `metric:` is not among the numbers that its cells record."""
+    lines = []
+    for file in dict.fromkeys(cell.file for cell in todo):
+        name, _ = metric(file)
+        found = [one for cell, one in zip(todo, checked, strict=True) if cell.file == file]
+        known = dict.fromkeys(number for one in found for number in one.numbers)
+        if name is None or not known or any(one.fault for one in found):  # `fit` scores nothing
+            continue
+        plain = next((name.removesuffix(end) for end in _INTERVAL if name.endswith(end)), name)
+        if not {name, plain} & set(known) and not name.startswith(tuple(one for one in known if one.endswith("/"))):
+            choices = [number for number in known if not number.endswith("/")]
+            lines.append(f"{file}: {unknown('metric', name, choices)}")
+    return lines
+
+
+def _run(
+    todo: Sequence[Cell], finished: Sequence[bool], shared: str, runner: Runner, tell: Callable[[str], None]
+) -> int:
+    if shared:
+        tell(f"In all cells: {shared}")
     outcomes: list[Outcome] = []
-    for cell, outcome in zip(todo, runner.run([cell.words for cell in todo]), strict=False):
+    for cell, before, outcome in zip(todo, finished, runner.run([cell.words for cell in todo]), strict=False):
         outcomes.append(outcome)
         told = _scores(outcome.results) if outcome.failure is None else f"failed: {outcome.failure}"
-        tell(f"[{len(outcomes)}/{len(todo)}] {cell.name}: {told}, {outcome.seconds:.0f} s")
+        already = "finished already, " if before and outcome.failure is None else ""
+        tell(f"[{len(outcomes)}/{len(todo)}] {cell.name}: {already}{told}, {outcome.seconds:.0f} s")
         failures = [one.failure for one in outcomes]
         if len(todo) > _ALIKE == len(failures) and failures[0] is not None and len(set(failures)) == 1:
             tell(f"Stopped: the first {_ALIKE} cells failed alike. Mend the cause and run the same command again.")
@@ -101,6 +151,9 @@ def _run(todo: Sequence[Cell], runner: Runner, tell: Callable[[str], None]) -> i
         table = _table(file, [(cell, one) for cell, one in zip(todo, outcomes, strict=True) if cell.file == file])
         for line in table:
             tell(line)
+    runs = dict.fromkeys(line.removeprefix("wandb sync ") for one in outcomes for line in one.wandb)
+    if any(line.startswith("wandb sync ") for one in outcomes for line in one.wandb):
+        tell(f"W&B        wandb sync {' '.join(map(shlex.quote, runs))}")
     failed = sum(outcome.failure is not None for outcome in outcomes)
     again = f", {failed} failed: run the same command again" if failed else ""
     tell(f"{len(todo) - failed} of {len(todo)} cells done{again}")
@@ -111,13 +164,6 @@ def _group(path: Path, options: Sequence[str]) -> list[str]:
     """The cells of a file are a group in W&B, where they are logged there."""
     wanted = any(word.startswith("--wandb") for word in options)
     return [f"--wandb_group={read(path).get('name', path.stem)}"] if wanted else []
-
-
-def _jobs(given: Sequence[str]) -> int:
-    value = given[-1].partition("=")[2] if given else "1"
-    if not value.isdecimal() or int(value) < 1:
-        raise InputError(f"--jobs is {value!r}: give a number of 1 or more, as in --jobs=2.")
-    return int(value)
 
 
 def _scores(results: Mapping[str, Any]) -> str:
@@ -139,9 +185,8 @@ def _table(file: Path, found: Sequence[tuple[Cell, Outcome]]) -> list[str]:
     rows = [(cell, one.results) for cell, one in found if one.results.get("metrics")]
     if len(rows) < 2:
         return []
-    metric = read(file).get("metric") or {}
-    name = str(metric.get("name") or f"metrics/{next(iter(rows[0][1]['metrics']))}")
-    sign = -1 if metric.get("goal") == "maximize" else 1
+    given, more = metric(file)
+    name, sign = given or f"metrics/{next(iter(rows[0][1]['metrics']))}", -1 if more else 1
     values = [_value(results, name) for _, results in rows]
     order = sorted(range(len(rows)), key=lambda place: (values[place] is None, sign * (values[place] or 0.0)))
     scores = [score for score in rows[0][1]["metrics"] if not score.endswith("_se")]

@@ -127,7 +127,14 @@ def tables(study: Study, references: Sequence[Reference]) -> list[Table]:
         steps = [(Pruned(method, t), Pruned("magnitude", u)) for t, u in STEPS]
         dense = (Pruned(method, 0.0), Pruned("magnitude", 0.0))
         made.append(lists.rows(numbers[3], f"Both components, down from the drop-off points, {told}", [dense, *steps]))
-    return [*made, _drop_offs(study), _findings(study), lists.everything()]
+    others = [run for run in study.runs if run.directory not in study.shown]  # before the claims look for pairs
+    return [
+        *made,
+        *([_others(study, others)] if others else []),
+        _drop_offs(study),
+        _findings(study),
+        lists.everything(),
+    ]
 
 
 def _number(value: float | None, digits: int = 3) -> str:
@@ -247,6 +254,22 @@ class _Lists:
             values += [run.comparison.get(name) for name in changes]
             rows.append([*row, str(run.n), *("" if value is None else f"{value:.6g}" for value in values)])
         return Table("runs", "All runs", columns, rows)
+
+
+def _others(study: Study, runs: Sequence[Run]) -> Table:
+    """The runs that are in none of the study's tables, each with its scores."""
+    metrics = list(dict.fromkeys(name for run in runs for name in run.metrics if not name.endswith("_se")))
+    compared = [name for name in metrics if any(run.difference(name) for run in runs)]
+    columns = ["run", "text encoder", "image", "zeros", *metrics, *(f"{name} - dense" for name in compared)]
+    rows = []
+    for run in runs:
+        row = [run.name]
+        for text in (True, False):
+            amount = run.component(text).pruned.sparsity
+            row.append(f"{study.name(run, text)} {_percent(amount)}".lstrip() if amount else "dense")
+        row += [_percent(run.zeros["prunable"]), *(_number(run.metrics.get(name)) for name in metrics)]
+        rows.append([*row, *(_change(run, name) for name in compared)])
+    return Table("others", "All other runs", columns, rows, "Differences are to the dense model, with 95 % intervals.")
 
 
 def _drop_offs(study: Study) -> Table:

@@ -1,4 +1,13 @@
-"""The help of the study's verbs, which answers without importing what they need."""
+"""The help and the flags of the study's verbs, which answer without importing what they need."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Sequence
+from typing import NoReturn
+
+from sdprune.errors import InputError, unknown
 
 SWEEP = """usage: sdprune sweep FILE [FILE ...] [--jobs=N] [--dry-run] [--option=value ...]
 
@@ -12,7 +21,7 @@ alike, the sweep stops.
 
   --jobs=N   run N cells at once, each job on its share of the cores; 1 by default. Bits of images depend on the number
              of threads: set OMP_NUM_THREADS to have the same with any number of jobs.
-  --dry-run  list the commands and check them, run none
+  --dry-run  check all cells and list their commands, run none; finished ones are marked. Asks no model hub
 
 Exit code: 0 when every cell is done, 1 when one failed, 2 when one can be seen to be wrong before it runs.
 """
@@ -26,3 +35,49 @@ Damaged and unfinished runs are left out, and named.
   --reference=FILE   results of others to stand beside, a CSV with text_method, unet_method, text_sparsity,
                      unet_sparsity, fid and clip_score; the published ones stand beside runs of SD2 anyway
 """
+
+
+class Flags(argparse.ArgumentParser):
+    """The flags of a verb, with `=` or a space before the value.
+
+    Args:
+        verb: its name.
+        others: further options that the verb takes, for suggestions.
+    """
+
+    def __init__(self, verb: str, others: Sequence[str] = ()) -> None:
+        super().__init__(prog=f"sdprune {verb}", add_help=False, allow_abbrev=False)
+        self.others = others
+
+    def read(self, words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+        """The values of the flags, and the words that are none.
+
+        Raises:
+            InputError: a flag that there is not, or one without its value.
+        """
+        found, places = self.parse_known_args(words)
+        for word in places:
+            if word.startswith("-"):
+                flags = [name for action in self._actions for name in action.option_strings]
+                raise unknown(f"option of {self.prog}", word.partition("=")[0], [*flags, *self.others])
+        return found, places
+
+    def error(self, message: str) -> NoReturn:
+        """Raise InputError, in one line."""
+        line = re.sub(r"^argument (\S+): (expected one argument)?", r"\1 ", message).rstrip()
+        wants = f"wants a value, as in {line}=VALUE" if message.endswith("expected one argument") else ""
+        raise InputError(f"{line} {wants}".rstrip() + ". See --help.")
+
+
+def path(value: str) -> str:
+    """A value that is not empty."""
+    if not value:
+        raise argparse.ArgumentTypeError("is empty: give a path")
+    return value
+
+
+def jobs(value: str) -> int:
+    """A number of jobs."""
+    if not value.isdecimal() or int(value) < 1:
+        raise argparse.ArgumentTypeError(f"is {value!r}: give a number of 1 or more, as in --jobs=2")
+    return int(value)

@@ -1,7 +1,7 @@
 """Processes that import the package once and then run many cells of a sweep, one after another.
 
-A worker reads a JSON line for each task and answers with one: `{"results": ...}` or `{"error": "one line"}`. It ends
-when its input does, so that none outlives the sweep.
+A worker reads a JSON line for each task and answers with one. It ends when its input does, so that none outlives the
+sweep.
 """
 
 from __future__ import annotations
@@ -10,14 +10,43 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, NamedTuple
 
 from sdprune.errors import InputError, cause
 
 
-class FailedError(Exception):
-    """A cell failed; the message is one line."""
+@dataclass
+class Outcome:
+    """What became of a cell.
+
+    Args:
+        results: of the record; nothing of `fit`.
+        failure: one line, where it failed.
+        wandb: where its W&B runs can be seen, or the commands that send them.
+        seconds: it took.
+    """
+
+    results: Mapping[str, Any] = field(default_factory=dict)
+    failure: str | None = None
+    wandb: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+class Checked(NamedTuple):
+    """What can be told of a command before it runs."""
+
+    fault: str | None = None
+    """One line on what is wrong with it."""
+    finished: bool = False
+    """Whether its record is there, as far as local files tell."""
+    numbers: list[str] = []  # noqa: RUF012 (never changed)
+    """Names of its results' numbers, as W&B has them; one that ends with a slash stands for all that begin so."""
+
+
+class DiedError(Exception):
+    """A worker's process died; the message is one line."""
 
 
 class Worker:
@@ -47,21 +76,18 @@ class Worker:
             given: to the task.
 
         Raises:
-            FailedError: what went wrong, or the process died.
+            DiedError: the process died.
         """
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         try:
             self.process.stdin.write(json.dumps([task, given]) + "\n")
             self.process.stdin.flush()
-            answer = json.loads(self.process.stdout.readline())
+            return json.loads(self.process.stdout.readline())
         except (OSError, ValueError) as error:
             self.process.kill()
             code = self.process.wait()
-            raise FailedError(f"its process died (exit code {code}); it may want more memory") from error
-        if "error" in answer:
-            raise FailedError(answer["error"])
-        return answer["results"]
+            raise DiedError(f"its process died (exit code {code}); it may want more memory") from error
 
     def end(self) -> None:
         """Stop it, also in the middle of a cell: the trainer would hear a mere request to terminate when it is done."""
@@ -69,38 +95,35 @@ class Worker:
         self.process.communicate()
 
 
-def run_command(words: Sequence[str]) -> dict[str, Any]:
-    """Run a command in this process and return its results.
-
-    Raises:
-        FailedError: with one line on what went wrong.
-    """
+def run_command(words: Sequence[str]) -> Outcome:
+    """Run a command in this process."""
     from sdprune.commands import run
+    from sdprune.tracking import take_ended
 
     try:
-        return run(words, summary=False)
+        results = run(words, summary=False)
+        return Outcome(results, wandb=take_ended())
     except (Exception, SystemExit) as error:
         if cause(error, KeyboardInterrupt) is not None:
             raise KeyboardInterrupt from error
         bad = cause(error, InputError) or error
-        raise FailedError(" ".join(str(bad).split()) or type(bad).__name__) from error
+        return Outcome({}, " ".join(str(bad).split()) or type(bad).__name__, take_ended())
 
 
-def run_process(words: Sequence[str]) -> dict[str, Any]:
-    """Run a command in a process of its own, for cells that start further processes, each with the same words.
-
-    Raises:
-        FailedError: with one line on what went wrong.
-    """
+def run_process(words: Sequence[str]) -> Outcome:
+    """Run a command in a process of its own, for cells that start further processes, each with the same words."""
     done = subprocess.run([sys.executable, "-P", "-m", "sdprune.cli", *words], capture_output=True, text=True)
+    told = done.stdout.splitlines()
+    wandb = [line.split(maxsplit=1)[1] for line in told if line.startswith("W&B ")]
     if done.returncode != 0:
         lines = (done.stderr.strip() or done.stdout.strip() or f"exit code {done.returncode}").splitlines()
-        raise FailedError(lines[-1].removeprefix("sdprune: ").removeprefix("error: ").removeprefix("failed: "))
-    paths = [line.split(maxsplit=1)[1] for line in done.stdout.splitlines() if line.startswith("results ")]
+        failure = lines[-1].removeprefix("sdprune: ").removeprefix("error: ").removeprefix("failed: ")
+        return Outcome({}, failure, wandb)
+    paths = [line.split(maxsplit=1)[1] for line in told if line.startswith("results ")]
     if not paths:
-        return {}
+        return Outcome(wandb=wandb)
     with open(paths[0], encoding="utf-8") as file:
-        return dict(json.load(file))
+        return Outcome(dict(json.load(file)), wandb=wandb)
 
 
 def _serve() -> None:
@@ -112,11 +135,7 @@ def _serve() -> None:
 
     for line in sys.stdin:
         task, given = json.loads(line)
-        try:
-            results: Any = run_command(given) if task == "run" else sdprune.commands.check(given)
-            answer = {"results": results}
-        except FailedError as error:
-            answer = {"error": str(error)}
+        answer: Any = asdict(run_command(given)) if task == "run" else sdprune.commands.check(given)
         print(json.dumps(answer), file=answers, flush=True)
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sdprune.errors import InputError
+from sdprune.hub import asking_hub
 from sdprune.identity import facts_of
 from sdprune.metrics.features.base import FeatureExtractor
 from sdprune.metrics.features.inference import exact_inference
@@ -136,12 +137,14 @@ def _load(source: str, revision: str, processor: str | None) -> "tuple[CLIPModel
 
     where = "no such directory" if source.startswith(("/", ".", "~")) and not Path(source).is_dir() else ""
     then = "Give a directory that transformers saved, a hub id that can be reached or is cached, or 'miniature'."
+    what, problem = f"The CLIP model {source!r}", f"Cannot load the CLIP model {source!r}"
     if where:
-        raise InputError(f"Cannot load the CLIP model {source!r}: {where}. {then}")
+        raise InputError(f"{problem}: {where}. {then}")
     if (Path(source) / "config.json").exists():
         read_config(Path(source) / "config.json")
+    here = all(Path(place).is_dir() for place in (source, processor or source))
     local = {"trust_remote_code": False}
-    with reading(f"Cannot load the CLIP model {source!r}", then), _quiet_loading():
+    with reading(problem, then) if here else asking_hub(what, then), _quiet_loading():
         beside = {"revision": revision} if processor is None else {}
         config, _ = ImageProcessingMixin.get_image_processor_dict(processor or source, **beside)
         tokenizer = CLIPTokenizer.from_pretrained(processor or source, **beside, **local)
@@ -152,7 +155,7 @@ def _load(source: str, revision: str, processor: str | None) -> "tuple[CLIPModel
         )  # fmt: skip
         preprocessing = ClipPreprocessing.from_config(config)
         _require_fit(network.config, tokenizer, preprocessing)
-    require_all_weights(f"The CLIP model {source!r}", found)
+    require_all_weights(what, found)
     return network.eval().requires_grad_(False), tokenizer, preprocessing
 
 

@@ -43,6 +43,11 @@ class Score(ABC):
     def columns(self) -> Sequence[Column]:
         """What it reads of every image."""
 
+    @property
+    def titles(self) -> tuple[list[str], list[str]]:
+        """Names of what `compute` and `compare` give, without the ends and errors of intervals."""
+        return [self.name], [f"{self.name}_diff"]
+
     @abstractmethod
     def compute(self, rows: Rows, reference: Statistics | None = None) -> dict[str, float]:
         """Scores by name; `reference` is of the real images, where the score needs it."""

@@ -63,6 +63,16 @@ class CLIPScore(Score):
         """Embeddings of the images and of their prompts, and which prompts are equal."""
         return (self.extractor.features, self.extractor.texts, Column("prompts", prompt_ids))
 
+    @property
+    def titles(self) -> tuple[list[str], list[str]]:
+        """Of the score and the gap."""
+        names = [self.name, self._gap_name]
+        return names, [f"{name}_diff" for name in names]
+
+    @property
+    def _gap_name(self) -> str:
+        return f"{self.name.removesuffix('_score')}_gap"
+
     def compute(self, rows: Rows, reference: Statistics | None = None) -> dict[str, float]:
         """`<name>`, its standard error `<name>_se` (two images or more) and `clip_gap` (two prompts or more)."""
         values = self._values(rows)
@@ -97,7 +107,7 @@ class CLIPScore(Score):
         """Scores and gaps of the images by name, [n] each."""
         images, texts, prompts = self.read(rows)
         values, gaps = {self.name: cosine_scores(images, texts)}, prompt_gaps(images, texts, prompts)
-        return values if gaps is None else values | {f"{self.name.removesuffix('_score')}_gap": gaps}
+        return values if gaps is None else values | {self._gap_name: gaps}
 
 
 def prompt_ids(batch: ImageBatch) -> Tensor:

@@ -50,6 +50,12 @@ class DenseDistance(Score):
         lpips = _Lpips()
         return [*columns, to_dense("lpips", lpips, of_equals=0, prepare=lpips.load)] if self.lpips else columns
 
+    @property
+    def titles(self) -> tuple[list[str], list[str]]:
+        """Of the distances, all of which are comparisons."""
+        kinds = ["psnr", "ssim", "feature_distance", *(["lpips"] if self.lpips else [])]
+        return [], [f"{self.name}_{kind}" for kind in kinds]
+
     def compute(self, rows: Rows, reference: Statistics | None = None) -> dict[str, float]:
         """Nothing: the distances are comparisons."""
         return {}

@@ -65,6 +65,12 @@ class PrecisionRecall(FeatureScore):
         difference = mean(pruned[1]) - mean(dense[1])
         return interval.as_dict(f"{self._titled('precision')}_diff") | {f"{self._titled('recall')}_diff": difference}
 
+    @property
+    def titles(self) -> tuple[list[str], list[str]]:
+        """Of both."""
+        names = [self._titled("precision"), self._titled("recall")]
+        return names, [f"{name}_diff" for name in names]
+
     def describe(self) -> dict[str, Any]:
         """Also the number of neighbours."""
         return {**super().describe(), "neighbours": self.neighbours}

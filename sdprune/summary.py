@@ -11,6 +11,10 @@ from sdprune.pruning import scopes
 from sdprune.record import Record
 
 
+_ZEROS = 1e-3
+"""Share of weights that are zero in a model that nobody has pruned, at most."""
+
+
 def show(record: Record, console: Console | None = None, already: bool = False) -> None:
     """Print a finished run: scores, differences to the dense model, sparsities, where things lie.
 
@@ -28,7 +32,7 @@ def show(record: Record, console: Console | None = None, already: bool = False) 
         print(f"Infeasible: {results['infeasible']}\nresults    {record.directory / 'results.json'}")
         return
     console.print(_scores(results))
-    if results["pruning"]:
+    if results["pruning"] or results["sparsity"]["pipeline"]["zero_fraction"] > _ZEROS:
         console.print(_sparsities(results["sparsity"]))
     if distances := _distances(results):
         console.print(f"distance to the dense model's images: {distances}", highlight=False)

@@ -47,7 +47,8 @@ def write(root: Path, prune, fid, clip, n=40, images=None, sizes=SIZES, seed=0, 
             **{w: {**whole, "zero_fraction": share} for w in ("targets", "prunable", "pipeline")},
         },
         "protocols": {"fid": {"protocol": "inception-2048/study"}}, "scored": {"fid": {"class": "FID"}},
-        "roles": {name: "text" if "text" in name else "denoiser" for name in sizes if name != "vae"}, "samples": ["a dog", "a cat"],
+        "roles": {name: "text" if "text" in name else "denoiser" for name in sizes if name != "vae"},
+        "samples": ["a dog", "a cat"],
     }  # fmt: skip
     (run / "config.json").write_text(json.dumps(facts))
     (run / "results.json").write_text(json.dumps(results))

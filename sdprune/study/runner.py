@@ -76,6 +76,8 @@ class Runner:
             if not worker.alive and not self.stopped:
                 worker = Worker(self.threads)
                 self.workers.append(worker)
+            if self.stopped:  # perhaps while this one was made
+                worker.process.kill()
             return Outcome(**worker.ask("run", words))
         finally:
             self.idle.put(worker)

@@ -1,7 +1,7 @@
 """Processes that import the package once and then run many cells of a sweep, one after another.
 
-A worker reads a JSON line for each task and answers with one. It ends when its input does, so that none outlives the
-sweep.
+A worker reads a JSON line for each task and answers with one. It ends when its input does, also in the middle of a
+cell, so that none outlives the sweep.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from queue import SimpleQueue
+from threading import Thread
 from typing import Any, NamedTuple
 
 from sdprune.errors import InputError, cause
@@ -133,10 +135,18 @@ def _serve() -> None:
     os.dup2(silence, 1)
     import sdprune.commands
 
-    for line in sys.stdin:
-        task, given = json.loads(line)
+    tasks: SimpleQueue[str] = SimpleQueue()
+    Thread(target=_listen, args=(tasks,), daemon=True).start()
+    while True:
+        task, given = json.loads(tasks.get())
         answer: Any = asdict(run_command(given)) if task == "run" else sdprune.commands.check(given)
         print(json.dumps(answer), file=answers, flush=True)
+
+
+def _listen(tasks: SimpleQueue[str]) -> None:
+    for line in sys.stdin:
+        tasks.put(line)
+    os._exit(0)  # the sweep is gone: no cell is finished for nobody
 
 
 if __name__ == "__main__":

@@ -262,7 +262,7 @@ def test_hub_dataset_errors(parquet, tmp_path):
     assert "Unknown caption column" in message(HubDataset(parquet, "train").load)
     assert "Choices: key, text, texts, picture, size" in message(HubDataset(parquet, "train").load)
     assert "ids of type float" in message(HubDataset(parquet, "train", caption="text", id="size").load)
-    assert "split 'test'" in message(HubDataset(parquet, "test", caption="text").load)
+    assert "Split 'test' of dataset" in message(HubDataset(parquet, "test", caption="text").load)
     assert "none-here" in message(HubDataset(str(tmp_path / "none-here"), "train").load)
     no_pictures = HubDataset(parquet, "train", caption="text")
     assert "Unknown image column" in message(no_pictures.check, no_pictures.load())

@@ -248,9 +248,9 @@ def placed(error: InputError, configuration: Any, made: Any, arguments: Mapping[
         arguments: what it was called with.
     """
     found = next((place for place, one in _objects("", configuration) if _is_of(one, made, arguments)), None)
-    if found is None:
-        return error
     message = str(error)
+    if found is None or message.startswith("--"):  # it names the whole option
+        return InputError(message)  # another one: an error that is its own cause has no end
     name = re.match(r"(?:Unknown )?([\w.]*)", message)[1]  # type: ignore[index]
     option = name.removeprefix(f"{found.rpartition('.')[2]}.")
     if option not in arguments:

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from enum import Enum
 from importlib import import_module
 from pathlib import Path
+from pkgutil import iter_modules
+from types import ModuleType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from sdprune.errors import InputError, unknown
@@ -108,11 +110,21 @@ def _is_union(annotation: Any) -> bool:
     return get_origin(annotation) is Union or type(annotation).__name__ == "UnionType"
 
 
+def discover(folder: ModuleType) -> None:
+    """Import every file of a folder of this package, so that the classes in it are found by name.
+
+    Called at the end of the package that the folder lies in: by then its files can import from there, as those of users
+    do.
+    """
+    for file in iter_modules(folder.__path__):
+        import_module(f"{folder.__name__}.{file.name}")
+
+
 def choices_of(bases: list[type]) -> dict[str, type]:
     """The classes by name that can stand for one of `bases`; a name of this package means its own class."""
     found: dict[str, type] = {}
     for base in bases:
-        for cls in [base, *_descendants(base)]:
+        for cls in [base, *descendants(base)]:
             known = found.get(cls.__name__)
             is_frame = cls is base and base.__module__.startswith("lightning")  # LightningModule, Callback
             if _is_choice(cls) and not is_frame and (known is None or not known.__module__.startswith("sdprune.")):
@@ -120,11 +132,12 @@ def choices_of(bases: list[type]) -> dict[str, type]:
     return dict(sorted(found.items()))
 
 
-def _descendants(base: type) -> Iterator[type]:
+def descendants(base: type) -> Iterator[type]:
+    """All subclasses that are known by now, abstract ones too."""
     cls: type
     for cls in type.__subclasses__(base):
         yield cls
-        yield from _descendants(cls)
+        yield from descendants(cls)
 
 
 def _is_choice(cls: type) -> bool:

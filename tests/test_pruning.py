@@ -26,13 +26,13 @@ from sdprune.pruning import (
     Wanda,
     find_targets,
     masks,
-    subclasses,
 )
 from sdprune.pruning.spec import GRANULARITIES
+from sdprune.schema import choices_of
 
 
 def packaged(base):
-    return [cls for cls in subclasses(base).values() if cls.__module__.startswith("sdprune.")]
+    return [cls for cls in choices_of([base]).values() if cls.__module__.startswith("sdprune.")]
 
 
 CRITERIA, ALLOCATIONS = packaged(Criterion), packaged(Allocation)

@@ -17,8 +17,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from sdprune.files import replacing, require_writable, write_json
 from sdprune.identity import fingerprint
-from sdprune.record import replacing, require_writable, write_json
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -2,9 +2,13 @@
 
 from typing import TYPE_CHECKING, Any
 
+from sdprune.data import sources
 from sdprune.data.batches import Batch, Batches, BatchSampler, draw
-from sdprune.data.hub import HubDataset
-from sdprune.data.sources import CaptionSource, CocoDirectory, TextFile
+from sdprune.data.sources import CaptionSource
+from sdprune.data.sources.coco_directory import CocoDirectory
+from sdprune.data.sources.hub_dataset import HubDataset
+from sdprune.data.sources.text_file import TextFile
+from sdprune.schema import discover
 
 if TYPE_CHECKING:
     from sdprune.data.coco import CocoDataModule
@@ -20,6 +24,8 @@ __all__ = [
     "TextFile",
     "draw",
 ]
+
+discover(sources)
 
 
 def __getattr__(name: str) -> Any:

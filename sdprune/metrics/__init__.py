@@ -4,6 +4,7 @@ A `Column` is one number or vector for each image; a `Score` is a function of co
 `ImageScores` computes the columns of all scores, each once, over any number of processes.
 """
 
+from sdprune.metrics import features, scores
 from sdprune.metrics.features import FeatureExtractor
 from sdprune.metrics.features.clip import ClipImageFeatures
 from sdprune.metrics.features.inception import InceptionFeatures
@@ -21,6 +22,7 @@ from sdprune.metrics.scores.fid import FrechetInceptionDistance
 from sdprune.metrics.scores.fid_infinity import FrechetDistanceAtInfinity
 from sdprune.metrics.scores.kernel import KernelInceptionDistance, MaximumMeanDiscrepancy
 from sdprune.metrics.scores.precision_recall import PrecisionRecall
+from sdprune.schema import discover
 
 __all__ = [
     "CLIPScore", "ClipImageFeatures", "Column", "DenseDistance", "FeatureExtractor", "FeatureScore",
@@ -29,3 +31,6 @@ __all__ = [
     "PerImageRows", "PrecisionRecall", "Score", "Statistics", "feature_statistics", "frechet_distance", "mean",
     "paired_bootstrap", "reference_path", "reference_statistics", "standard_error", "verdict",
 ]  # fmt: skip
+
+for _folder in (features, scores):
+    discover(_folder)

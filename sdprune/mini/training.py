@@ -28,6 +28,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, IterableDataset
 
 from sdprune.errors import InputError
+from sdprune.files import require_writable, write_json
 from sdprune.mini.models import (
     build_clip,
     build_scheduler,
@@ -40,7 +41,6 @@ from sdprune.mini.models import (
 from sdprune.mini.tokenizer import MAX_LENGTH, train_tokenizer
 from sdprune.mini.world import scenes
 from sdprune.pipelines.resolve import SHIPPED
-from sdprune.record import require_writable, write_json
 
 
 class WorldTrainingData(LightningDataModule):

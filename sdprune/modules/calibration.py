@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, List
 
 from sdprune.calibration.settings import Calibration
-from sdprune.errors import InputError, unknown
+from sdprune.errors import InputError
 from sdprune.modules.base import CalibratingModule
 from sdprune.modules.pruning_plan import CalibrationPlan, PruningOptions
 from sdprune.pipelines import DiffusersFamily, Sampling
-from sdprune.pruning import PruneSpec, find_targets, statistic_names
+from sdprune.pruning import PruneSpec, Statistic, find_targets, statistic_names
+from sdprune.pruning.statistics import statistic_class
 from sdprune.pruning.timesteps import Timesteps
+from sdprune.schema import class_named
 
 if TYPE_CHECKING:
     from sdprune.data import CocoDataModule
@@ -22,7 +24,8 @@ class CalibrationModule(CalibratingModule):
     Args:
         pipeline: the model.
         components: what to calibrate, e.g. [text_encoder, unet].
-        statistics: what to gather: input_norm (Wanda, OWL), hessian (SparseGPT).
+        statistics: what to gather: input_norm (Wanda, OWL), hessian (SparseGPT), or the dotted path of a class of your
+            own.
         layers: kinds of layer: Linear, Conv2d.
         timesteps: how much denoising steps count in Hessians: uniform, linear, log_decrease, log_increase. Input norms
             are kept by step and weighted afterwards.
@@ -51,10 +54,7 @@ class CalibrationModule(CalibratingModule):
             raise InputError("components is empty: name what to calibrate, as in [text_encoder, unet].")
         if not statistics:
             raise InputError(f"statistics is empty: choose from {', '.join(statistic_names())}.")
-        for name in statistics:
-            if name not in statistic_names():
-                raise unknown("statistic", name, statistic_names())
-        self.components, self.statistics = components, statistics
+        self.components, self.statistics = components, [_statistic(name) for name in statistics]
         self.spec = PruneSpec(layers=list(layers), timesteps=timesteps)
         self.options = PruningOptions({}, sampling, calibration, seed, store)
 
@@ -86,3 +86,13 @@ class CalibrationModule(CalibratingModule):
         for one, there in zip(self.calibration.requests, self._there, strict=True):
             state = "already in the store" if there else "gathered"
             self.say(f"{one.component} {one.statistic}: {state} ({self.calibration.store.path(one.facts)})")
+
+
+def _statistic(name: str) -> str:
+    """The name of a statistic that is given by its name, or by the dotted path of its class."""
+    if "." not in name:
+        return statistic_class(name).name
+    cls = class_named("model.statistics", name, [Statistic])
+    if statistic_class(cls.name) is not cls:
+        raise InputError(f"--model.statistics is {name}, whose name {cls.name!r} is another one's: give it its own.")
+    return str(cls.name)

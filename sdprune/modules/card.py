@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sdprune.errors import InputError
+from sdprune.files import read_json
 from sdprune.pipelines.resolve import MINIATURE
-from sdprune.record import read_json
 
 SAME = ("version", "pipeline", "dtype", "prune", "calibration")
 """The facts that a record and a saved pipeline share when they are the same weights."""

@@ -120,6 +120,20 @@ class GenerationModule(FrozenModule):
             compare_dense=False, output=self.output, store=self.options.store,
         )  # fmt: skip
 
+    def _finished_baseline(self) -> Record:
+        """What this run is compared with where nobody has set it; it has to be there."""
+        found = self.find_baseline()
+        if isinstance(found, GenerationModule):
+            found.resolve(self.data, self.precision_name)
+            found = found.record
+        assert found is not None
+        if not found.finished:
+            raise InputError(
+                f"{found.directory}, which this run is compared with, is not drawn yet: run the trainer's predict with "
+                "find_baseline() of the module first, or give compare_dense=False."
+            )
+        return found
+
     # --- before anything costly ------------------------------------------------------------------------------
 
     def resolve(self, data: CocoDataModule, dtype: str) -> None:  # noqa: D102
@@ -192,7 +206,11 @@ class GenerationModule(FrozenModule):
         """See what the record lacks, or wait while another run makes it; all processes decide alike."""
         self.data.passes = None
         self.resolve(self.data, self.precision_name)
+        if self.compares and self.baseline is None:
+            self.baseline = self._finished_baseline()
         self.scoring.baseline = self.baseline
+        if not self.facts_of_data:  # the command line has checked before it began
+            self.check(self.data)
         self._parent = os.getppid()
         self._lock = RunLock(self.output, self.record.directory.name)
         self._lock.acquire(lambda: not self._missing())

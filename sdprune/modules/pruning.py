@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any, Dict, Optional
 
 from sdprune.calibration.settings import Calibration
 from sdprune.errors import InputError
+from sdprune.files import read_json, require_writable, write_json
 from sdprune.identity import DRAWING, facts_of, fingerprint, own_version, package_code
 from sdprune.modules.base import CalibratingModule
 from sdprune.modules.card import model_card, origin, records_of
 from sdprune.modules.pruning_plan import PruningOptions, PruningPlan
 from sdprune.pipelines import DiffusersFamily, Sampling
 from sdprune.pruning import Budget, PruneReport, PruneSpec, scopes
-from sdprune.record import clock, label, read_json, require_writable, write_json
+from sdprune.record import clock, label
 from sdprune.tracking import flat
 
 if TYPE_CHECKING:

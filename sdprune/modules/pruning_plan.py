@@ -12,11 +12,11 @@ from torch import nn
 from sdprune.api import prune
 from sdprune.calibration.collect import Collector, Request
 from sdprune.calibration.progress import CalibrationState
-from sdprune.calibration.prompts import PromptSubject, Requests
 from sdprune.calibration.settings import Calibration
 from sdprune.calibration.store import StatisticsStore
 from sdprune.errors import InputError
 from sdprune.identity import DRAWING, code_of, facts_of, package_code
+from sdprune.modules.prompts import PromptSubject, Requests
 from sdprune.pipelines import DiffusersFamily, Sampling
 from sdprune.processes import Processes
 from sdprune.pruning import Budget, PruneReport, PruneSpec, Size, account, apply, targets_of

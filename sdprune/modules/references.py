@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdprune.errors import InputError
+from sdprune.files import require_writable
 from sdprune.locks import RunLock
 from sdprune.metrics import FeatureExtractor, ImageScores, Score, Statistics, reference_path, reference_statistics
-from sdprune.record import require_writable
 
 if TYPE_CHECKING:
     from sdprune.data import CocoDataModule

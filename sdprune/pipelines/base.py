@@ -106,12 +106,11 @@ class DiffusersFamily(ABC):
         return getattr(diffusers, self.pipeline)
 
     def describe(self) -> dict[str, Any]:
-        """Model id with its resolved revision, or a hash of its files: what identities need, without loading."""
-        path = self.files.path
-        commit = path.name if path.parent.name == "snapshots" else None
-        if commit is not None:
-            return {"model": self.model, "revision": commit, "variant": self.variant}
-        return {"files": self.files.hash, "variant": self.variant}
+        """Family, and model id with its resolved revision or a hash of its files: for identities, without loading."""
+        path, facts = self.files.path, {"class": type(self).__name__, "variant": self.variant}
+        if path.parent.name == "snapshots":
+            return {**facts, "model": self.model, "revision": path.name}
+        return {**facts, "files": self.files.hash}
 
     @property
     def name(self) -> str:

@@ -1,5 +1,6 @@
 """The science, in pure torch: which weights, how they are scored, which of them go, and what that amounts to."""
 
+from sdprune.pruning import allocation, criteria, statistics
 from sdprune.pruning.accounting import account, scopes
 from sdprune.pruning.allocation import Allocation
 from sdprune.pruning.blocks import block_names
@@ -8,9 +9,10 @@ from sdprune.pruning.criteria import Criterion
 from sdprune.pruning.criteria.base import Ranking, Reconstruction
 from sdprune.pruning.engine import LayerReport, PruneReport, apply, masks, targets_of
 from sdprune.pruning.plan import Statistics
-from sdprune.pruning.spec import PruneSpec, subclasses
+from sdprune.pruning.spec import PruneSpec
 from sdprune.pruning.statistics import Statistic, statistic, statistic_names
 from sdprune.pruning.targets import Target, find_targets
+from sdprune.schema import choices_of, discover
 
 __all__ = [
     "Allocation",
@@ -34,10 +36,10 @@ __all__ = [
     "scopes",
     "statistic",
     "statistic_names",
-    "subclasses",
     "targets_of",
 ]
 
 # Classes added as files are importable from here too.
-globals().update({cls.__name__: cls for cls in Statistic.__subclasses__()})
-globals().update(subclasses(Criterion) | subclasses(Allocation))
+for _folder in (allocation, criteria, statistics):
+    discover(_folder)
+globals().update(choices_of([Statistic, Criterion, Allocation]))

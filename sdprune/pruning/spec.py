@@ -18,6 +18,7 @@ from sdprune.pruning.criteria import Criterion
 from sdprune.pruning.criteria.base import Ranking
 from sdprune.pruning.targets import LAYER_KINDS
 from sdprune.pruning.timesteps import Timesteps
+from sdprune.schema import choices_of
 
 GRANULARITIES = ("layer", "row", "column_block", "module_block", "component", "N:M")
 AGREEMENT = 1e-3
@@ -202,25 +203,12 @@ class PruneSpec:
             )
 
 
-def subclasses(base: type) -> dict[str, type]:
-    """All concrete subclasses known by now, by name; a name of this package means its own class."""
-    found: dict[str, type] = {}
-    cls: type
-    for cls in base.__subclasses__():
-        known = subclasses(cls) if inspect.isabstract(cls) else {cls.__name__: cls, **subclasses(cls)}
-        found |= {
-            name: one for name, one in known.items()
-            if name not in found or not found[name].__module__.startswith("sdprune.")
-        }  # fmt: skip
-    return found
-
-
 def _instance(kind: str, value: Any, base: type) -> Any:
     if isinstance(value, base):
         return value
-    choices = subclasses(base)
+    choices = choices_of([base])
     if not isinstance(value, str) or value not in choices:
-        raise unknown(kind, value, sorted(choices))
+        raise unknown(kind, value, choices)
     return choices[value]()
 
 

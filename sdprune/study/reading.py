@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sdprune.errors import InputError
+from sdprune.files import read_json
 from sdprune.identity import fingerprint
 from sdprune.pipelines.resolve import MINIATURE
-from sdprune.record import COMPARED, is_whole, protocol, read_json
+from sdprune.record import COMPARED, is_whole, protocol
 from sdprune.study.group import Study
 from sdprune.study.records import Run, component
 from sdprune.study.values import DamagedError, Value, printable

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sdprune.errors import InputError
-from sdprune.record import replacing, require_writable
+from sdprune.files import replacing, require_writable
 from sdprune.study.figures import Figure, figures
 from sdprune.study.group import Study
 from sdprune.study.markdown import escape

@@ -1,11 +1,5 @@
 """Networks whose features of images are compared. A new file in this folder is found by itself."""
 
-from importlib import import_module
-from pkgutil import iter_modules
-
 from sdprune.metrics.features.base import FeatureExtractor
-
-for _file in iter_modules(__path__):
-    import_module(f"{__name__}.{_file.name}")
 
 __all__ = ["FeatureExtractor"]

@@ -1,11 +1,5 @@
 """Scores of images. A new file in this folder is found by itself."""
 
-from importlib import import_module
-from pkgutil import iter_modules
-
 from sdprune.metrics.scores.base import Score
-
-for _file in iter_modules(__path__):
-    import_module(f"{__name__}.{_file.name}")
 
 __all__ = ["Score"]

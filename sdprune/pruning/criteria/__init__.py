@@ -1,11 +1,5 @@
 """Criteria: how much each weight matters. A new file in this folder is found by itself."""
 
-from importlib import import_module
-from pkgutil import iter_modules
-
 from sdprune.pruning.criteria.base import Criterion
-
-for _file in iter_modules(__path__):
-    import_module(f"{__name__}.{_file.name}")
 
 __all__ = ["Criterion"]

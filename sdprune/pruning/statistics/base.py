@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from inspect import isabstract
 from typing import ClassVar
 
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch import Tensor
 from sdprune.errors import unknown
 from sdprune.pruning.targets import Target
 from sdprune.pruning.timesteps import Timesteps
+from sdprune.schema import descendants
 
 
 class Statistic(ABC):
@@ -76,7 +78,7 @@ def statistic_class(name: str) -> type[Statistic]:
     Raises:
         InputError: for an unknown name.
     """
-    found = {cls.name: cls for cls in Statistic.__subclasses__()}
+    found = _by_name()
     if name not in found:
         raise unknown("statistic", name, statistic_names())
     return found[name]
@@ -84,7 +86,13 @@ def statistic_class(name: str) -> type[Statistic]:
 
 def statistic_names() -> list[str]:
     """Names of all statistics."""
-    return sorted(cls.name for cls in Statistic.__subclasses__())
+    return sorted(_by_name())
+
+
+def _by_name() -> dict[str, type[Statistic]]:
+    """All statistics by name; a name of this package means its own class."""
+    classes = [cls for cls in descendants(Statistic) if not isabstract(cls)]
+    return {cls.name: cls for cls in sorted(classes, key=lambda cls: cls.__module__.startswith("sdprune."))}  # type: ignore[attr-defined]
 
 
 def statistic(name: str, steps: int = 1, timesteps: Timesteps = "uniform") -> Statistic:

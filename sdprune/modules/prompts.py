@@ -12,9 +12,10 @@ from sdprune.calibration.collect import Request
 from sdprune.calibration.observer import InputObserver
 from sdprune.calibration.settings import Calibration
 from sdprune.data import Batch
+from sdprune.identity import code_of
 from sdprune.pipelines import Component, Sampling
 from sdprune.pruning import PruneSpec
-from sdprune.pruning.statistics import statistic_class
+from sdprune.pruning.statistics import statistic
 from sdprune.record import image_seed
 
 
@@ -90,8 +91,9 @@ class Requests:
         common = {"component": component, "layers": kinds, **self.facts, **self.subjects[component].facts()}
         found = []
         for name in sorted(names):
-            facts = {**common, "statistic": name}
-            if statistic_class(name).by_timesteps and self.subjects[component].steps > 1:
+            made = statistic(name)
+            facts = {**common, "statistic": name, **code_of(made)}
+            if made.by_timesteps and self.subjects[component].steps > 1:
                 facts["timesteps"] = spec.timesteps
             found.append(Request(component, name, every, facts))
         return found

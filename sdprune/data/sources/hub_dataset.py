@@ -8,7 +8,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
 
-from sdprune.data.sources import CaptionSource, Row, caption_table, digest_of
+from sdprune.data.sources.base import CaptionSource, Row, caption_table, digest_of
 from sdprune.errors import InputError, unknown
 from sdprune.hub import asking_hub
 from sdprune.outside import read_picture, reading

@@ -40,7 +40,7 @@ def test_calibration_does_not_depend_on_the_draw(source):
     first = list(source.load()["caption"])[:5]
     for n, seed in [(3, 0), (12, 9)]:
         data = CocoDataModule(source, n=n, seed=seed, calibration_n=5, calibration_batch_size=2)
-        batches = list(data.train_dataloader())
+        batches = list(data.calibration_loader())
         assert [prompt for batch in batches for prompt in batch.prompts[: batch.valid]] == first
 
 
@@ -59,8 +59,12 @@ def test_calibration_from_a_text_file(source, tmp_path):
 
 
 def test_calibration_loaders_are_even(source):
-    data = CocoDataModule(source, calibration_n=5, calibration_batch_size=2)
-    ranks = [list(data.calibration_loader(rank, 2)) for rank in range(2)]
+    def of(rank):
+        data = CocoDataModule(source, calibration_n=5, calibration_batch_size=2)
+        data.trainer = SimpleNamespace(global_rank=rank, world_size=2)
+        return list(data.calibration_loader())
+
+    ranks = [of(rank) for rank in range(2)]
     assert [[batch.index for batch in rank] for rank in ranks] == [[0, 2], [1, -1]]
     assert [batch.valid for rank in ranks for batch in rank] == [2, 1, 2, 0]
 
@@ -226,23 +230,19 @@ data:
 
 TWO_PROCESSES = """
 import json, sys
-import torch
 from lightning.pytorch import LightningModule, Trainer
 from sdprune.data import CocoDataModule, CocoDirectory
 
 class Recorder(LightningModule):
     def __init__(self):
         super().__init__()
-        self.automatic_optimization = False
-        self.anchor = torch.nn.Parameter(torch.zeros(1))
-        self.seen = {"fit": [], "predict": []}
-    def training_step(self, batch, batch_idx):
-        self.seen["fit"].append([batch.index, batch.valid])
-    def predict_step(self, batch, batch_idx):
-        self.seen["predict"].append([batch.index, batch.ids[:batch.valid]])
+        self.seen = {"calibration": [], "predict": []}
+    def predict_step(self, batch, batch_idx, dataloader_idx=0):
+        if self.trainer.datamodule.passes is None:
+            self.seen["predict"].append([batch.index, batch.ids[:batch.valid]])
+        else:
+            self.seen["calibration"].append([dataloader_idx, batch.index, batch.valid])
         return batch.ids
-    def configure_optimizers(self):
-        return None
 
 root, out = sys.argv[1:]
 data = CocoDataModule(CocoDirectory(root), n=7, batch_size=2, calibration_n=5, calibration_batch_size=2)
@@ -250,7 +250,9 @@ model = Recorder()
 quiet = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
 trainer = Trainer(accelerator="cpu", devices=2, strategy="ddp", max_epochs=1, use_distributed_sampler=False,
                   default_root_dir=out, **quiet)
-trainer.fit(model, datamodule=data)
+data.passes = 2
+trainer.predict(model, datamodule=data)
+data.passes = None
 trainer.predict(model, datamodule=data)
 with open(f"{out}/{trainer.global_rank}.json", "w") as file:
     json.dump(model.seen, file)
@@ -264,7 +266,8 @@ def test_two_processes(source, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
-    assert (first["fit"], second["fit"]) == ([[0, 2], [2, 1]], [[1, 2], [-1, 0]])
+    assert first["calibration"] == [[0, 0, 2], [0, 2, 1], [1, 0, 2], [1, 2, 1]]
+    assert second["calibration"] == [[0, 1, 2], [0, -1, 0], [1, 1, 2], [1, -1, 0]]
     assert [index for index, _ in first["predict"]] == [0, 2]
     assert [index for index, _ in second["predict"]] == [1, 3]
     batches = dict(first["predict"] + second["predict"])

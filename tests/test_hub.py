@@ -9,7 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from command_lines import ROOT, predict
-from sdprune.metrics.clip import ClipModel
+from sdprune.metrics import ClipImageFeatures
 
 from sdprune.data import HubDataset
 from sdprune.errors import InputError
@@ -68,7 +68,7 @@ def test_predict_names_the_host_the_cache_and_the_way_out(sdprune, nowhere, tmp_
 @pytest.mark.parametrize("nowhere", ["refused"], indirect=True)
 @pytest.mark.parametrize(
     "read",
-    [lambda: ClipModel("nobody/clip").load("cpu"), lambda: HubDataset("nobody/captions", "train").load()],
+    [lambda: ClipImageFeatures("nobody/clip").load("cpu"), lambda: HubDataset("nobody/captions", "train").load()],
     ids=["clip", "dataset"],
 )
 def test_whatever_is_asked_for_names_the_host(nowhere, read):

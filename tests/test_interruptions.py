@@ -36,6 +36,8 @@ def everything(output):
         inside = path.relative_to(output).parts
         if path.is_dir() or inside[0] in ("logs", ".locks") or inside[-2:-1] == (".locks",):
             continue
+        if path.name == "config.yaml":  # has the command's own directories
+            continue
         if path.name == "results.json":
             results = json.loads(path.read_text())
             del results["speed"], results["digest"]

@@ -10,7 +10,6 @@ from rich.table import Table
 from sdprune.pruning import scopes
 from sdprune.record import Record
 
-
 _ZEROS = 1e-3
 """Share of weights that are zero in a model that nobody has pruned, at most."""
 

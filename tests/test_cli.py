@@ -1,5 +1,6 @@
 """The command line: what it answers at once, and one clear line for everything that is wrong."""
 
+import gc
 import json
 import os
 import re
@@ -189,7 +190,7 @@ BAD_OPTIONS = {
     ),
     "class that is no metric": (
         ["--model.metrics+=shifted.Other"],
-        ["--model.metrics is shifted.Other", "from sdprune.metrics.PerImageMetric."],
+        ["--model.metrics is shifted.Other", "from sdprune.metrics.Score."],
     ),
     **{
         f"class of one's own as {name}": (
@@ -324,6 +325,7 @@ def prepared(tmp_path, miniature):
     (tmp_path / "shifted.py").write_text(SHIFTED)
     yield tmp_path
     sys.modules.pop("shifted", None)
+    gc.collect()  # its classes would still be found by name
 
 
 SHIFTED = """

@@ -465,12 +465,19 @@ def assert_statistics_or_line(file):
 # --- models of other families ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["StableDiffusionXLPipeline", "StableDiffusion3Pipeline", "FluxPipeline"])
-def test_a_pipeline_of_another_family(sdprune, model, tmp_path, name):
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("StableDiffusionXLPipeline", ", not a StableDiffusionPipeline: use --model.pipeline=StableDiffusionXL."),
+        ("StableDiffusion3Pipeline", ", which is not supported. Give a StableDiffusionPipeline or Stable"),
+        ("FluxPipeline", ", which is not supported. Give a StableDiffusionPipeline or StableDiffusionXLPipeline."),
+    ],
+)
+def test_a_pipeline_of_another_family(sdprune, model, tmp_path, name, words):
     change(model / "model_index.json", _class_name=name, text_encoder_2=["transformers", "CLIPTextModelWithProjection"])
     (model / "text_encoder_2").mkdir()
     line = told(sdprune, tmp_path / "runs", f"--model.pipeline.model={model}")
-    assert f"'{name}', which is not supported. Give a StableDiffusionPipeline" in line
+    assert f"'{name}'{words}" in line
 
 
 def test_a_model_for_inpainting(sdprune, model, tmp_path):

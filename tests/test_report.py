@@ -30,7 +30,7 @@ def write(root: Path, prune, fid, clip, n=40, images=None, sizes=SIZES, seed=0, 
     (run / "samples").mkdir(parents=True)
     facts = {
         "version": "0", "pipeline": {"model": "a/model"}, "dtype": "32-true", "data": {"n": n}, "seed": seed,
-        "sampling": {"steps": 20, "guidance": 7.5}, "metrics": [], "prune": prune, "samples": ["a dog", "a cat"],
+        "sampling": {"steps": 20, "guidance": 7.5}, "prune": prune,
     }  # fmt: skip
     zeros = {c: int(s["sparsity"] * sizes[c]) for c, s in prune.items()}
     whole = {"parameters": 1, "pruned": 0, "zeros": 0, "pruned_fraction": 0.0}
@@ -46,7 +46,9 @@ def write(root: Path, prune, fid, clip, n=40, images=None, sizes=SIZES, seed=0, 
             "nominal": share, "components": {c: {**whole, "parameters": size} for c, size in sizes.items()},
             **{w: {**whole, "zero_fraction": share} for w in ("targets", "prunable", "pipeline")},
         },
-        "protocols": {"fid": {"protocol": "inception-2048/study"}},
+        "protocols": {"fid": {"protocol": "inception-2048/study"}}, "scored": {"fid": {"class": "FID"}},
+        "roles": {name: "text" if "text" in name else "denoiser" for name in sizes if name != "vae"},
+        "samples": ["a dog", "a cat"],
     }  # fmt: skip
     (run / "config.json").write_text(json.dumps(facts))
     (run / "results.json").write_text(json.dumps(results))

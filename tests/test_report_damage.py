@@ -104,7 +104,7 @@ def test_a_cell_with_several_runs_shows_the_published_count_or_says_how_many(sdp
 def test_runs_without_samples_are_reported(sdprune, tmp_path):
     root = tmp_path / "runs"
     for prune, fid in (({}, 18.0), ({"unet": pruned(0.4)}, 20.0), ({"unet": pruned(0.5, "Wanda")}, 21.0)):
-        change(one(root, prune, fid), "config.json", lambda facts: facts.update(samples=[]))
+        change(one(root, prune, fid), "results.json", lambda results: results.update(samples=[]))
     told = sdprune("report", root)
     assert (told.code, told.err) == (0, "")
     assert len(table(root / "report", "runs")) == 3
@@ -116,7 +116,7 @@ def test_pictures_stand_beside_their_own_prompt(sdprune, tmp_path):
     root = tmp_path / "runs"
     one(root, {}, 18.0)
     run = one(root, {"unet": pruned(0.4)}, 20.0)
-    change(run, "config.json", lambda facts: facts.update(samples=["a cat", "a dog"]))
+    change(run, "results.json", lambda results: results.update(samples=["a cat", "a dog"]))
     assert sdprune("report", root).code == 0
     from PIL import Image
 
@@ -141,7 +141,8 @@ def test_text_of_others_shows_as_it_is(sdprune, tmp_path, text):
     root = tmp_path / "runs"
     for prune in ({}, {"unet": pruned(0.4, include=[text])}, {"unet": pruned(0.5, "Wanda")}, {"unet": pruned(0.4)}):
         run = one(root, prune, 20.0)
-        change(run, "config.json", lambda facts: facts.update(samples=[text, "a cat"], pipeline={"model": text}))
+        change(run, "results.json", lambda results: results.update(samples=[text, "a cat"]))
+        change(run, "config.json", lambda facts: facts.update(pipeline={"model": text}))
         change(run, "results.json", lambda results: results["protocols"]["fid"].update(protocol=text))
     infeasible = root / "infeasible"
     infeasible.mkdir()
@@ -203,7 +204,7 @@ WRONG = {
     "a null": ("results.json", lambda v: v["sparsity"].update(nominal=None), "sparsity.nominal is None: expected"),
     "a list": ("results.json", lambda v: v.update(comparison=[1]), "comparison is [1]: expected an object"),
     "no prune": ("config.json", lambda v: v.pop("prune"), "config.json has no prune"),
-    "a prompt": ("config.json", lambda v: v.update(samples=[1]), "samples.0 is 1: expected a text"),
+    "a prompt": ("results.json", lambda v: v.update(samples=[1]), "samples.0 is 1: expected a text"),
     "huge": ("results.json", lambda v: v.update(n=10**400), "expected a number"),
     "NaN": ("config.json", lambda v: v.update(seed=float("nan")), "seed is nan: expected a number"),
     "a share": (

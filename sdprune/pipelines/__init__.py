@@ -3,8 +3,9 @@
 from importlib import import_module
 from pkgutil import iter_modules
 
-from sdprune.pipelines.base import DiffusersFamily, Drawn, Sampling
+from sdprune.pipelines.base import DiffusersFamily
 from sdprune.pipelines.component import Component
+from sdprune.pipelines.sampling import Drawn, Sampling
 
 __all__ = ["Component", "DiffusersFamily", "Drawn", "Sampling"]
 

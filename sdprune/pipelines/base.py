@@ -5,81 +5,21 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
 from functools import cached_property, wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Optional, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Optional
 
 from sdprune.errors import InputError, unknown
 from sdprune.hub import asking_hub
-from sdprune.outside import reading
+from sdprune.pipelines.checks import check_parts, check_scheduler
 from sdprune.pipelines.component import Component, Denoiser, TextEncoder
 from sdprune.pipelines.directory import ModelDirectory, make_scheduler, require_pipeline, save_portable
 from sdprune.pipelines.resolve import resolve
+from sdprune.pipelines.sampling import Drawn, Sampling, step_of
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How images are drawn from the model.
-
-    Args:
-        steps: denoising steps.
-        guidance: classifier-free guidance scale; 1 or less is none.
-        height: of the image in pixels; the model's own if not given.
-        width: of the image in pixels; the model's own if not given.
-        scheduler: a diffusers scheduler class to use instead of the model's own, e.g. DPMSolverMultistepScheduler.
-    """
-
-    steps: int = 50
-    guidance: float = 7.5
-    height: Optional[int] = None
-    width: Optional[int] = None
-    scheduler: Optional[str] = None
-
-    def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise InputError(f"steps is {self.steps}: give 1 or more.")
-        for name in ("height", "width"):
-            value = getattr(self, name)
-            if value is not None and (value < 8 or value % 8):
-                raise InputError(f"{name} is {value}: give a multiple of 8 pixels.")
-
-    @property
-    def size(self) -> tuple[Optional[int], Optional[int]]:
-        """Height and width in pixels, None where the model's own is taken."""
-        return self.height, self.width
-
-    def describe(self) -> dict[str, Any]:
-        """All of it, for fingerprints."""
-        return asdict(self)
-
-
-class Drawn(NamedTuple):
-    """Images, or latents, of one batch."""
-
-    images: Tensor
-    """uint8 [b, 3, height, width] on the CPU; of latents that were not decoded [b, channels, h, w]."""
-    finite: list[bool]
-    """Whether each image came out of finite numbers; one that did not is black where they were not."""
-
-
-def step_of(timesteps: Tensor, call: int, steps: int) -> int:
-    """The denoising step, from 0, that a call of the denoiser belongs to.
-
-    Schedulers of second order call it several times a step: at one timestep (Heun), or at others in between.
-
-    Args:
-        timesteps: of all calls, [calls], noisiest first.
-        call: number of the call, from 0.
-        steps: how many steps there are.
-    """
-    distinct = timesteps.unique()
-    noisier = int((distinct > timesteps[call]).sum())
-    return noisier if len(distinct) <= steps else noisier * steps // len(distinct)
 
 
 class DiffusersFamily(ABC):
@@ -259,58 +199,8 @@ class DiffusersFamily(ABC):
 
     def check(self, sampling: Sampling) -> None:
         """Raise InputError when images cannot be drawn so, e.g. for an unknown scheduler; loads nothing."""
-        self._check_scheduler(sampling)
-        self._check_parts(sampling)
-
-    def _check_scheduler(self, sampling: Sampling) -> None:
-        """Take one step with zeros."""
-        import torch
-
-        own = self.files.scheduler()
-        scheduler = make_scheduler(sampling.scheduler or type(own).__name__, own)
-        name = type(scheduler).__name__
-        problem = f"Scheduler {name} of {self.files.path} cannot take {sampling.steps} steps"
-        with reading(problem, "Choose another scheduler or number of steps."):
-            scheduler.set_timesteps(sampling.steps)
-            latents = torch.zeros(1, 4, 8, 8) * scheduler.init_noise_sigma
-            scaled = scheduler.scale_model_input(latents, scheduler.timesteps[0])
-            scheduler.step(scaled, scheduler.timesteps[0], latents)
-
-    def _check_parts(self, sampling: Sampling) -> None:
-        """Run every part once on the meta device: sizes that do not fit each other are found without any work."""
-        import torch
-
-        modules = {name: cast(Any, self.meta_module(name)) for name in (*self.prunable, "vae")}
-        vae, takes = modules.pop("vae"), modules[self.denoiser].config.in_channels
-        makes = vae.config.latent_channels
-        if takes != makes:
-            raise InputError(
-                f"The denoiser of {self.files.path} takes {takes} channels and the VAE makes {makes}: this is a model "
-                "for inpainting or editing, which needs a picture. Give the text-to-image model that it was made from."
-            )
-        with reading(f"The parts of {self.files.path} do not fit each other"):
-            lengths = {name: self._length(name, modules[name]) for name in modules if name != self.denoiser}
-            scale = 2 ** (len(vae.config.block_out_channels) - 1)
-            native = modules[self.denoiser].config.sample_size * scale
-            height, width = ((side or native) // scale for side in sampling.size)
-            with torch.device("meta"), torch.no_grad():
-                tokens = {name: torch.zeros(1, length, dtype=torch.long) for name, length in lengths.items()}
-                latents = torch.zeros(1, makes, height, width)
-                noise = self.predict(modules, tokens, latents)
-                image = vae.decode(noise).sample
-            if noise.shape != latents.shape or image.shape[1] != 3:
-                raise ValueError(f"latents {list(latents.shape)}, noise {list(noise.shape)}, image {list(image.shape)}")
-
-    def _length(self, name: str, text: Any) -> int:
-        """How many tokens a text encoder gets, after a look at whether it can read them."""
-        tokenizer = self.files.tokenizer(name.replace("text_encoder", "tokenizer"))
-        longest, largest = text.config.max_position_embeddings, max(tokenizer.get_vocab().values())
-        if not 2 <= tokenizer.model_max_length <= longest or largest >= text.config.vocab_size:
-            raise ValueError(
-                f"the tokenizer cuts at {tokenizer.model_max_length} tokens, numbered up to {largest}; the text "
-                f"encoder takes {longest}, numbered below {text.config.vocab_size}"
-            )
-        return int(tokenizer.model_max_length)
+        check_scheduler(self.files, sampling)
+        check_parts(self, sampling)
 
     # --- running ---------------------------------------------------------------------------------------------
 

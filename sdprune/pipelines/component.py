@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Optional
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from sdprune.pipelines.base import DiffusersFamily, Sampling
+    from sdprune.pipelines.base import DiffusersFamily
+    from sdprune.pipelines.sampling import Sampling
 
 
 class _Reached(Exception):  # noqa: N818  no error

@@ -103,10 +103,7 @@ class Study:
     @property
     def sizes(self) -> dict[str, Size]:
         """Of the prunable components, as the first run counted."""
-        sizes = self.runs[0].sizes
-        names = [name for name in sizes if name.startswith("text_encoder")]
-        names += [name for name in sizes if name.startswith(("unet", "transformer"))]
-        return {name: Size(sizes[name], 0) for name in names}
+        return {name: Size(parameters, 0) for name, parameters in self.runs[0].sizes.items()}
 
     @property
     def is_sd2(self) -> bool:
@@ -115,7 +112,7 @@ class Study:
 
     def split(self, total: float, text_share: float) -> tuple[float, float] | None:
         """The sparsities of text encoder and U-Net by the study's Table 1; None where infeasible."""
-        text = [name for name in self.sizes if name.startswith("text_encoder")]
+        text = self.runs[0].text_encoders
         try:
             found = Budget(total, text_share).sparsities(self.sizes, text)
         except InfeasibleError:

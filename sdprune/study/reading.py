@@ -128,17 +128,18 @@ def read_run(directory: Path, facts: dict[str, Any], results: dict[str, Any]) ->
         DamagedError: a part that is missing or of another type, by name.
     """
     config, result = Value(facts, "config.json"), Value(results, "results.json")
-    scored = result["scored"].mapping()
+    scored = {name: facts.mapping() for name, facts in result["scored"].items()}
     shared = {**{name: config[name].content for name in COMPARED}, "scored": protocol({"scored": scored})}
     kept = {"prune": config["prune"].content, "calibration": config.get("calibration", [])}
     calibration = Value(kept["calibration"], "config.json: calibration")
     pruning = result["pruning"] if "pruning" in results else None
-    text, image = (component(config["prune"], calibration, pruning, text) for text in (True, False))
+    roles = {name: role.text() for name, role in result["roles"].items()}
+    kinds = [[name for name in roles if (roles[name] == "text") == text] for text in (True, False)]
+    if not all(kinds):
+        raise result["roles"].wrong("a text encoder and a denoiser")
+    text, image = (component(config["prune"], calibration, pruning, names) for names in kinds)
     sparsity, n = result["sparsity"], result["n"].whole(1)
-    sizes = {name: part["parameters"].whole(1) for name, part in sparsity["components"].items()}
-    kinds = {name.startswith("text_encoder") for name in sizes if name.startswith(("text_encoder", "unet", "transfor"))}
-    if len(kinds) < 2:
-        raise sparsity["components"].wrong("the sizes of a text encoder and a U-Net")
+    sizes = {name: sparsity["components"][name]["parameters"].whole(1) for name in roles}
     metrics, unusable = result["metrics"].numbers()
     comparison, more = result["comparison"].numbers(without="dense")
     return Run(
@@ -153,6 +154,7 @@ def read_run(directory: Path, facts: dict[str, Any], results: dict[str, Any]) ->
         nominal=sparsity["nominal"].number(0, 10),  # the study's counting can ask for more than there is
         zeros={scope: sparsity[scope]["zero_fraction"].number(0, 1) for scope in ("targets", "prunable", "pipeline")},
         sizes=sizes,
+        text_encoders=tuple(kinds[0]),
         metrics=metrics,
         comparison=comparison,
         images={

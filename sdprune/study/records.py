@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from hashlib import sha256
@@ -63,7 +63,8 @@ class Run:
         n: images.
         nominal: the sparsity as the study counts.
         zeros: shares of weights that are zero, over `targets`, `prunable` and `pipeline`.
-        sizes: parameters by component.
+        sizes: parameters by prunable component.
+        text_encoders: which of these are text encoders.
         metrics: scores.
         comparison: differences to the dense run, with the ends of their intervals.
         images: how many are `black`, `not_finite` and `flawed`.
@@ -82,6 +83,7 @@ class Run:
     nominal: float
     zeros: Mapping[str, float]
     sizes: Mapping[str, int]
+    text_encoders: tuple[str, ...]
     metrics: Mapping[str, float]
     comparison: Mapping[str, float]
     images: Mapping[str, int]
@@ -114,16 +116,16 @@ class Run:
         return None if value is None else Difference(value, *ends)
 
 
-def component(prune: Value, calibration: Value, pruning: Value | None, text: bool) -> Component:
+def component(prune: Value, calibration: Value, pruning: Value | None, names: Collection[str]) -> Component:
     """Read the pruning of one of the two kinds of component.
 
     Args:
         prune: config.json's, by component.
         calibration: config.json's, what each statistic depends on.
         pruning: results.json's counts, by component.
-        text: the text encoders', not the U-Net's.
+        names: of the components of this kind.
     """
-    specs = {name: spec for name, spec in prune.items() if name.startswith("text_encoder") == text}
+    specs = {name: spec for name, spec in prune.items() if name in names}
     if not specs:
         return Component()
     first, *others = specs

@@ -313,10 +313,3 @@ def test_help_and_a_missing_file(sdprune, tmp_path):
     told = sdprune("sweep", tmp_path / "none.yaml")
     assert told.code == 2
     assert "Unknown sweep" in told.err
-
-
-def test_the_readmes_python_runs(capsys):
-    snippets = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    (text,) = (snippet for snippet in snippets if "inputs=" in snippet)
-    exec(text, {})
-    assert capsys.readouterr().out == "16384 of 32768\n"

@@ -22,8 +22,9 @@ Find out how much of a text-to-image model can be pruned away before the picture
   sweep    FILE ...        run every cell of W&B sweep files here, without a server
   report   DIR ...         make the study's tables and figures from the runs in these directories
 
+FILE is a path, or the name of a file that comes with sdprune: mini/predict, sd2/predict; of sweeps mini_sparsity.
 Any value of a configuration can be given as an option after it:
-  sdprune predict --config configs/mini/predict.yaml --model.prune.unet.sparsity=0.35
+  sdprune predict --config mini/predict --model.prune.unet.sparsity=0.35
 
   sdprune VERB --help      all options       sdprune VERB --config FILE --print_config    the whole configuration
 

@@ -44,6 +44,7 @@ from sdprune.options import Configuration, explain, help_wanted, placed, quoted 
 from sdprune.pruning import InfeasibleError  # noqa: E402
 from sdprune.record import Record, replacing  # noqa: E402
 from sdprune.schema import Option, bases_of, class_named  # noqa: E402
+from sdprune.shipped import with_shipped  # noqa: E402
 from sdprune.study.worker import Checked  # noqa: E402
 from sdprune.summary import show  # noqa: E402
 from sdprune.tracking import connect, finish_all, log_record, wandb_logger  # noqa: E402
@@ -156,6 +157,7 @@ class SdpruneCLI(LightningCLI):
         """Parse, with errors of one line."""
         configuration = Configuration(root_options(self._subcommand_parsers[args[0]]), GROUPS)
         try:
+            args = [args[0], *with_shipped(args[1:])]
             wanted, words = help_wanted(args[1:])
             configuration.read(words)
             if wanted is not None:
@@ -289,7 +291,10 @@ class SdpruneCLI(LightningCLI):
 
 
 _PARSERS: dict[str, tuple[Any, str]] = {
-    "config": (Path, "a configuration file; of several the later ones add to the earlier ones"),
+    "config": (
+        Path,
+        "a configuration file, or a shipped one by name, as in mini/predict; of several the later add to the earlier",
+    ),
     "print_config": (None, "print the whole configuration, with values, and exit"),
     "seed_everything": (Union[bool, int], "seed of whatever is random and has no seed of its own"),
 }

@@ -77,7 +77,7 @@ class Configuration:
                 lacking = ", ".join(f"--{place}.{name}" for name in names)
                 return f"Missing: {lacking}, which {cls.__name__} needs. See --{place}.help."
         lacking = ", ".join(f"--{name}" for name in names)
-        return f"Missing: {lacking}. Give a configuration (--config FILE, as those in configs/), or options."
+        return f"Missing: {lacking}. Give a configuration (--config mini/predict, or a YAML file), or options."
 
     def _options(
         self, place: str, known: Mapping[str, Option] | None, values: Mapping[str, Any], owner: str = "",

@@ -32,9 +32,8 @@ def test_a_class_of_the_working_directory(miniature, here):
     assert len(criterion["code"]) == 12  # of shifted.py
 
 
-BRIGHTNESS = re.search(r"# brightness.py\n(.*?)```", (Path(__file__).parents[1] / "README.md").read_text(), re.DOTALL)[
-    1
-]
+PAGE = (Path(__file__).parents[1] / "docs" / "evaluation.md").read_text()
+BRIGHTNESS = re.search(r"# brightness.py\n(.*?)```", PAGE, re.DOTALL)[1]
 
 
 def test_a_metric_of_the_working_directory(sdprune, here):

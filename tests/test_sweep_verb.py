@@ -268,9 +268,8 @@ def test_a_worker_that_dies_fails_one_cell_only(tmp_path):
         killer.start()
         runner.workers[0].process.wait()
         outcomes = list(runner.run([["predict", "--config=none.yaml"]] * 4))
-    assert [outcome.failure for outcome in outcomes] == [
-        "Cannot read the configuration none.yaml: No such file or directory. Give a YAML file."
-    ] * 4
+    (failure,) = {outcome.failure for outcome in outcomes}
+    assert failure.startswith("Unknown configuration 'none.yaml'.")
     assert len(runner.workers) == 3
 
 
@@ -313,11 +312,4 @@ def test_help_and_a_missing_file(sdprune, tmp_path):
     assert sdprune("sweep").code == 0
     told = sdprune("sweep", tmp_path / "none.yaml")
     assert told.code == 2
-    assert "Cannot read the sweep" in told.err
-
-
-def test_the_readmes_python_runs(capsys):
-    snippets = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    (text,) = (snippet for snippet in snippets if "inputs=" in snippet)
-    exec(text, {})
-    assert capsys.readouterr().out == "16384 of 32768\n"
+    assert "Unknown sweep" in told.err

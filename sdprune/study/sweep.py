@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sdprune.errors import InputError, unknown
+from sdprune.shipped import located
 from sdprune.study.grid import cells, command, metric, read
 from sdprune.study.runner import Runner, several_processes
 from sdprune.study.usage import Flags, jobs
@@ -51,8 +52,8 @@ def run(arguments: Sequence[str], tell: Callable[[str], None] = print) -> int:
     flags.add_argument("--dry-run", action="store_true")
     given, places = flags.read(own)
     if not places:
-        raise InputError("sdprune sweep wants a file, as in: sdprune sweep wandb_sweeps/mini_sparsity.yaml.")
-    todo, shared = _todo([Path(place) for place in places], options)
+        raise InputError("sdprune sweep wants a file, as in: sdprune sweep mini_sparsity.")
+    todo, shared = _todo([located("sweep", "wandb_sweeps", place) for place in places], options)
     with Runner(min(given.jobs, len(todo)), any(several_processes(cell.words) for cell in todo)) as runner:
         checked = runner.check([cell.words for cell in todo])
         faults = [*_faults(todo, checked), *_unrecorded(todo, checked)]

@@ -15,9 +15,9 @@ Run every cell of W&B sweep files (method: grid) here, without a server. Each ce
 would start, without --wandb; options given here are added to all of them. All cells are checked before the first one
 starts. A finished cell is not run again, and one that failed is tried again, when the same command is given again. At
 the end a table for each file shows the cells by the score that its `metric:` names. When the first three cells fail
-alike, the sweep stops.
+alike, the sweep stops. FILE is a path, or the name of a sweep that comes with sdprune.
 
-  sdprune sweep wandb_sweeps/mini_methods_unet.yaml --data.n=64
+  sdprune sweep mini_methods_unet --data.n=64
 
   --jobs=N   run N cells at once, each job on its share of the cores; 1 by default. Bits of images depend on the number
              of threads: set OMP_NUM_THREADS to have the same with any number of jobs.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from inspect import isabstract
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -91,7 +91,7 @@ def statistic_names() -> list[str]:
 
 def _by_name() -> dict[str, type[Statistic]]:
     """All statistics by name; a name of this package means its own class."""
-    classes = [cls for cls in descendants(Statistic) if not isabstract(cls)]
+    classes: list[Any] = [cls for cls in descendants(Statistic) if not isabstract(cls)]
     return {cls.name: cls for cls in sorted(classes, key=lambda cls: cls.__module__.startswith("sdprune."))}
 
 

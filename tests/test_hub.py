@@ -9,10 +9,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from command_lines import ROOT, predict
-from sdprune.metrics import ClipImageFeatures
 
 from sdprune.data import HubDataset
 from sdprune.errors import InputError
+from sdprune.metrics import ClipImageFeatures
 from sdprune.pipelines import StableDiffusion
 
 PATIENCE = 9

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from inspect import isabstract
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -91,8 +91,8 @@ def statistic_names() -> list[str]:
 
 def _by_name() -> dict[str, type[Statistic]]:
     """All statistics by name; a name of this package means its own class."""
-    classes = [cls for cls in descendants(Statistic) if not isabstract(cls)]
-    return {cls.name: cls for cls in sorted(classes, key=lambda cls: cls.__module__.startswith("sdprune."))}  # type: ignore[attr-defined]
+    classes: list[Any] = [cls for cls in descendants(Statistic) if not isabstract(cls)]
+    return {cls.name: cls for cls in sorted(classes, key=lambda cls: cls.__module__.startswith("sdprune."))}
 
 
 def statistic(name: str, steps: int = 1, timesteps: Timesteps = "uniform") -> Statistic:

@@ -231,6 +231,9 @@ class SdpruneCLI(LightningCLI):
             run.check(self.datamodule)
         self.already = model.record.finished
         self._track(model.baseline or model.record)
+        for run in self.runs:
+            if not run.record.finished:
+                run.record.start()
         self._tell_of_machines()
 
     def predict(self, model: GenerationModule, **kwargs: Any) -> None:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from sdprune import PruneSpec, prune
 from sdprune.metrics import (
     ClipImageFeatures,
     CLIPScore,
@@ -18,7 +19,6 @@ from sdprune.mini.attributes import classify
 from sdprune.mini.world import scenes
 from sdprune.pipelines import Sampling, StableDiffusion
 from sdprune.pipelines.resolve import resolve
-from sdprune.pruning import PruneSpec, prune
 from sdprune.record import image_seed
 
 SAMPLING = Sampling(steps=20, guidance=2.5)

@@ -167,8 +167,6 @@ class GenerationModule(FrozenModule):
                 name = score.name or type(score).__name__
                 raise InputError(f"{name} needs at least {score.minimum} images, and n is {data.n}: leave it out.")
         self.record.check(data.examples["file_name"])
-        if not self.record.finished:
-            self.record.start()
         images = self.references.check(data)
         self.facts_of_data = data.check(calibration=self.calibrates, images=images)
 

@@ -102,6 +102,7 @@ def run_command(words: Sequence[str]) -> Outcome:
     from sdprune.commands import run
     from sdprune.tracking import take_ended
 
+    take_ended()  # of whatever ran before in this process
     try:
         results = run(words, summary=False)
         return Outcome(results, wandb=take_ended())

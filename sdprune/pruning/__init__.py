@@ -7,15 +7,18 @@ from sdprune.pruning.budget import Budget, InfeasibleError, Size
 from sdprune.pruning.criteria import Criterion
 from sdprune.pruning.criteria.base import Ranking, Reconstruction
 from sdprune.pruning.engine import LayerReport, PruneReport, apply, masks, targets_of
+from sdprune.pruning.granularity import Granularity
 from sdprune.pruning.plan import Statistics
-from sdprune.pruning.spec import PruneSpec, subclasses
+from sdprune.pruning.spec import PruneSpec
 from sdprune.pruning.statistics import Statistic, statistic, statistic_names
 from sdprune.pruning.targets import Target, find_targets
+from sdprune.schema import choices_of
 
 __all__ = [
     "Allocation",
     "Budget",
     "Criterion",
+    "Granularity",
     "InfeasibleError",
     "LayerReport",
     "PruneReport",
@@ -34,10 +37,9 @@ __all__ = [
     "scopes",
     "statistic",
     "statistic_names",
-    "subclasses",
     "targets_of",
 ]
 
 # Classes added as files are importable from here too.
 globals().update({cls.__name__: cls for cls in Statistic.__subclasses__()})
-globals().update(subclasses(Criterion) | subclasses(Allocation))
+globals().update(choices_of([Criterion, Allocation]))

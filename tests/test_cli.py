@@ -131,7 +131,13 @@ BAD_OPTIONS = {
     "component not pruned": (["--model.prune.vae.sparsity=0.3"], ["'vae'", "text_encoder, unet"]),
     "criterion": (["--model.prune.unet.criterion=Magnitud"], ["criterion 'Magnitud'", "Magnitude, ", "Wanda"]),
     "allocation": (["--model.prune.unet.allocation=Unform"], ["allocation 'Unform'", "Did you mean 'Uniform'"]),
-    "granularity": (["--model.prune.unet.granularity=rows"], ["'rows'", "layer, row, column_block"]),
+    "granularity": (
+        ["--model.prune.unet.granularity=rows"],
+        ["'rows'", "column_block, module_block, N:M, row, layer, component"],
+    ),
+        ["--model.prune.unet.granularity=rows"],
+        ["'rows'", "column_block, module_block, N:M, row, layer, component"],
+    ),
     "criterion without options": (
         ["--model.prune.unet.criterion.foo=3"],
         ["'model.prune.unet.criterion.foo' of Magnitude", "Magnitude has no options"],

@@ -63,7 +63,7 @@ def plan_passes(
         return passes
     stage_of = {target.name: number for number, part in enumerate(parts) for target in part}
     last = {one.stage: one for one in passes}
-    for group in groups_of(targets, spec).values():
+    for group in groups_of(targets, spec.ranked).values():
         last[max(stage_of[target.name] for target in group)].prune.append(group)
     return passes
 

@@ -1,6 +1,6 @@
 """The science, in pure torch: which weights, how they are scored, which of them go, and what that amounts to."""
 
-from sdprune.pruning import allocation, criteria, statistics
+from sdprune.pruning import allocation, criteria, granularity, statistics
 from sdprune.pruning.accounting import account, scopes
 from sdprune.pruning.allocation import Allocation
 from sdprune.pruning.blocks import block_names
@@ -8,6 +8,7 @@ from sdprune.pruning.budget import Budget, InfeasibleError, Size
 from sdprune.pruning.criteria import Criterion
 from sdprune.pruning.criteria.base import Ranking, Reconstruction
 from sdprune.pruning.engine import LayerReport, PruneReport, apply, masks, targets_of
+from sdprune.pruning.granularity import Granularity
 from sdprune.pruning.plan import Statistics
 from sdprune.pruning.spec import PruneSpec
 from sdprune.pruning.statistics import Statistic, statistic, statistic_names
@@ -18,6 +19,7 @@ __all__ = [
     "Allocation",
     "Budget",
     "Criterion",
+    "Granularity",
     "InfeasibleError",
     "LayerReport",
     "PruneReport",
@@ -40,6 +42,6 @@ __all__ = [
 ]
 
 # Classes added as files are importable from here too.
-for _folder in (allocation, criteria, statistics):
+for _folder in (allocation, criteria, granularity, statistics):
     discover(_folder)
 globals().update(choices_of([Statistic, Criterion, Allocation]))

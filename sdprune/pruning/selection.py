@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from sdprune.errors import InputError
+from sdprune.pruning.targets import Target
 
 Scores = Callable[[], Tensor]  # recomputed on every pass, so that no two parts' scores are held at once
 
@@ -36,9 +37,7 @@ _ROWS_CHUNK = 1 << 17  # weights of rows ranked at a time, which takes four time
 class Layer(NamedTuple):
     """A layer to be ranked."""
 
-    name: str
-    shape: tuple[int, int]  # rows, columns
-    device: torch.device
+    target: Target
     parts: Sequence[Scores]
     """Functions that compute the scores of its rows, some at a time, first to last: floats of 0 and up, of one dtype in
     all of a group. Each is called several times, unless the group has no other."""
@@ -93,13 +92,15 @@ def select(layers: Sequence[Layer], low: int, high: int) -> Iterator[Tensor]:
     Raises:
         InputError: for scores that are NaN, negative or no floats, naming the layer.
     """
-    keys: list[list[Scores]] = [[partial(_keys_of, layer.name, part) for part in layer.parts] for layer in layers]
+    keys: list[list[Scores]] = [
+        [partial(_computed_keys, layer.target.name, part) for part in layer.parts] for layer in layers
+    ]
     if sum(map(len, keys)) == 1:
         keys = [[cache(keys[0][0])]]
     group = list(chain.from_iterable(keys))
-    lower, upper = _find_cut(group, low), _find_cut(group, high)
+    lower, upper = find_cut(group, low), find_cut(group, high)
     for layer, parts in zip(layers, keys, strict=True):
-        mask = torch.empty(layer.shape, dtype=torch.bool, device=layer.device)
+        mask = torch.empty(layer.target.shape, dtype=torch.bool, device=layer.target.weight.device)
         start = 0
         for part in parts:
             selected, lower, upper = _between(part(), lower, upper)
@@ -111,33 +112,16 @@ def select(layers: Sequence[Layer], low: int, high: int) -> Iterator[Tensor]:
 
 def select_rows(name: str, scores: Tensor, low: Sequence[int], high: Sequence[int]) -> Tensor:
     """Select ranks low[i] to high[i] - 1 of each row i of the scores [rows, columns] of the layer so named."""
-    keys = _keys(name, scores)
+    keys = keys_of(name, scores)
     mask = _lowest_per_row(keys, high)
     if any(low):
         mask &= ~_lowest_per_row(keys, low)
     return mask
 
 
-def select_column_blocks(name: str, scores: Tensor, width: int, low: Sequence[int], high: Sequence[int]) -> Tensor:
-    """Select ranks low[i] to high[i] - 1 of each block i of `width` columns; the last block may be narrower."""
-    rows, columns = scores.shape
-    mask = torch.empty(scores.shape, dtype=torch.bool, device=scores.device)
-    step = max(1, _ROWS_CHUNK // (rows * width))  # blocks of equal width that are worked on together
-    start = 0
-    while start < len(high):
-        stop = min(start + step, max(columns // width, start + 1))
-        area = slice(start * width, min(stop * width, columns))
-        by_block = (rows, stop - start, -1)
-        block_scores = scores[:, area].reshape(by_block).transpose(0, 1).flatten(1)
-        selected = select_rows(name, block_scores, low[start:stop], high[start:stop])
-        mask[:, area] = selected.view(stop - start, rows, -1).transpose(0, 1).reshape(rows, -1)
-        start = stop
-    return mask
-
-
 def select_pattern(name: str, scores: Tensor, n: int) -> Tensor:
     """Select the n lowest of every group of the scores [..., m]."""
-    keys = _keys(name, scores)
+    keys = keys_of(name, scores)
     m = keys.shape[-1]
     if m > _PAIRWISE:
         return _lowest_per_row(keys.reshape(-1, m), [n] * (keys.numel() // m)).view(keys.shape)
@@ -151,38 +135,16 @@ def select_pattern(name: str, scores: Tensor, n: int) -> Tensor:
     return mask.view(keys.shape)
 
 
-def select_topk(name: str, scores: Tensor, n: int) -> Tensor:
-    """Select the n lowest of every group of the scores [..., m], with the ties of torch.topk: as published codes do."""
-    _keys(name, scores)
-    lowest = scores.float().topk(n, dim=-1, largest=False).indices
-    return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, lowest, True)
-
-
-def select_up_to(name: str, scores: Tensor, rank: int) -> Tensor:
-    """Select every score up to the one of that rank, ties included: the counting of published codes.
-
-    A negative rank counts from the end, as an index does there.
-
-    Raises:
-        InputError: for a rank beyond the last, where those codes fail.
-    """
-    keys = _keys(name, scores).reshape(-1)
-    if rank >= len(keys):
-        raise InputError(f"mode original: layer {name!r} has no score of rank {rank}. Use mode exact.")
-    cut = _find_cut([lambda: keys], rank % len(keys) + 1)
-    return (keys < cut.key + (cut.ties > 0)).view(scores.shape)
-
-
 def column_blocks(columns: int, width: int) -> list[int]:
     """The widths of the column blocks."""
     return [min(width, columns - start) for start in range(0, columns, width)]
 
 
-def _keys_of(name: str, score: Scores) -> Tensor:
-    return _keys(name, score())
+def _computed_keys(name: str, score: Scores) -> Tensor:
+    return keys_of(name, score())
 
 
-def _keys(name: str, scores: Tensor) -> Tensor:
+def keys_of(name: str, scores: Tensor) -> Tensor:
     """The scores' bits as integers of the same order, after a check that they are such."""
     if scores.dtype not in _KEY_DTYPES:
         raise InputError(f"Layer {name!r} has scores of type {scores.dtype}: a criterion must return floats.")
@@ -203,7 +165,7 @@ def _infinity(dtype: torch.dtype) -> int:
     return int(torch.tensor(math.inf, dtype=dtype).view(_KEY_DTYPES[dtype]))
 
 
-def _find_cut(parts: Sequence[Scores], k: int) -> Cut:
+def find_cut(parts: Sequence[Scores], k: int) -> Cut:
     """The cut that selects the k lowest keys of all parts together."""
     if k == 0:
         return Cut(0, 0)
@@ -265,7 +227,7 @@ def _lowest_per_row(keys: Tensor, counts: Sequence[int]) -> Tensor:
             mask[start:stop] = k > 0
         elif columns > _ROWS_CHUNK:
             for row in range(start, stop):
-                mask[row] = _below(keys[row], _find_cut([partial(keys.select, 0, row)], k))[0]
+                mask[row] = _below(keys[row], find_cut([partial(keys.select, 0, row)], k))[0]
         else:
             mask[start:stop] = _lowest(rows, k)
     return mask

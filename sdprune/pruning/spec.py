@@ -1,7 +1,6 @@
 """How one component is to be pruned."""
 
 import inspect
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral, Real
@@ -15,12 +14,14 @@ from sdprune.pruning.allocation import Allocation
 from sdprune.pruning.allocation.uniform import Uniform
 from sdprune.pruning.blocks import Blocks
 from sdprune.pruning.criteria import Criterion
-from sdprune.pruning.criteria.base import Ranking
+from sdprune.pruning.criteria.base import Ranking, Reconstruction
+from sdprune.pruning.granularity import Granularity
+from sdprune.pruning.granularity.base import ColumnWise
+from sdprune.pruning.granularity.pattern import Pattern
 from sdprune.pruning.targets import LAYER_KINDS
 from sdprune.pruning.timesteps import Timesteps
-from sdprune.schema import choices_of
+from sdprune.schema import choices_of, class_named
 
-GRANULARITIES = ("layer", "row", "column_block", "module_block", "component", "N:M")
 AGREEMENT = 1e-3
 """How far a given sparsity may be from one that is set otherwise: 1:3 is 0.333."""
 Order = Literal["one_pass", "sequential"]
@@ -38,8 +39,9 @@ class PruneSpec:
         criterion: what ranks the weights: a Criterion or the name of one.
         allocation: how the sparsity is shared out among layers: an Allocation or the name of one.
         granularity: which weights are ranked against each other: layer, row, column_block, module_block, component, or
-            N:M such as '2:4' (in YAML with quotes), N pruned of every M neighbouring inputs. By default as published:
-            layer for Magnitude, row for Wanda, column_block for SparseGPT.
+            N:M such as '2:4' (in YAML with quotes), N pruned of every M neighbouring inputs; or a class of your own by
+            its name, MODULE.CLASS. By default as published: layer for Magnitude, row for Wanda, column_block for
+            SparseGPT.
         block_width: columns of a column_block.
         layers: kinds of layer: Linear, Conv2d, Conv1D (GPT-2's Linear in transformers).
         include: shell patterns on layer names; what matches one of them is a target.
@@ -85,14 +87,15 @@ class PruneSpec:
                 raise unknown(option, getattr(self, option), get_args(choices))
         if not isinstance(self.block_width, Integral) or self.block_width < 1:
             raise InputError(f"block_width is {self.block_width!r}: give the number of columns, 1 or more.")
+        self.ranked: Granularity = _granularity(self.granularity, int(self.block_width))
         self._check_lists()
         if self.band is not None:
             self._check_band(self.band)
-        self._check_granularity(self.granularity)
+        self._check_granularity()
         if self.mode == "original":
             self._check_original()
-        if self.pattern and self.sparsity != 0:
-            self.sparsity = self.pattern[0] / self.pattern[1]
+        if self.ranked.sparsity is not None and self.sparsity != 0:
+            self.sparsity = self.ranked.sparsity
         self.sparsity = float(self.sparsity or 0)
 
     @property
@@ -108,7 +111,7 @@ class PruneSpec:
     @property
     def pattern(self) -> Optional[Tuple[int, int]]:
         """(N, M) of an N:M granularity, N pruned of M."""
-        return _pattern(str(self.granularity))
+        return (self.ranked.n, self.ranked.m) if isinstance(self.ranked, Pattern) else None
 
     @property
     def sequential(self) -> bool:
@@ -128,7 +131,8 @@ class PruneSpec:
             "criterion": _describe(self.criterion),
             "allocation": _describe(self.allocation),
             "granularity": self.granularity,
-            "block_width": int(self.block_width) if self.granularity == "column_block" else None,
+            **code_of(self.ranked),
+            "block_width": getattr(self.ranked, "block_width", None),
             "layers": sorted(set(self.layers)),
             "include": sorted(set(self.include)),
             "exclude": sorted(set(self.exclude)),
@@ -162,44 +166,40 @@ class PruneSpec:
         if not isinstance(self.criterion, Ranking):
             raise InputError(f"{_name(self.criterion)} ranks no weights, so that there is no band of them: use Wanda.")
 
-    def _check_granularity(self, granularity: str) -> None:
-        kind = "N:M" if self.pattern else granularity
-        if kind == "N:M" and not self.pattern:
-            raise InputError("granularity N:M wants numbers, as in 2:4: 2 pruned of every 4 neighbouring inputs.")
-        if kind not in GRANULARITIES:
-            raise unknown("granularity", granularity, GRANULARITIES)
-        if kind not in self.criterion.granularities:
-            choices = ", ".join(self.criterion.granularities)
-            raise InputError(f"{_name(self.criterion)} is not defined for granularity {granularity}: choose {choices}.")
-        if self.pattern:
-            self._check_pattern(*self.pattern)
-        if self.sequential and kind == "component":
+    def _check_granularity(self) -> None:
+        given, defined, ranked = self.granularity, self.criterion.granularities, self.ranked
+        if ranked.name not in defined and "any" not in defined:
+            raise InputError(
+                f"{_name(self.criterion)} is not defined for granularity {given}: choose {', '.join(defined)}."
+            )
+        if isinstance(self.criterion, Reconstruction) and not isinstance(ranked, ColumnWise):
+            raise InputError(
+                f"{_name(self.criterion)} wants a granularity of columns, unlike {given}: use column_block."
+            )
+        if ranked.sparsity is not None:
+            if self.band is not None:
+                raise InputError(f"A band has no effect under granularity {given}: use another granularity.")
+            if self.sparsity and abs(self.sparsity - ranked.sparsity) > AGREEMENT:
+                raise InputError(
+                    f"granularity {given} prunes {ranked.sparsity:g}, not {self.sparsity:g}: leave sparsity out, or "
+                    f"set it to {ranked.sparsity:g}."
+                )
+        if self.sequential and ranked.whole_component:
             raise InputError(
                 "Order sequential cannot rank a whole component at once: use one_pass, or another granularity."
             )
         if isinstance(self.allocation, Uniform):
             return
-        if kind in ("component", "N:M") or self.band is not None:
-            reason = "a band" if self.band is not None else f"granularity {granularity}"
+        if self.band is not None or ranked.whole_component or ranked.sparsity is not None:
+            reason = "a band" if self.band is not None else f"granularity {given}"
             raise InputError(f"Allocation {_name(self.allocation)} has no effect under {reason}: use Uniform.")
 
-    def _check_pattern(self, n: int, m: int) -> None:
-        if not 0 < n <= m:
-            raise InputError(f"granularity {n}:{m} prunes {n} of every {m}: give 1 to {m} of {m}.")
-        if self.band is not None:
-            raise InputError(f"A band has no effect under granularity {n}:{m}: use another granularity.")
-        if self.sparsity and abs(self.sparsity - n / m) > AGREEMENT:
-            given, wanted = f"{self.sparsity:g}", f"{n / m:g}"
-            raise InputError(
-                f"granularity {n}:{m} prunes {wanted}, not {given}: leave sparsity out, or set it to {wanted}."
-            )
-
     def _check_original(self) -> None:
-        kind = "N:M" if self.pattern else self.granularity
-        if self.band is not None or kind not in {self.criterion.granularities[0], "N:M"}:
+        published = self.criterion.granularities[0]
+        if self.band is not None or self.ranked.name not in {published, "N:M"}:
             raise InputError(
-                f"mode original: {_name(self.criterion)} was published by {self.criterion.granularities[0]} or N:M and "
-                "without bands. Use mode exact."
+                f"mode original: {_name(self.criterion)} was published by {published} or N:M and without bands. Use "
+                "mode exact."
             )
 
 
@@ -212,9 +212,21 @@ def _instance(kind: str, value: Any, base: type) -> Any:
     return choices[value]()
 
 
-def _pattern(granularity: str) -> Optional[Tuple[int, int]]:
-    found = re.fullmatch(r"(\d+):(\d+)", granularity)
-    return (int(found[1]), int(found[2])) if found else None
+def _granularity(text: str, block_width: int) -> Granularity:
+    """The granularity of that name, or of the class MODULE.CLASS."""
+    if "." in text and all(part.isidentifier() for part in text.split(".")):
+        try:
+            cls = class_named("granularity", text, [Granularity])
+        except InputError as error:
+            raise InputError(str(error).removeprefix("--")) from error
+        return cls.read(cls.name, block_width)
+    classes: list[Any] = sorted(
+        choices_of([Granularity]).values(), key=lambda cls: not cls.__module__.startswith("sdprune.")
+    )
+    for cls in classes:
+        if found := cls.read(text, block_width):
+            return found
+    raise unknown("granularity", text, [cls.name for cls in classes])
 
 
 def _share(option: str, value: Any) -> float:

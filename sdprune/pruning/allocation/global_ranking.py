@@ -38,10 +38,7 @@ class GlobalRanking(Allocation):
         return _RANKINGS[self.by].statistics
 
     def sparsities(self, targets: Sequence[Target], sparsity: float, statistics: Norms) -> Mapping[str, Share]:  # noqa: D102
-        layers = [
-            Layer(target.name, target.shape, target.weight.device, [partial(self._scores, target, statistics)])
-            for target in targets
-        ]
+        layers = [Layer(target, [partial(self._scores, target, statistics)]) for target in targets]
         if len({target.weight.dtype for target in targets}) > 1:
             raise InputError("GlobalRanking wants layers of one dtype: load the model in one.")
         total = sum(target.weight.numel() for target in targets)

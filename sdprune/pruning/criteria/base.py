@@ -21,13 +21,13 @@ class Criterion(ABC):
     """Names of the statistics of the layer's inputs that it reads."""
 
     granularities: ClassVar[tuple[str, ...]]
-    """The granularities that it is defined for, its own first; `N:M` stands for all patterns."""
+    """Names of the granularities that it is defined for, its own first; `any` stands for all there are."""
 
 
 class Ranking(Criterion):
     """Scores weights: the lowest are pruned first, all others keep their bits."""
 
-    granularities: ClassVar[tuple[str, ...]] = ("layer", "row", "column_block", "module_block", "component", "N:M")
+    granularities: ClassVar[tuple[str, ...]] = ("layer", "any")
 
     rowwise: ClassVar[bool] = False
     """Whether a row's scores depend on that row alone. A large layer is then scored some rows at a time."""

@@ -15,7 +15,7 @@ class Wanda(Ranking):
     """
 
     statistics = frozenset({"input_norm"})
-    granularities = ("row", *(kind for kind in Ranking.granularities if kind != "row"))
+    granularities = ("row", "any")
     rowwise = True
 
     def score(self, weight: Tensor, statistics: Mapping[str, Tensor]) -> Tensor:  # noqa: D102

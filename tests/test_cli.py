@@ -135,9 +135,6 @@ BAD_OPTIONS = {
         ["--model.prune.unet.granularity=rows"],
         ["'rows'", "column_block, module_block, N:M, row, layer, component"],
     ),
-        ["--model.prune.unet.granularity=rows"],
-        ["'rows'", "column_block, module_block, N:M, row, layer, component"],
-    ),
     "criterion without options": (
         ["--model.prune.unet.criterion.foo=3"],
         ["'model.prune.unet.criterion.foo' of Magnitude", "Magnitude has no options"],

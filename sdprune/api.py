@@ -84,7 +84,7 @@ def gather(
     store = MemoryStore()
     before = tuple(Request("", name, spec, {"statistic": name, "of": "the dense module"}) for name in dense or ())
     for request in before:
-        store.add(request.facts, 0, (dense or {})[request.statistic])
+        store.add(request.facts, (dense or {})[request.statistic])
     requests = [
         Request("", name, spec, {"statistic": name}, spec.sequential, before)
         for name in sorted([names] if isinstance(names, str) else names)

@@ -14,6 +14,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from sdprune.errors import InputError
+
 _PACKAGE = Path(__file__).parent
 DRAWING = ("pruning", "calibration", "pipelines", "data", "mini", "modules")
 """Folders of the package whose code decides statistics, masks and pictures."""
@@ -24,7 +26,10 @@ _LIBRARIES = ("sdprune", "builtins", "abc", "typing", "torch", "torchmetrics", "
 
 def fingerprint(facts: Mapping[str, Any]) -> str:
     """Twelve hexadecimal digits of SHA-256 over the canonical JSON of `facts`."""
-    canonical = json.dumps(facts, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    try:
+        canonical = json.dumps(facts, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    except ValueError as error:
+        raise InputError(f"An option of this run is no finite number ({error}): give one.") from error
     return hashlib.sha256(canonical.encode()).hexdigest()[:12]
 
 

@@ -16,7 +16,7 @@ import io
 import json
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from importlib.metadata import version
 from inspect import signature
@@ -116,22 +116,24 @@ def protocol(results: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def require_comparable(one: Record, other: Record, same_model: bool = True) -> None:
-    """See that two finished records differ in nothing but what was pruned and how.
+def require_comparable(one: Record, other: Record, same_model: bool = True, scores: Iterable[str] = ()) -> None:
+    """See that two records differ in nothing but what was pruned and how.
 
     Args:
         one: a record.
-        other: what it is compared with; it may have more scores.
+        other: what it is compared with.
         same_model: whether both have to be of one model.
+        scores: names of those that are compared; both records are finished then.
 
     Raises:
         InputError: what differs, with both values: prompts, noise, sampling, model or how it was measured.
     """
-    ours, theirs = protocol(one.results), protocol(other.results)
+    names = list(scores)
+    ours, theirs = (protocol(record.results) if names else {} for record in (one, other))
     pairs = [
         (name, one.facts.get(name), other.facts.get(name)) for name in COMPARED if same_model or name != "pipeline"
     ]
-    pairs += [(f"scored.{name}", facts, theirs.get(name)) for name, facts in ours.items()]
+    pairs += [(f"scored.{name}", ours.get(name), theirs.get(name)) for name in names]
     for name, mine, its in pairs:
         if mine != its:
             key, own, others = next(_differences(name, mine, its))
@@ -178,6 +180,8 @@ class Record:
             raise InputError(f"{directory} is no finished run: it has no results.json.")
         record = cls(directory.parent, "", read_json(directory / "config.json"))
         record.directory = directory
+        if "scored" not in record.results:
+            raise InputError(f"{directory} has no scores: give the directory of a run that drew images.")
         return record
 
     @property
@@ -234,7 +238,7 @@ class Record:
             other.directory = config.parent
             for name in file_names if same else ():
                 source, target = other.image_path(name), self.image_path(name)
-                if source.is_file() and not target.exists():
+                if source.is_file() and not target.exists() and _is_picture(source):
                     target.parent.mkdir(parents=True, exist_ok=True)
                     with replacing(target) as temporary:
                         shutil.copyfile(source, temporary)
@@ -266,7 +270,7 @@ class Record:
                 those that were scored.
         """
         if self.finished:
-            samples = self.results.get("samples", ())
+            samples = self.results.get("samples") or ()
             kept = self.load_rows({"digest": "images.digest"}, whole=True).get("digest")
             for number in range(len(samples)):
                 read_png(self.sample_path(number))
@@ -374,6 +378,13 @@ def save_png(path: Path, pixels: np.ndarray, finite: bool = True) -> None:
         note.add_text(_NOT_FINITE, "true")
     with replacing(path) as temporary:
         Image.fromarray(pixels).save(temporary, format="PNG", pnginfo=note)
+
+
+def _is_picture(path: Path) -> bool:
+    try:
+        return bool(read_png(path))
+    except InputError:
+        return False
 
 
 class Picture(NamedTuple):

@@ -73,6 +73,30 @@ def test_a_metric_that_is_left_out_stays_in_the_record(sdprune, tmp_path, calls)
     assert results(the_run(tmp_path, "dense")) == before
 
 
+def test_differences_of_other_metrics_stay_and_those_of_a_new_baseline_do_not(sdprune, tmp_path, calls):
+    assert sdprune(*with_metrics(predict(tmp_path))).code == 0
+    run = the_run(tmp_path, PRUNED)
+    whole = results(run)
+    assert {"kid_diff", "fid_diff"} <= whole["comparison"].keys()
+    assert sdprune(*predict(tmp_path)).code == 0
+    assert results(run) == whole
+    assert sdprune(*predict(tmp_path, *DENSE, "--model.seed=0", f"--model.output={tmp_path / 'other'}")).code == 0
+    other = the_run(tmp_path / "other", "dense")
+    other = other.rename(other.with_name("another-0"))
+    assert sdprune(*predict(tmp_path, f"--model.baseline={other}")).code == 0
+    found = results(run)["comparison"]
+    assert found["dense"] == "another-0"
+    assert "fid_diff" in found
+    assert "kid_diff" not in found
+
+
+def test_a_metric_that_one_run_alone_has_moves_no_run_to_another_group(sdprune, tmp_path):
+    assert sdprune(*predict(tmp_path)).code == 0
+    assert sdprune(*with_metrics(predict(tmp_path, *DENSE))).code == 0
+    told = sdprune("report", tmp_path, f"--out={tmp_path / 'report'}")
+    assert "2 runs in 1 comparable group" in told.out
+
+
 def test_more_images_draw_the_difference(sdprune, tmp_path, calls):
     """The draw of a smaller n is no prefix of a larger one's: pictures are found by their ids."""
     one = ["--data.batch_size=1", *DENSE]

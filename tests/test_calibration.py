@@ -261,3 +261,37 @@ def test_predict_prunes_by_sparsegpt_in_memory(alone, tmp_path, sdprune):
     results = json.loads((the_run(tmp_path, "text_encoder") / "results.json").read_text())
     assert results["pruning"]["unet"]["spec"]["criterion"] == {"class": "SparseGPT", "options": {"damping": 0.01}}
     assert results["sparsity"]["targets"]["pruned_fraction"] == pytest.approx(0.37, abs=0.05)
+
+
+def test_more_memory_after_an_interruption_loses_no_layer(alone, tmp_path, sdprune, monkeypatch):
+    """Fewer passes than before: what the earlier ones stored counts, and is not overwritten."""
+    small = [*METHODS["sparsegpt"], "--model.calibration.hessian_gib=0.008"]
+    end_pass, ended = Collector.end_pass, []
+
+    def stopping(self):
+        end_pass(self)
+        ended.append(1)
+        if len(ended) == 3:
+            raise RuntimeError("stopped")
+
+    monkeypatch.setattr(Collector, "end_pass", stopping)
+    assert sdprune(*fit("prune", tmp_path, *small)).code == 1
+    monkeypatch.undo()
+    assert sdprune(*fit("prune", tmp_path, *METHODS["sparsegpt"])).code == 0
+    assert equal(statistics(tmp_path), statistics(alone["sparsegpt"]))
+    assert equal(pruned(tmp_path), pruned(alone["sparsegpt"]))
+
+
+def test_a_pass_over_a_part_of_the_captions_is_no_pass(miniature, tmp_path, sdprune):
+    told = sdprune(*fit("prune", tmp_path, *METHODS["wanda"], "--trainer.limit_predict_batches=1"))
+    assert told.code == 2
+    assert "A pass saw 2 of 5 captions" in told.err
+    assert not list((tmp_path / "statistics").glob("*/facts.json"))
+
+
+def test_hessians_in_half_precision(miniature, tmp_path, sdprune):
+    told = sdprune(*fit("prune", tmp_path, *METHODS["sparsegpt"], "--trainer.precision=bf16-true"))
+    assert told.code == 0, told.err
+    hessians = [value for key, one in statistics(tmp_path).items() if "hessian" in key for value in one.values()]
+    assert hessians
+    assert all(value.dtype == torch.float32 for value in hessians)

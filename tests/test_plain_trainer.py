@@ -121,3 +121,17 @@ def test_calibration(sdprune, tmp_path):
     )
     assert len([file for file in theirs if file.suffix == ".safetensors"]) == 4
     assert ours == theirs
+
+
+def test_a_pipeline_that_was_pruned_is_dense_again_for_the_next_run(tmp_path):
+    def scores(pipeline, name):
+        output = tmp_path / name
+        run(GenerationModule(pipeline, {}, [CLIPScore("miniature")], SAMPLING, samples=[], output=str(output)))
+        return json.loads((the_run(output, "dense") / "results.json").read_text())
+
+    used = StableDiffusion("miniature")
+    run(PruningModule(used, pruned((0.9, 0.9)), SAMPLING, output=str(tmp_path), store=f"{tmp_path}/statistics"))
+    assert sum(int((p == 0).sum()) for p in used.components["unet"].parameters()) > 100_000
+    ours, theirs = scores(used, "used"), scores(StableDiffusion("miniature"), "fresh")
+    for section in ("metrics", "sparsity"):
+        assert ours[section] == theirs[section]

@@ -16,6 +16,7 @@ from sdprune.calibration.observer import BatchSums, InputObserver, Totals
 from sdprune.calibration.passes import MEMORY, Pass, plan_passes
 from sdprune.calibration.progress import CalibrationState, ProgressReport
 from sdprune.calibration.store import Store
+from sdprune.errors import InputError
 from sdprune.processes import Processes
 from sdprune.pruning import PruneSpec, Target, find_targets, statistic
 
@@ -83,7 +84,7 @@ class Collector:
         memory: bytes that the sums of one pass may take.
         processes: of this run.
         report: is called in every denoising step.
-        images: number of calibration samples, for the reports.
+        images: number of calibration samples in a pass; 0 if that is not known.
     """
 
     def __init__(
@@ -91,7 +92,7 @@ class Collector:
         processes: Optional[Processes] = None, report: Optional[Callable[[CalibrationState], None]] = None,
         images: int = 0,
     ) -> None:  # fmt: skip
-        self.subjects, self.store, self.memory = subjects, store, memory
+        self.subjects, self.store, self.memory, self.images = subjects, store, memory, images
         self.processes = processes or Processes()
         self._orders: dict[str, list[str]] = {}
         self._groups = self._grouped(requests)
@@ -156,10 +157,16 @@ class Collector:
         """All batches are through: store the statistics, prune where that is part of it, and begin the next pass."""
         if self.done:
             return
+        samples = max(total.samples for total in self.totals.values())
+        if self.images and samples != self.images:
+            raise InputError(
+                f"A pass saw {samples} of {self.images} captions. Leave out --trainer.limit_predict_batches, "
+                "--trainer.fast_dev_run and --trainer.use_distributed_sampler."
+            )
         if self.processes.is_first:
             for request in self._requests:
                 if request.statistic in self.totals:
-                    self.store.add(request.facts, self._number, self.totals[request.statistic].finish())
+                    self.store.add(request.facts, self.totals[request.statistic].finish())
         self.processes.barrier()
         progress, self.totals = self._progress, {}
         self._gathering.finish(self._number, self._stored())

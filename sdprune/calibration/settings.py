@@ -1,5 +1,6 @@
 """What of the calibration runs counts."""
 
+import math
 from dataclasses import dataclass
 
 from sdprune.errors import InputError
@@ -20,9 +21,9 @@ class Calibration:
     hessian_gib: float = 8.0
 
     def __post_init__(self) -> None:
-        if not self.unconditional >= 0:
+        if not 0 <= self.unconditional < math.inf:
             raise InputError(f"unconditional is {self.unconditional}: give a weight of 0 or more.")
-        if not self.hessian_gib > 0:
+        if not 0 < self.hessian_gib < math.inf:
             raise InputError(f"hessian_gib is {self.hessian_gib}: give the memory in GiB, as in 8.")
 
     @property

@@ -1,8 +1,8 @@
 """Statistics of layer inputs, each gathered once and kept under a fingerprint of what it depends on.
 
 <root>/<component>-<statistic>-<fingerprint>/
-    000.safetensors, ...   layers, one file a pass over the calibration batches, each with a digest of its contents
-    facts.json             written last, with the names of the files: statistics that have it and them are whole
+    *.safetensors   layers, one file a pass over the calibration batches, each with a digest of its contents
+    facts.json      written last, with the names of the files: statistics that have it and them are whole
 <root>/progress-<fingerprint>.safetensors   the sums of a pass that was interrupted
 """
 
@@ -35,7 +35,7 @@ class Store(Protocol):
     def load(self, facts: Facts) -> Mapping[str, Tensor]:
         """What has been gathered, in whole or in part, by layer."""
 
-    def add(self, facts: Facts, number: int, layers: Mapping[str, Tensor]) -> None:
+    def add(self, facts: Facts, layers: Mapping[str, Tensor]) -> None:
         """Keep the layers of one pass."""
 
     def finish(self, facts: Facts) -> None:
@@ -57,7 +57,7 @@ class MemoryStore:
     def load(self, facts: Facts) -> Mapping[str, Tensor]:  # noqa: D102
         return self._layers.setdefault(fingerprint(facts), {})
 
-    def add(self, facts: Facts, number: int, layers: Mapping[str, Tensor]) -> None:  # noqa: D102
+    def add(self, facts: Facts, layers: Mapping[str, Tensor]) -> None:  # noqa: D102
         self._layers.setdefault(fingerprint(facts), {}).update(layers)
 
     def finish(self, facts: Facts) -> None:  # noqa: D102
@@ -105,15 +105,17 @@ class StatisticsStore:
         if any(fact not in self for fact in facts):
             require_writable(self.root, "--model.store")
 
-    def add(self, facts: Facts, number: int, layers: Mapping[str, Tensor]) -> None:
-        """Write the layers of one pass."""
+    def add(self, facts: Facts, layers: Mapping[str, Tensor]) -> None:
+        """Write the layers of one pass, in a file that is named after them: other passes than an interrupted run made,
+        as with more memory, lose nothing of it."""
         path = self.path(facts)
         path.mkdir(parents=True, exist_ok=True)
-        _write(path / f"{number:03d}.safetensors", layers)
+        _write(path / f"{fingerprint({'layers': sorted(layers)})}.safetensors", layers)
 
     def finish(self, facts: Facts) -> None:
         """The statistics are whole."""
-        write_json(self.path(facts) / "facts.json", {**facts, "files": [path.name for path in self._files(facts)]})
+        whole = [path.name for path in self._files(facts) if _is_whole(path)]
+        write_json(self.path(facts) / "facts.json", {**facts, "files": whole})
 
     def progress(self, facts: Facts) -> Progress:
         """Where an unfinished pass keeps its sums."""

@@ -51,6 +51,7 @@ class RecordWriter(Callback):
             "remarks": [],
             "comparison": {},
             "verdicts": {},
+            "compared": {},
             "images": module.flaws.summary(list(examples["id"])),
             "budget": None if plan.budget is None else plan.budget.describe(),
             "roles": {name: component.role for name, component in module.pipeline.prunable.items()},
@@ -83,8 +84,15 @@ class RecordWriter(Callback):
         values = {**results["metrics"], **module.values}
         measured = {key: scoring.column_facts(key) for key in module.scores.columns}
         module.record.save_captions(data.examples, module.scores.per_image(rows))
+        stale = {score.name for score in scoring.wanted}
+        compared = {name: one for name, one in results.get("compared", {}).items() if name not in stale}
+        differences = {name: value for one in compared.values() for name, value in one["values"].items()}
+        dense = {"dense": results["comparison"]["dense"]} if differences else {}
         return {
             "metrics": values,
+            "compared": compared,
+            "comparison": {**dense, **differences},
+            "verdicts": {name: one for name, one in results["verdicts"].items() if name in compared},
             "remarks": [text for score in module.scores.scores for text in score.remarks(values, rows)],
             "protocols": {**results["protocols"], **self._protocols(module)},
             "scored": {**results["scored"], **{score.name: scoring.facts(score) for score in scoring.wanted}},

@@ -15,8 +15,13 @@ class SampleGrid(Callback):
 
     def on_predict_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Draw and write, where the record lacks them."""
-        if "samples" in pl_module.todo and pl_module.samples and trainer.is_global_zero:
-            record, baseline, samples = pl_module.record, pl_module.baseline, pl_module.samples
+        if "samples" not in pl_module.todo or not trainer.is_global_zero:
+            return
+        record, baseline, samples = pl_module.record, pl_module.baseline, pl_module.samples
+        if record.finished:  # until the new ones are there
+            record.finish({**record.results, "samples": None})
+        (record.directory / "grid.png").unlink(missing_ok=True)
+        if samples:
             drawn = pl_module.draw(samples, [f"sample:{prompt}" for prompt in samples])
             for number, (pixels, finite) in enumerate(drawn):
                 save_png(record.sample_path(number), pixels, finite)

@@ -15,6 +15,7 @@ from sdprune.data.batches import Batch, Batches, BatchSampler, draw, require_ima
 from sdprune.data.sources import CaptionSource
 from sdprune.errors import InputError, unknown
 from sdprune.identity import facts_of
+from sdprune.locks import release_all
 from sdprune.outside import read_npz
 
 if TYPE_CHECKING:
@@ -76,6 +77,10 @@ class CocoDataModule(LightningDataModule):
         """Whether the run needs calibration captions; without, their source is left alone."""
         self.passes: Optional[int] = None
         """Over the calibration captions, for a module that calibrates in the predict loop; others draw images."""
+
+    def on_exception(self, exception: BaseException) -> None:
+        """Let go of what the run had locked, so that it can be tried again in the same process."""
+        release_all()
 
     def prepare_data(self) -> None:
         """Let the sources make what they read; the trainer calls this on one process a node."""

@@ -112,6 +112,10 @@ class ImageScores(PerImageRows):
         Raises:
             InputError: another number of images or another width of rows.
         """
+        return {name: value for part in self.compare_each(dense_rows).values() for name, value in part.items()}
+
+    def compare_each(self, dense_rows: Rows) -> dict[str, dict[str, float]]:
+        """The differences of `compare`, score by score."""
         own, dense = self._gathered() if self.scores else {}, self._checked(dense_rows)
         for key, column in own.items():
             if column.shape != dense[key].shape:
@@ -120,7 +124,4 @@ class ImageScores(PerImageRows):
                     "runs over the same prompts and metrics."
                 )
         paired = MeasuredRows({key: dense[key].to(column.device) for key, column in own.items()})
-        differences: dict[str, float] = {}
-        for score in self.scores:
-            differences |= score.compare(own, paired, self.references.get(score.name))
-        return differences
+        return {score.name: score.compare(own, paired, self.references.get(score.name)) for score in self.scores}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -88,6 +88,10 @@ class FrozenModule(LightningModule, ABC):
             lock.acquire()
         return locks
 
+    def calibration_batches(self) -> Iterator[tuple[Batch, int, int]]:
+        """The calibration batches of this process, each with its number and how many captions of it count."""
+        return ((batch, batch.index, batch.valid) for batch in self.data.calibration_loader())
+
     def load(self) -> None:
         """Put the pipeline on this process's device in the trainer's dtype; mixed precision keeps fp32 weights."""
         self.pipeline.load(_DTYPES.get(self.precision_name, torch.float32), self.trainer.strategy.root_device)
@@ -121,8 +125,9 @@ class CalibratingModule(FrozenModule):
         return []
 
     def on_predict_epoch_end(self) -> None:
-        """The last pass is over."""
+        """The last pass is over; one more than was planned follows where stored files were damaged meanwhile."""
         self.collector.end_pass()
+        self.collector.run(self.calibration_batches)
         self.finish()
         Processes().barrier()
         for lock in self._locks:

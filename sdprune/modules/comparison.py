@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from sdprune.identity import fingerprint
-from sdprune.metrics import ImageScores, verdict
+from sdprune.metrics import ImageScores, Score, verdict
 from sdprune.record import Record, require_comparable
 
 
@@ -25,30 +25,42 @@ class Comparison:
     def __init__(self, record: Record, baseline: Record, scores: ImageScores, same_model: bool = True) -> None:
         self.record, self.baseline, self.scores, self.same_model = record, baseline, scores, same_model
 
-    @property
-    def key(self) -> str:
-        """Tells one way of comparing from another."""
-        how = [(score.name, score.tolerance, getattr(score, "resamples", None)) for score in self.scores.scores]
-        scored = [record.results["scored"] for record in (self.record, self.baseline)]
+    def _key(self, score: Score) -> str:
+        """Tells one way of comparing a score from another."""
+        scored = [record.results["scored"].get(score.name) for record in (self.record, self.baseline)]
+        how = [score.tolerance, getattr(score, "resamples", None)]
         return fingerprint({"dense": self.baseline.directory.name, "how": how, "scored": scored})
 
     @property
     def done(self) -> bool:
-        """Whether the record was compared in this very way."""
-        return self.record.results.get("compared") == self.key
+        """Whether every score was compared in this very way."""
+        compared = self.record.results.get("compared", {})
+        return all(compared.get(score.name, {}).get("key") == self._key(score) for score in self.scores.scores)
 
     def write(self) -> None:
-        """Add the differences to the record.
+        """Add the differences to the record; those of other scores to the same baseline stay.
 
         Raises:
             InputError: records that differ in more than what was pruned, or damaged rows.
         """
-        require_comparable(self.record, self.baseline, self.same_model)
+        names = [score.name for score in self.scores.scores]
+        require_comparable(self.record, self.baseline, self.same_model, names)
         if not self.scores.positions and self.scores.scores:
             self.scores.load_rows(self._rows(self.record))
-        differences = {"dense": self.baseline.directory.name, **self.scores.compare(self._rows(self.baseline))}
-        sections = {"comparison": differences, "verdicts": self._verdicts(differences), "compared": self.key}
-        self.record.finish({**self.record.results, **sections})
+        found = self.scores.compare_each(self._rows(self.baseline))
+        compared: dict[str, Any] = {
+            score.name: {"key": self._key(score), "values": found[score.name]} for score in self.scores.scores
+        }
+        results, dense = self.record.results, self.baseline.directory.name
+        if results["comparison"].get("dense") == dense:
+            compared = {**results.get("compared", {}), **compared}
+        differences = {name: value for one in compared.values() for name, value in one["values"].items()}
+        verdicts = {name: one for name, one in results["verdicts"].items() if name in compared and name not in names}
+        sections = {
+            "comparison": {"dense": dense, **differences},
+            "verdicts": {**verdicts, **self._verdicts(differences)},
+        }
+        self.record.finish({**results, **sections, "compared": compared})
 
     def _rows(self, record: Record) -> dict[str, torch.Tensor]:
         rows = record.load_rows({key: key for key in self.scores.keys})

@@ -28,7 +28,7 @@ from sdprune.modules.scoring import Scoring
 from sdprune.pipelines import DiffusersFamily, Sampling
 from sdprune.processes import Processes
 from sdprune.pruning import Budget, PruneReport, PruneSpec
-from sdprune.record import Picture, Record, clock, image_seed, label, read_png, save_png
+from sdprune.record import Picture, Record, clock, image_seed, label, read_png, require_comparable, save_png
 
 if TYPE_CHECKING:
     from sdprune.data import CocoDataModule
@@ -113,7 +113,9 @@ class GenerationModule(FrozenModule):
         pipeline = self.pipeline
         if self.given_baseline is not None:
             if (Path(self.given_baseline) / "results.json").exists():
-                return Record.at(Path(self.given_baseline))
+                found = Record.at(Path(self.given_baseline))
+                require_comparable(self.record, found, same_model=False)  # before anything is drawn
+                return found
             pipeline = type(pipeline)(self.given_baseline)
         return GenerationModule(
             pipeline, {}, self.scores.scores, self.sampling, seed=self.seed, samples=self.samples,
@@ -211,8 +213,10 @@ class GenerationModule(FrozenModule):
             self.check(self.data)
         self._parent = os.getppid()
         self._lock = RunLock(self.output, self.record.directory.name)
-        self._lock.acquire(lambda: not self._missing())
-        self.todo = frozenset(Processes().broadcast(self._missing()))
+        mine = self._lock.acquire(lambda: not self._missing())
+        self.todo = frozenset(Processes().broadcast(self._missing() if self.trainer.is_global_zero else None))
+        if not mine:
+            self.todo = frozenset()
         if "scores" in self.todo:
             self.scoring.begin("images" in self.todo)
         if "images" in self.todo and self.trainer.is_global_zero:
@@ -254,7 +258,8 @@ class GenerationModule(FrozenModule):
         locks = self.lock_statistics(self.plan.calibration)
         if locks:  # else no captions need be there
             collector = self.plan.calibration.collector(self.data, self.on_calibration)
-            collector.run(lambda: ((batch, batch.index, batch.valid) for batch in self.data.calibration_loader()))
+            with self.trainer.precision_plugin.forward_context():  # as in the predict loop of `fit`
+                collector.run(self.calibration_batches)
         for lock in locks:
             lock.release()
         self.reports = self.plan.apply()
@@ -295,7 +300,9 @@ class GenerationModule(FrozenModule):
 
     def draw(self, prompts: Sequence[str], ids: Sequence[object]) -> list[tuple[np.ndarray, bool]]:
         """Pictures, uint8 [h, w, 3], from noise that the run's seed and the ids decide, and whether each is finite."""
-        drawn = self.pipeline.generate(prompts, [image_seed(self.seed, one) for one in ids], self.sampling)
+        seeds = [image_seed(self.seed, one) for one in ids]
+        with self.trainer.precision_plugin.forward_context():
+            drawn = self.pipeline.generate(prompts, seeds, self.sampling)
         return list(zip(drawn.images.permute(0, 2, 3, 1).numpy(), drawn.finite, strict=True))
 
     @staticmethod
@@ -315,14 +322,16 @@ class GenerationModule(FrozenModule):
         On the first process, when the others are gone: however long it takes, nobody waits in a collective. Whoever is
         killed here leaves a finished record without a comparison, which the same command adds.
         """
-        if self.baseline is None:
+        if self.baseline is None or not self.trainer.is_global_zero:
             return
         comparison = Comparison(self.record, self.baseline, self.scores, self.given_baseline is None)
         lock = RunLock(self.output, self.record.directory.name, Processes(alone=True))
-        if lock.acquire(lambda: comparison.done):
-            self.references.set(self.data)
-            self.scores.to(self.trainer.strategy.root_device)
-            comparison.write()
+        try:
+            if lock.acquire(lambda: comparison.done):
+                self.references.set(self.data, lock.processes)
+                self.scores.to(self.trainer.strategy.root_device)
+                comparison.write()
+        finally:
             lock.release()
 
     @contextmanager

@@ -95,6 +95,7 @@ class PruningPlan:
     def apply(self) -> dict[str, PruneReport]:
         """Prune every component of the loaded pipeline in place, with statistics from the store."""
         store, reports = self.calibration.store, {}
+        self.pipeline.altered = self.pipeline.altered or bool(self.requests)
         for name, (allocation, criterion) in self.requests.items():
             dense = {one.statistic: store.load(one.facts) for one in allocation}
             own = {one.statistic: store.load(one.facts) for one in criterion}

@@ -9,6 +9,7 @@ from sdprune.errors import InputError
 from sdprune.files import require_writable
 from sdprune.locks import RunLock
 from sdprune.metrics import FeatureExtractor, ImageScores, Score, Statistics, reference_path, reference_statistics
+from sdprune.processes import Processes
 
 if TYPE_CHECKING:
     from sdprune.data import CocoDataModule
@@ -39,13 +40,13 @@ class References:
                 self.scores.set_reference(score.name, Statistics.load(data.reference_file))
         return not all(self._there(score, data) for score in self.needed)
 
-    def set(self, data: CocoDataModule) -> None:
+    def set(self, data: CocoDataModule, processes: Processes | None = None) -> None:
         """Give each score its reference, which one process of one run makes if it is not there."""
         made: dict[Path, Statistics] = {}  # scores of one extractor share it
         for score in self.needed:
             path = self._path(score, data)
             if path not in made:
-                lock = RunLock(self.cache.parent, f"reference-{path.stem}")
+                lock = RunLock(self.cache.parent, f"reference-{path.stem}", processes)
                 if lock.acquire(lambda score=score: self._there(score, data)):  # type: ignore[misc]
                     if lock.processes.is_first:
                         self._make(score, data)

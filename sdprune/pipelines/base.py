@@ -43,6 +43,8 @@ class DiffusersFamily(ABC):
     def __init__(self, model: str, revision: str = "main", variant: Optional[str] = None):
         self.model, self.revision, self.variant = model, revision, variant
         self._pipe: Any = None
+        self.altered = False
+        """Whether weights were changed since they were read; then they are read again."""
 
     @abstractmethod
     def predict(self, modules: Mapping[str, Any], tokens: Mapping[str, Tensor], latents: Tensor) -> Tensor:
@@ -169,14 +171,17 @@ class DiffusersFamily(ABC):
     # --- loading ---------------------------------------------------------------------------------------------
 
     def load(self, dtype: torch.dtype, device: torch.device) -> None:
-        """Read the weights, the first time from disk; afterwards only move them.
+        """Read the weights, unless they are there as they were read; then only move them.
 
         Raises:
             InputError: no such model, or one without safetensors.
         """
-        if self._pipe is None:
-            self._pipe = self._read(dtype)
-            self._scheduler = self._pipe.scheduler
+        import torch
+
+        if self._pipe is None or self.altered:
+            with torch.inference_mode(False):  # weights that can be changed later
+                self._pipe = self._read(dtype)
+            self._scheduler, self.altered = self._pipe.scheduler, False
         self._pipe.to(device=device, dtype=dtype)
 
     def _read(self, dtype: torch.dtype) -> Any:

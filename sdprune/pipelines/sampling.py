@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Optional
 
@@ -32,6 +33,8 @@ class Sampling:
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise InputError(f"steps is {self.steps}: give 1 or more.")
+        if not math.isfinite(self.guidance):
+            raise InputError(f"guidance is {self.guidance}: give a number, as in 7.5.")
         for name in ("height", "width"):
             value = getattr(self, name)
             if value is not None and (value < 8 or value % 8):

@@ -53,7 +53,7 @@ def read(directories: Iterable[str | Path]) -> Found:
         InputError: a directory that is not there, or no finished record at all.
     """
     found, roots = Found(), [Path(directory) for directory in directories]
-    groups: dict[str, list[Run]] = {}
+    groups: dict[str, list[tuple[dict[str, Any], list[Run]]]] = {}
     for root in roots:
         if not root.is_dir():
             raise InputError(f"No directory {str(root)!r}: give one that `sdprune predict` wrote runs to.")
@@ -69,7 +69,7 @@ def read(directories: Iterable[str | Path]) -> Found:
                 found.infeasible.append(_infeasible(Value(results, "results.json")))
                 continue
             run = read_run(place, read_json(place / "config.json"), results)
-            groups.setdefault(fingerprint(run.shared), []).append(run)
+            _join(groups.setdefault(fingerprint(run.shared), []), run)
         except (InputError, RecursionError, ValueError) as error:  # json: too deep; a fingerprint: NaN
             found.left_out.append(LeftOut(place, str(error)))
     if not groups:
@@ -77,9 +77,20 @@ def read(directories: Iterable[str | Path]) -> Found:
         raise InputError(
             f"No finished run below {', '.join(map(str, roots))}: run sdprune predict or sweep first{reason}."
         )
-    found.studies = sorted(map(Study, groups.values()), key=lambda study: -len(study.runs))
+    runs = [found_runs for alike in groups.values() for _, found_runs in alike]
+    found.studies = sorted(map(Study, runs), key=lambda study: -len(study.runs))
     found.infeasible = sorted(set(found.infeasible))
     return found
+
+
+def _join(groups: list[tuple[dict[str, Any], list[Run]]], run: Run) -> None:
+    """Put a run into the first group whose scores were measured as its own, whichever more either of them has."""
+    for protocols, runs in groups:
+        if all(protocols.get(name, facts) == facts for name, facts in run.protocols.items()):
+            protocols |= run.protocols
+            runs.append(run)
+            return
+    groups.append((dict(run.protocols), [run]))
 
 
 def _walk(roots: Iterable[Path]) -> Iterator[Path | LeftOut]:
@@ -130,7 +141,7 @@ def read_run(directory: Path, facts: dict[str, Any], results: dict[str, Any]) ->
     """
     config, result = Value(facts, "config.json"), Value(results, "results.json")
     scored = {name: facts.mapping() for name, facts in result["scored"].items()}
-    shared = {**{name: config[name].content for name in COMPARED}, "scored": protocol({"scored": scored})}
+    shared = {name: config[name].content for name in COMPARED}
     kept = {"prune": config["prune"].content, "calibration": config.get("calibration", [])}
     calibration = Value(kept["calibration"], "config.json: calibration")
     pruning = result["pruning"] if "pruning" in results else None
@@ -147,6 +158,7 @@ def read_run(directory: Path, facts: dict[str, Any], results: dict[str, Any]) ->
         directory=directory,
         identity=fingerprint(kept),
         shared=shared,
+        protocols=protocol({"scored": scored}),
         title=_title(config, result),
         text=text,
         image=image,
@@ -163,7 +175,7 @@ def read_run(directory: Path, facts: dict[str, Any], results: dict[str, Any]) ->
             "not_finite": result["images"]["not_finite"].whole(),
             "flawed": len(result["images"]["flawed"].elements()),
         },
-        clip_scores=_clip_scores(directory / "rows.npz", n),
+        clip_scores=_clip_scores(directory / "rows.npz", n, metrics.get("clip_score")),
         notes=tuple(f"{name} is not a finite number, it counts as missing" for name in [*unusable, *more]),
     )
 
@@ -190,17 +202,21 @@ def _model(pipeline: Value, result: Value) -> str:
     return "the miniature" if name == MINIATURE else name
 
 
-def _clip_scores(path: Path, n: int) -> np.ndarray | None:
-    """Cosines [n] of each image and its prompt."""
+def _cosines(texts: np.ndarray, images: np.ndarray) -> np.ndarray:
+    with np.errstate(all="ignore"):
+        units = [part.astype(float) / np.linalg.norm(part, axis=1, keepdims=True) for part in (texts, images)]
+        return np.asarray((units[0] * units[1]).sum(1))
+
+
+def _clip_scores(path: Path, n: int, score: float | None) -> np.ndarray | None:
+    """Cosines [n] of each image and its prompt, by the network whose mean cosine the score is."""
     try:
         with np.load(path, allow_pickle=False) as rows:
-            names = [name for name in rows if name.endswith(".texts")]
-            if not names:
-                return None
-            texts, images = rows[names[0]], rows[names[0].removesuffix(".texts") + ".features"]
-        with np.errstate(all="ignore"):
-            units = [part.astype(float) / np.linalg.norm(part, axis=1, keepdims=True) for part in (texts, images)]
-            cosines = (units[0] * units[1]).sum(1)
+            names = [name.removesuffix(".texts") for name in rows if name.endswith(".texts")]
+            found = [_cosines(rows[f"{name}.texts"], rows[f"{name}.features"]) for name in names]
+        if not found or score is None:
+            return None
+        cosines = min(found, key=lambda one: abs(one.mean() - score))
     except Exception as error:  # zipfile, zlib and NumPy each have their own
         raise DamagedError(f"rows.npz is missing or damaged ({printable(str(error))[:80]})") from error
     if cosines.shape != (n,) or not np.isfinite(cosines).all():

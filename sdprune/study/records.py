@@ -56,6 +56,7 @@ class Run:
         directory: where it lies.
         identity: everything that decided its masks; equal for equal prunings only.
         shared: the facts that runs must have in common to be compared.
+        protocols: how each score was measured.
         title: one line on them.
         text: the text encoders' pruning.
         image: that of the U-Net, or what stands in its place.
@@ -75,6 +76,7 @@ class Run:
     directory: Path
     identity: str
     shared: Mapping[str, Any]
+    protocols: Mapping[str, Any]
     title: str
     text: Component
     image: Component

@@ -30,7 +30,7 @@ class Hessian(Statistic):
 
     def empty(self, target: Target) -> Tensor:  # noqa: D102
         columns = target.shape[1]
-        return torch.zeros(target.groups, columns, columns, device=target.weight.device)
+        return torch.zeros(target.groups, columns, columns, dtype=torch.float32, device=target.weight.device)
 
     def bytes_of(self, target: Target) -> int:  # noqa: D102
         return 4 * target.groups * target.shape[1] ** 2

@@ -418,7 +418,7 @@ def test_bad_files(sdprune, tmp_path, case):
         (["predict"], ["Missing: --data, --model. Give a configuration", "--config"]),
         (["fit"], ["Missing: --data, --model. Give a configuration", "--config"]),
         (["predict", "--config"], ["--config", "expected one argument"]),
-        (["predict", "--config", "{tmp}/none.yaml"], ["{tmp}/none.yaml", "No such file"]),
+        (["predict", "--config", "{tmp}/none.yaml"], ["Unknown configuration", "{tmp}/none.yaml", "mini/predict"]),
         (["predict", "--config={tmp}"], ["{tmp}", "directory"]),
         (["predict", "-c", "{tmp}/text.yaml"], ["{tmp}/text.yaml holds no options"]),
         (["predict", "--config", "{tmp}/bytes.yaml"], ["{tmp}/bytes.yaml is no valid YAML"]),

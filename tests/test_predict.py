@@ -353,7 +353,7 @@ def test_records_of_other_protocols_or_prompts_are_not_compared(output):
     fid = json.loads(json.dumps(dense.results["scored"]["fid"]))
     fid["extractor"]["name"] = "inception-2048/study"
     with pytest.raises(InputError, match=r"fid\.extractor\.name is 'inception-2048/study' in one and None in the"):
-        require_comparable(record("text_encoder", scored={"fid": fid}), dense)
+        require_comparable(record("text_encoder", scored={"fid": fid}), dense, scores=["fid"])
     with pytest.raises(InputError, match="seed is 1 in one and 0 in the other"):
         require_comparable(record("text_encoder", {"seed": 1}), dense)
     with pytest.raises(InputError, match="pipeline"):

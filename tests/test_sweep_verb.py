@@ -277,7 +277,10 @@ def test_an_interrupted_sweep_leaves_no_process(miniature, tmp_path):
     path = write(tmp_path / "grid.yaml")
     script = Path(sys.executable).parent / "sdprune"
     words = [script, "sweep", path, "--jobs=2", *quick(tmp_path / "out"), "--model.sampling.steps=500"]
-    sweep = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    sweep = subprocess.Popen(
+        words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+    )  # fmt: skip
     limit = time.monotonic() + 200
     while not list((tmp_path / "out").glob("*/config.json")):
         assert sweep.poll() is None, sweep.stderr.read()

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from sdprune.errors import unknown
+from sdprune.errors import InputError, unknown
 from sdprune.pruning.targets import Target
 from sdprune.pruning.timesteps import Timesteps
 from sdprune.schema import descendants
@@ -70,6 +70,15 @@ class Statistic(ABC):
             InputError: a shape that this statistic never has, naming the layer.
         """
         return stored
+
+    @classmethod
+    def require_axes(cls, layer: str, stored: Tensor, *axes: str) -> None:
+        """Raise InputError, naming the layer, unless a stored statistic has so many axes."""
+        if stored.dim() != len(axes):
+            raise InputError(
+                f"Statistic {cls.name} of layer {layer!r} has shape {list(stored.shape)}, not [{', '.join(axes)}]: "
+                "gather it with sdprune.gather."
+            )
 
 
 def statistic_class(name: str) -> type[Statistic]:

@@ -5,7 +5,6 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from sdprune.errors import InputError
 from sdprune.pruning.statistics.base import Statistic
 from sdprune.pruning.targets import Target
 from sdprune.pruning.timesteps import Timesteps, timestep_weights
@@ -59,9 +58,5 @@ class Hessian(Statistic):
     @classmethod
     def read(cls, layer: str, stored: Tensor, timesteps: Timesteps) -> Tensor:
         """What is stored: [groups, columns, columns]."""
-        if stored.dim() != 3:
-            raise InputError(
-                f"Statistic hessian of layer {layer!r} has shape {list(stored.shape)}, not [groups, columns, columns]: "
-                "gather it with sdprune.gather."
-            )
+        cls.require_axes(layer, stored, "groups", "columns", "columns")
         return stored

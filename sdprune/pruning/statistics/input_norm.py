@@ -5,7 +5,6 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from sdprune.errors import InputError
 from sdprune.pruning.statistics.base import Statistic
 from sdprune.pruning.targets import Target
 from sdprune.pruning.timesteps import Timesteps, timestep_weights
@@ -56,10 +55,6 @@ class InputNorm(Statistic):
     @classmethod
     def read(cls, layer: str, stored: Tensor, timesteps: Timesteps) -> Tensor:
         """The weighted mean over steps: float32 [groups, columns]."""
-        if stored.dim() != 3:
-            raise InputError(
-                f"Statistic input_norm of layer {layer!r} has shape {list(stored.shape)}, not [steps, groups, "
-                "columns]: gather it with sdprune.gather."
-            )
+        cls.require_axes(layer, stored, "steps", "groups", "columns")
         weights = torch.tensor(timestep_weights(timesteps, len(stored)), dtype=torch.float64, device=stored.device)
         return ((weights[:, None, None] * stored.double()).sum(0) / weights.sum()).float()

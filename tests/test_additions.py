@@ -55,7 +55,7 @@ def test_a_metric_that_is_added_scores_the_pictures_that_lie_there(sdprune, tmp_
         added, whole = results(tmp_path / "some" / run.name), results(run)
         assert files(tmp_path / "some" / run.name) == before[run.name][0]
         assert len(whole["metrics"]) > len(before[run.name][1]["metrics"])
-        for part in ("metrics", "verdicts", "scored", "columns", "images", "sparsity"):
+        for part in ("metrics", "verdicts", "scored", "remarks", "images", "sparsity"):
             assert added[part] == whole[part], part
         assert added["comparison"] == whole["comparison"]
         assert added["speed"] == before[run.name][1]["speed"]  # of the drawing

@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from sdprune import gather
 from sdprune.calibration.collect import Collector
 from sdprune.pipelines import Sampling, StableDiffusion
+from sdprune.pipelines.sampling import image_seed
 from sdprune.pruning import PruneSpec, apply, find_targets, targets_of
-from sdprune.record import image_seed
 
 BOTH = ("text_encoder", "unet")
 
@@ -61,7 +61,7 @@ def equal(one: dict[str, dict[str, torch.Tensor]], two: dict[str, dict[str, torc
 @pytest.fixture(scope="module")
 def alone(miniature, tmp_path_factory):
     """What one process comes to, by method."""
-    from sdprune.cli import main
+    from sdprune.__main__ import main
 
     outputs = {}
     for name, options in METHODS.items():

@@ -309,7 +309,7 @@ def test_the_card_names_the_base_model_and_its_licence(sdprune, miniature, tmp_p
 )
 def test_directories_are_named_after_the_whole_method(prune, name):
     from sdprune.pruning import PruneSpec
-    from sdprune.record import label
+    from sdprune.runs.label import label
 
     assert label({component: PruneSpec(**choices) for component, choices in prune.items()}) == name
     assert len(f"pruned-{name}-0123456789ab") < 100

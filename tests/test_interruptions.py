@@ -170,9 +170,9 @@ def test_a_killed_comparison_is_picked_up_without_drawing(sdprune, miniature, tm
 
 
 def test_a_run_waits_for_another_and_says_so(tmp_path, monkeypatch, capsys):
-    from sdprune.locks import RunLock
+    from sdprune.runs.locks import RunLock
 
-    monkeypatch.setattr("sdprune.locks._POLL", 0.01)
+    monkeypatch.setattr("sdprune.runs.locks._POLL", 0.01)
     holder, waiting, late = (RunLock(tmp_path, "dense-0") for _ in range(3))
     assert holder.acquire(lambda: False)
     looks = iter([False, False, False, True])
@@ -203,7 +203,7 @@ def test_two_trials_share_the_dense_record(miniature, tmp_path):
 def test_a_full_disk_is_one_line_and_loses_nothing(sdprune, miniature, tmp_path, monkeypatch):
     import errno
 
-    from sdprune.record import save_png
+    from sdprune.runs.png import save_png
 
     written = []
 
@@ -242,7 +242,7 @@ def test_images_that_went_wrong_are_kept_counted_and_told(sdprune, tmp_path, mon
     assert told.code == 0
     run = the_run(tmp_path, "text_encoder")
     first = json.loads((run / "results.json").read_text())["images"]
-    assert (first["black"], first["not_finite"], len(first["flawed"])) == (4, 4, 4)  # one of each batch
+    assert (first["black"], first["not_finite"], len(first["invalid"])) == (4, 4, 4)  # one of each batch
     assert len(list((run / "images").glob("*.png"))) == 7
     assert "4 images are wholly black, 4 came out of numbers that are not finite" in told.out
     (run / "results.json").unlink()
@@ -291,7 +291,7 @@ def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch, capsys):
 
     from filelock import FileLock
 
-    from sdprune.locks import RunLock
+    from sdprune.runs.locks import RunLock
 
     def refuse(self, **_):
         raise OSError(errno.ENOLCK, "No locks available")

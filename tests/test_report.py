@@ -41,7 +41,7 @@ def write(root: Path, prune, fid, clip, n=40, images=None, sizes=SIZES, seed=0, 
     }  # fmt: skip
     results = {
         "label": run.name, "n": n, "metrics": {"fid": fid, "clip_score": clip}, "comparison": difference,
-        "images": images or {"black": 0, "not_finite": 0, "flawed": []},
+        "images": images or {"black": 0, "not_finite": 0, "invalid": []},
         "sparsity": {
             "nominal": share, "components": {c: {**whole, "parameters": size} for c, size in sizes.items()},
             **{w: {**whole, "zero_fraction": share} for w in ("targets", "prunable", "pipeline")},
@@ -122,7 +122,7 @@ def test_drop_offs_and_findings_follow_from_the_scores(study, sdprune):
 
 
 def test_the_page_holds_everything_in_itself(study, sdprune):
-    write(study, {"unet": spec(0.6)}, 300, 0.2, images={"black": 3, "not_finite": 2, "flawed": [1, 2, 3]})
+    write(study, {"unet": spec(0.6)}, 300, 0.2, images={"black": 3, "not_finite": 2, "invalid": [1, 2, 3]})
     assert sdprune("report", study).code == 0
     page = (study / "report" / "report.html").read_text()
     assert not re.search(r'(src|href)="(?!data:)', page)

@@ -15,8 +15,8 @@ from sdprune.data.batches import Batch, Batches, BatchSampler, draw, require_ima
 from sdprune.data.sources import CaptionSource
 from sdprune.errors import InputError, unknown
 from sdprune.identity import facts_of
-from sdprune.locks import release_all
 from sdprune.outside import read_npz
+from sdprune.runs.locks import release_all
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -13,10 +13,10 @@ from lightning import LightningModule
 from sdprune.calibration.progress import CalibrationState
 from sdprune.data import Batch
 from sdprune.errors import InputError
-from sdprune.locks import RunLock
 from sdprune.modules.pruning_plan import CalibrationPlan
 from sdprune.pipelines import DiffusersFamily
 from sdprune.processes import Processes
+from sdprune.runs.locks import RunLock
 
 if TYPE_CHECKING:
     from sdprune.data import CocoDataModule

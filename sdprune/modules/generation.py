@@ -17,18 +17,21 @@ from sdprune.calibration.settings import Calibration
 from sdprune.data import Batch
 from sdprune.errors import InputError
 from sdprune.identity import DRAWING, code_of, facts_of, package_code
-from sdprune.locks import RunLock
 from sdprune.metrics import ImageScores, Score
 from sdprune.modules.base import FrozenModule
-from sdprune.modules.comparison import Comparison
-from sdprune.modules.flaws import Flaws
 from sdprune.modules.pruning_plan import PruningOptions, PruningPlan
-from sdprune.modules.references import References
-from sdprune.modules.scoring import Scoring
 from sdprune.pipelines import DiffusersFamily, Sampling
+from sdprune.pipelines.sampling import image_seed
 from sdprune.processes import Processes
 from sdprune.pruning import Budget, PruneReport, PruneSpec
-from sdprune.record import Picture, Record, clock, image_seed, label, read_png, require_comparable, save_png
+from sdprune.runs.comparison import Comparison, require_comparable
+from sdprune.runs.invalid_images import InvalidImages
+from sdprune.runs.label import label
+from sdprune.runs.locks import RunLock
+from sdprune.runs.png import Picture, read_png, save_png
+from sdprune.runs.record import Record, clock
+from sdprune.runs.references import References
+from sdprune.runs.scoring import Scoring
 
 if TYPE_CHECKING:
     from sdprune.data import CocoDataModule
@@ -244,7 +247,7 @@ class GenerationModule(FrozenModule):
         with self.timing("preparation"):
             if self.todo & {"images", "samples"}:
                 self._prepare_pipeline(device)
-            self.flaws = Flaws().to(device)
+            self.invalid = InvalidImages().to(device)
             if "scores" in self.todo:
                 self.scoring.prepare(device)
                 self.references.set(self.data)  # before anything is drawn: it may find fault with them
@@ -281,7 +284,7 @@ class GenerationModule(FrozenModule):
                 dense = stacked([read_png(path) for path in self.record_paths(self.baseline, batch)])
             images = stacked(pictures)
             self.scoring.update(batch, images, dense)
-            self.flaws.update(images, pictures, batch.positions[: batch.valid])
+            self.invalid.update(images, pictures, batch.positions[: batch.valid])
         return batch.ids[: batch.valid]
 
     def _pictures(self, batch: Batch) -> list[Picture]:
@@ -313,7 +316,7 @@ class GenerationModule(FrozenModule):
     def on_predict_epoch_end(self) -> None:
         """Gather what was measured, and compute the scores; collective."""
         if "images" in self.todo:
-            self.flaws.gather()
+            self.invalid.gather()
         self.values = self.scoring.compute() if "scores" in self.todo else {}
 
     def compare(self) -> None:

@@ -18,8 +18,9 @@ from sdprune.modules.card import model_card, origin, records_of
 from sdprune.modules.pruning_plan import PruningOptions, PruningPlan
 from sdprune.pipelines import DiffusersFamily, Sampling
 from sdprune.pruning import Budget, PruneReport, PruneSpec, scopes
-from sdprune.record import clock, label
-from sdprune.tracking import flat
+from sdprune.runs.label import label
+from sdprune.runs.record import clock
+from sdprune.runs.tracking import flat
 
 if TYPE_CHECKING:
     from sdprune.data import CocoDataModule

@@ -13,7 +13,7 @@ from PIL import Image
 
 from sdprune.errors import InputError
 from sdprune.pictures import grid
-from sdprune.record import read_png
+from sdprune.runs.png import read_png
 from sdprune.study.group import Line, Study
 from sdprune.study.records import DENSE, Pruned, Run
 from sdprune.study.tables import STEPS

@@ -15,7 +15,8 @@ from sdprune.errors import InputError
 from sdprune.files import read_json
 from sdprune.identity import fingerprint
 from sdprune.pipelines.resolve import MINIATURE
-from sdprune.record import COMPARED, is_whole, protocol
+from sdprune.runs.comparison import COMPARED, protocol
+from sdprune.runs.record import is_whole
 from sdprune.study.group import Study
 from sdprune.study.records import Run, component
 from sdprune.study.values import DamagedError, Value, printable
@@ -173,7 +174,7 @@ def read_run(directory: Path, facts: dict[str, Any], results: dict[str, Any]) ->
         images={
             "black": result["images"]["black"].whole(),
             "not_finite": result["images"]["not_finite"].whole(),
-            "flawed": len(result["images"]["flawed"].elements()),
+            "invalid": len(result["images"]["invalid"].elements()),
         },
         clip_scores=_clip_scores(directory / "rows.npz", n, metrics.get("clip_score")),
         notes=tuple(f"{name} is not a finite number, it counts as missing" for name in [*unusable, *more]),

@@ -68,7 +68,7 @@ class Run:
         text_encoders: which of these are text encoders.
         metrics: scores.
         comparison: differences to the dense run, with the ends of their intervals.
-        images: how many are `black`, `not_finite` and `flawed`.
+        images: how many are `black`, `not_finite` and `invalid`.
         clip_scores: of every image [n]; None where the CLIP score was not measured.
         notes: what is missing from it.
     """

@@ -62,9 +62,9 @@ def _section(study: Study, references: Sequence[Reference], out: Path, prefix: s
     for figure in drawn:
         figure.name = f"{prefix}{figure.name}"
         _write(out / "figures" / figure.name, figure.content)
-    flawed = [(run.name, run.images) for run in study.runs if run.images["flawed"]]
+    invalid = [(run.name, run.images) for run in study.runs if run.images["invalid"]]
     return {
-        "title": study.title, "runs": len(study.runs), "tables": made, "figures": drawn, "flawed": flawed,
+        "title": study.title, "runs": len(study.runs), "tables": made, "figures": drawn, "invalid": invalid,
         "notes": study.notes, "prefix": prefix,
     }  # fmt: skip
 

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from sdprune.configuration.shipped import located
 from sdprune.errors import InputError, unknown
-from sdprune.shipped import located
 from sdprune.study.grid import cells, command, metric, read
 from sdprune.study.runner import Runner, several_processes
 from sdprune.study.usage import Flags, jobs

@@ -99,8 +99,8 @@ class Worker:
 
 def run_command(words: Sequence[str]) -> Outcome:
     """Run a command in this process."""
-    from sdprune.commands import run
-    from sdprune.tracking import take_ended
+    from sdprune.cli import run
+    from sdprune.runs.tracking import take_ended
 
     take_ended()  # of whatever ran before in this process
     try:
@@ -115,7 +115,7 @@ def run_command(words: Sequence[str]) -> Outcome:
 
 def run_process(words: Sequence[str]) -> Outcome:
     """Run a command in a process of its own, for cells that start further processes, each with the same words."""
-    done = subprocess.run([sys.executable, "-P", "-m", "sdprune.cli", *words], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-P", "-m", "sdprune", *words], capture_output=True, text=True)
     told = done.stdout.splitlines()
     wandb = [line.split(maxsplit=1)[1] for line in told if line.startswith("W&B ")]
     if done.returncode != 0:
@@ -134,13 +134,13 @@ def _serve() -> None:
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     silence = os.open(os.devnull, os.O_WRONLY)
     os.dup2(silence, 1)
-    import sdprune.commands
+    import sdprune.cli
 
     tasks: SimpleQueue[str] = SimpleQueue()
     Thread(target=_listen, args=(tasks,), daemon=True).start()
     while True:
         task, given = json.loads(tasks.get())
-        answer: Any = asdict(run_command(given)) if task == "run" else sdprune.commands.check(given)
+        answer: Any = asdict(run_command(given)) if task == "run" else sdprune.cli.check(given)
         print(json.dumps(answer), file=answers, flush=True)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ from sdprune.data import Batch
 from sdprune.identity import SCORING, facts_of, package_code
 from sdprune.metrics import ImageBatch, ImageScores, Score
 from sdprune.processes import Processes
-from sdprune.record import Record
+from sdprune.runs.record import Record
 
 if TYPE_CHECKING:
     from sdprune.data import CocoDataModule
@@ -33,7 +34,7 @@ class Scoring:
         """The record whose pictures columns may read."""
         self.keys: list[str] = []
         """Columns that are to be measured."""
-        self.wanted: list[Score] = []
+        self.stale_scores: list[Score] = []
         """Scores that are to be computed."""
         self.rows: dict[str, Tensor] = {}
         """Columns that the record has, whatever reads them."""
@@ -70,12 +71,12 @@ class Scoring:
         Args:
             draws: whether pictures are drawn, so that nothing that was measured counts.
         """
-        results = {} if draws else self.record.results
-        self.wanted = self.stale(results)
-        columns = results.get("columns", {})
-        self.keys = [key for key in self.scores.columns if columns.get(key) != self.column_facts(key)]
-        if not draws and self.wanted:
-            self.rows = {key: torch.from_numpy(values) for key, values in self.record.all_rows().items()}
+        self.stale_scores = self.stale({} if draws else self.record.results)
+        kept = {} if draws else self.record.rows()
+        kept.pop("ids", None)
+        self._facts = json.loads(str(kept.pop("facts", "{}")))
+        self.rows = {key: torch.from_numpy(values) for key, values in kept.items()}
+        self.keys = [key for key in self.scores.columns if self._facts.get(key) != self.column_facts(key)]
 
     def prepare(self, device: torch.device) -> None:
         """Load the networks that are needed."""
@@ -95,18 +96,26 @@ class Scoring:
         self.scores.update(pictures, known)
 
     def compute(self) -> dict[str, float]:
-        """The wanted scores, which the processes share among themselves; collective."""
+        """The stale scores, which the processes share among themselves; collective."""
         processes = Processes()
         if self.keys or not self.rows:
             self.scores.gather()
         else:
             self.scores.load_rows(self.rows)
-        sharing = min(processes.world_size, len(self.wanted))
-        numbers = range(processes.rank, len(self.wanted), sharing) if processes.rank < sharing else ()
-        own = {number: self.scores.compute_one(self.wanted[number]) for number in numbers}
-        computed = {number: values for part in processes.all_gather(own) for number, values in part.items()}
+        sharing = min(processes.world_size, len(self.stale_scores))
+        numbers = range(processes.rank, len(self.stale_scores), sharing) if processes.rank < sharing else ()
+        computed_here = {number: self.scores.compute_one(self.stale_scores[number]) for number in numbers}
+        computed = {number: values for part in processes.all_gather(computed_here) for number, values in part.items()}
         return {name: value for number in sorted(computed) for name, value in computed[number].items()}
 
-    def all_rows(self) -> dict[str, Tensor]:
-        """What the record keeps of every image."""
-        return {**self.rows, **self.scores.rows()}
+    def save(self, invalid: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Write what the record keeps of every image, and return it.
+
+        Args:
+            invalid: rows of `InvalidImages`, where pictures were drawn.
+        """
+        rows = {**self.rows, **self.scores.rows(), **invalid}
+        facts = {**self._facts, **{key: self.column_facts(key) for key in self.scores.columns}}
+        ids = list(self.data.examples["id"])
+        self.record.save_rows(ids, {key: values.numpy() for key, values in rows.items()}, facts)
+        return rows

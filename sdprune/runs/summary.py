@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sdprune.pruning import scopes
-from sdprune.record import Record
+from sdprune.runs.record import Record
 
 _ZEROS = 1e-3
 """Share of weights that are zero in a model that nobody has pruned, at most."""
@@ -35,13 +35,13 @@ def show(record: Record, console: Console | None = None, already: bool = False) 
         console.print(_sparsities(results["sparsity"]))
     if distances := _distances(results):
         console.print(f"distance to the dense model's images: {distances}", highlight=False)
-    for remark in results.get("remarks", ()):
+    for remark in (line for lines in results["remarks"].values() for line in lines):
         console.print(remark, style="bold red", highlight=False)
-    flaws = results["images"]
-    if flaws["flawed"]:
+    images = results["images"]
+    if images["invalid"]:
         console.print(
-            f"{flaws['black']} images are wholly black, {flaws['not_finite']} came out of numbers that are not finite; "
-            f"they count in every score. Ids: {', '.join(map(str, flaws['flawed'][:10]))}",
+            f"{images['black']} images are wholly black, {images['not_finite']} came out of numbers that are not "
+            f"finite; they count in every score. Ids: {', '.join(map(str, images['invalid'][:10]))}",
             style="bold red",
             highlight=False,
         )  # fmt: skip

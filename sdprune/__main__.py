@@ -61,6 +61,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             from sdprune.study import report
 
             return report.run(arguments[1:])
+        from sdprune.configuration.quiet import quiet
+
+        quiet()
         from sdprune.cli import run
 
         run(arguments)
@@ -69,19 +72,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(error, SystemExit) and not error.code:  # --help, --print_config
             return 0
         if _cause(error, KeyboardInterrupt):  # the trainer makes a SystemExit of it
-            return _tell("interrupted; run the same command again to go on", 130)
+            return _fail("interrupted; run the same command again to go on", 130)
         bad_input = _cause(error, InputError)
         full = _cause(error, OSError)
         if isinstance(full, OSError) and full.errno in (errno.ENOSPC, errno.EDQUOT):
             where = f" at {full.filename}" if full.filename else ""
-            return _tell(f"failed: no space is left{where}: make some and run the same command again to go on", 1)
+            return _fail(f"failed: no space is left{where}: make some and run the same command again to go on", 1)
         if bad_input is None:
             import traceback
 
             failed, frames, place = _in_own_file(error) or (error, error.__traceback__, "")
             traceback.print_exception(type(failed), failed, frames, chain=failed is error)
-            return _tell(f"failed: {place}{type(failed).__name__}: {' '.join(str(failed).split())}", 1)
-        return _tell(f"error: {bad_input}", 2)
+            return _fail(f"failed: {place}{type(failed).__name__}: {' '.join(str(failed).split())}", 1)
+        return _fail(f"error: {bad_input}", 2)
 
 
 def _in_own_file(error: BaseException | None) -> tuple[BaseException, TracebackType, str] | None:
@@ -103,7 +106,8 @@ def _in_own_file(error: BaseException | None) -> tuple[BaseException, TracebackT
     return None
 
 
-def _tell(text: str, code: int) -> int:
+def _fail(text: str, code: int) -> int:
+    """Print one line on standard error, and return the exit code."""
     line = "".join(one if one.isprintable() else ascii(one)[1:-1] for one in text)  # names of others stay in one line
     rank = os.environ.get("RANK") or os.environ.get("LOCAL_RANK", "0")
     if rank == "0":  # speaks for all

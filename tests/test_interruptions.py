@@ -170,9 +170,9 @@ def test_a_killed_comparison_is_picked_up_without_drawing(sdprune, miniature, tm
 
 
 def test_a_run_waits_for_another_and_says_so(tmp_path, monkeypatch, capsys):
-    from sdprune.runs.locks import RunLock
+    from sdprune.locks import RunLock
 
-    monkeypatch.setattr("sdprune.runs.locks._POLL", 0.01)
+    monkeypatch.setattr("sdprune.locks._POLL", 0.01)
     holder, waiting, late = (RunLock(tmp_path, "dense-0") for _ in range(3))
     assert holder.acquire(lambda: False)
     looks = iter([False, False, False, True])
@@ -291,7 +291,7 @@ def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch, capsys):
 
     from filelock import FileLock
 
-    from sdprune.runs.locks import RunLock
+    from sdprune.locks import RunLock
 
     def refuse(self, **_):
         raise OSError(errno.ENOLCK, "No locks available")

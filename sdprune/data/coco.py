@@ -15,8 +15,8 @@ from sdprune.data.batches import Batch, Batches, BatchSampler, draw, require_ima
 from sdprune.data.sources import CaptionSource
 from sdprune.errors import InputError, unknown
 from sdprune.identity import facts_of
+from sdprune.locks import release_all
 from sdprune.outside import read_npz
-from sdprune.runs.locks import release_all
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -85,7 +85,8 @@ class CocoDataModule(LightningDataModule):
     def prepare_data(self) -> None:
         """Let the sources make what they read; the trainer calls this on one process a node."""
         self.source.prepare()
-        if self.calibrates and self.calibration is not self.source:
+        module = self.trainer.lightning_module if self.trainer else None
+        if getattr(module, "calibrates", self.calibrates) and self.calibration is not self.source:
             self.calibration.prepare()
 
     @cached_property

@@ -16,7 +16,8 @@ from lightning import Callback
 from sdprune.calibration.settings import Calibration
 from sdprune.data import Batch
 from sdprune.errors import InputError
-from sdprune.identity import DRAWING, code_of, facts_of, package_code
+from sdprune.identity import DRAWING, facts_of, package_code
+from sdprune.locks import RunLock
 from sdprune.metrics import ImageScores, Score
 from sdprune.modules.base import FrozenModule
 from sdprune.modules.pruning_plan import PruningOptions, PruningPlan
@@ -27,9 +28,8 @@ from sdprune.pruning import Budget, PruneReport, PruneSpec
 from sdprune.runs.comparison import Comparison, require_comparable
 from sdprune.runs.invalid_images import InvalidImages
 from sdprune.runs.label import label
-from sdprune.runs.locks import RunLock
-from sdprune.runs.png import Picture, read_png, save_png
-from sdprune.runs.record import Record, clock
+from sdprune.runs.png import Picture, read_png, save_png, stacked
+from sdprune.runs.record import Record
 from sdprune.runs.references import References
 from sdprune.runs.scoring import Scoring
 
@@ -167,35 +167,10 @@ class GenerationModule(FrozenModule):
         assert self.plan is not None
         self.pipeline.check(self.sampling)
         self.plan.check(data)
-        for score in self.scores.scores:
-            if data.n < score.minimum:
-                name = score.name or type(score).__name__
-                raise InputError(f"{name} needs at least {score.minimum} images, and n is {data.n}: leave it out.")
+        self.scores.require(data.n)
         self.record.check(data.examples["file_name"])
         images = self.references.check(data)
         self.facts_of_data = data.check(calibration=self.calibrates, images=images)
-
-    def infeasible_record(self, reason: str, write: bool) -> Record:
-        """A record that says why the budget cannot be met; nothing is drawn."""
-        budget = {} if self.options.budget is None else self.options.budget.describe()
-        specs = {name: spec.describe() for name, spec in self.options.prune.items()}
-        facts = {"version": package_code(), "pipeline": facts_of(self.pipeline), "budget": budget, "prune": specs}
-        self.record = Record(self.output, f"infeasible-{budget['total']:g}-{budget['text_share']:g}", facts)
-        if write and not self.record.finished:
-            self.record.start()
-            content = {"label": self.record.directory.name, "n": 0, "infeasible": reason, "budget": budget}
-            self.record.finish({**content, "speed": {"finished": clock(time.time())}})
-        return self.record
-
-    @property
-    def numbers(self) -> list[str]:
-        """Names of the results' numbers, as W&B has them; one that ends with a slash stands for all that begin so."""
-        names = ["sparsity/", "images/", "speed/"]
-        for score in self.scores.scores:
-            scores, differences = score.titles if not code_of(score) else ([""], [""])  # a user's may have any
-            names += [f"metrics/{name}" for name in scores]
-            names += [f"comparison/{name}" for name in differences if self.compares]
-        return names
 
     # --- the run ---------------------------------------------------------------------------------------------
 
@@ -208,6 +183,7 @@ class GenerationModule(FrozenModule):
     def setup(self, stage: str) -> None:
         """See what the record lacks, or wait while another run makes it; all processes decide alike."""
         self.data.passes = None
+        self.require_all_batches()
         self.resolve(self.data, self.precision_name)
         if self.compares and self.baseline is None:
             self.baseline = self._finished_baseline()
@@ -236,8 +212,10 @@ class GenerationModule(FrozenModule):
         return [part for part, missing in stale.items() if missing]
 
     def teardown(self, stage: str) -> None:
-        """Let other runs have the record."""
+        """Let other runs have the record, and compare it. With several processes the command line does that later."""
         self._lock.release()
+        if self.trainer.world_size == 1:
+            self.compare()
 
     def on_predict_start(self) -> None:
         """Load, calibrate what is missing, prune, and load the networks that measure."""
@@ -258,13 +236,7 @@ class GenerationModule(FrozenModule):
         self.facts_of_data["truncated"] = self.data.count_truncated(self.pipeline.tokenizers["tokenizer"])
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        locks = self.lock_statistics(self.plan.calibration)
-        if locks:  # else no captions need be there
-            collector = self.plan.calibration.collector(self.data, self.on_calibration)
-            with self.trainer.precision_plugin.forward_context():  # as in the predict loop of `fit`
-                collector.run(self.calibration_batches)
-        for lock in locks:
-            lock.release()
+        self.gather(self.plan.calibration)
         self.reports = self.plan.apply()
 
     def predict_step(self, batch: Batch) -> list[int]:
@@ -281,7 +253,7 @@ class GenerationModule(FrozenModule):
         with self.timing("scoring"):
             dense = None
             if self.baseline is not None and self.scoring.reads_dense:
-                dense = stacked([read_png(path) for path in self.record_paths(self.baseline, batch)])
+                dense = stacked([read_png(path) for path in self.baseline.image_paths(batch)])
             images = stacked(pictures)
             self.scoring.update(batch, images, dense)
             self.invalid.update(images, pictures, batch.positions[: batch.valid])
@@ -289,7 +261,7 @@ class GenerationModule(FrozenModule):
 
     def _pictures(self, batch: Batch) -> list[Picture]:
         """The batch's images as they lie in their files; those that are missing are drawn first."""
-        paths = self.record_paths(self.record, batch)
+        paths = self.record.image_paths(batch)
         if not all(path.exists() for path in paths):
             with self.timing("generation"):
                 drawn = self.draw(batch.prompts, batch.ids)
@@ -308,11 +280,6 @@ class GenerationModule(FrozenModule):
             drawn = self.pipeline.generate(prompts, seeds, self.sampling)
         return list(zip(drawn.images.permute(0, 2, 3, 1).numpy(), drawn.finite, strict=True))
 
-    @staticmethod
-    def record_paths(record: Record, batch: Batch) -> list[Path]:
-        """Where a record keeps the pictures of a batch."""
-        return [record.image_path(name) for name in batch.file_names[: batch.valid]]
-
     def on_predict_epoch_end(self) -> None:
         """Gather what was measured, and compute the scores; collective."""
         if "images" in self.todo:
@@ -329,13 +296,11 @@ class GenerationModule(FrozenModule):
             return
         comparison = Comparison(self.record, self.baseline, self.scores, self.given_baseline is None)
         lock = RunLock(self.output, self.record.directory.name, Processes(alone=True))
-        try:
-            if lock.acquire(lambda: comparison.done):
+        with lock.making(lambda: comparison.done) as mine:
+            if mine:
                 self.references.set(self.data, lock.processes)
                 self.scores.to(self.trainer.strategy.root_device)
                 comparison.write()
-        finally:
-            lock.release()
 
     @contextmanager
     def timing(self, what: str) -> Iterator[None]:
@@ -345,8 +310,3 @@ class GenerationModule(FrozenModule):
             yield
         finally:
             self.seconds[what] += time.perf_counter() - start
-
-
-def stacked(pictures: Sequence[Picture]) -> torch.Tensor:
-    """uint8 [b, 3, h, w]."""
-    return torch.from_numpy(np.stack([picture.pixels for picture in pictures])).permute(0, 3, 1, 2)

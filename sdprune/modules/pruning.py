@@ -13,6 +13,7 @@ from sdprune.calibration.settings import Calibration
 from sdprune.errors import InputError
 from sdprune.files import read_json, require_writable, write_json
 from sdprune.identity import DRAWING, facts_of, fingerprint, own_version, package_code
+from sdprune.locks import RunLock
 from sdprune.modules.base import CalibratingModule
 from sdprune.modules.card import model_card, origin, records_of
 from sdprune.modules.pruning_plan import PruningOptions, PruningPlan
@@ -115,19 +116,27 @@ class PruningModule(CalibratingModule):
             return False
         return bool(report)
 
+    def acquire(self) -> bool:
+        """Wait while another run makes the same directory."""
+        directory = self.directory().absolute()
+        lock = RunLock(directory.parent, directory.name)
+        self._locks.append(lock)
+        return lock.acquire(lambda: self._finished(directory))
+
     def finish(self) -> None:
-        """Prune and save."""
+        """Prune and save, unless that is done."""
         assert self.plan is not None
+        directory = self.directory()
+        if self.collector is None:
+            written = (directory / "pruning_report.json").stat().st_mtime
+            return self.say(f"This was finished already, {clock(written)}: {directory}")
         reports = self.plan.apply()
         if self.trainer.is_global_zero:
             self.save(self.plan, reports)
 
     def save(self, plan: PruningPlan, reports: Mapping[str, PruneReport]) -> None:
-        """Write pipeline, card and report, as a whole or not at all; a finished directory is left as it is."""
+        """Write pipeline, card and report, as a whole or not at all."""
         directory = self.directory()
-        if self._finished(directory):
-            written = (directory / "pruning_report.json").stat().st_mtime
-            return self.say(f"This was finished already, {clock(written)}: {directory}")
         sparsity = plan.account(reports)
         part = directory.absolute().with_name(f".{directory.absolute().name}.part")
         shutil.rmtree(part, ignore_errors=True)  # what a killed attempt left

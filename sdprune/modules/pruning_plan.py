@@ -211,8 +211,8 @@ def _without_sparsity(spec: PruneSpec) -> str:
 
 
 def _try_out(spec: PruneSpec) -> None:
-    """Prune one small layer by a user's own criterion: what is wrong with it shows before any image is drawn."""
-    if code_of(spec.criterion):
+    """Prune one small layer by a user's own class: what is wrong with it shows before any image is drawn."""
+    if code_of(spec.criterion) or code_of(spec.ranked):
         small = replace(spec, allocation=Uniform(), layers=["Linear"], include=["*"], exclude=[])
         with torch.random.fork_rng([]):
             prune(nn.Linear(128, 128), small, inputs=[torch.randn(256, 128)])

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
@@ -58,6 +60,11 @@ def read_png(path: Path) -> Picture:
         return Picture(pixels, finite, short_digest(hashlib.sha256(content).hexdigest()))
     except (OSError, SyntaxError, ValueError, UnidentifiedImageError, Image.DecompressionBombError) as error:
         raise damaged_image(path) from error
+
+
+def stacked(pictures: Sequence[Picture]) -> torch.Tensor:
+    """uint8 [b, 3, h, w]."""
+    return torch.from_numpy(np.stack([picture.pixels for picture in pictures])).permute(0, 3, 1, 2)
 
 
 def damaged_image(path: Path) -> InputError:

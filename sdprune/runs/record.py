@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from sdprune.data.batches import Batch
 from sdprune.data.sources import drawn_name
 from sdprune.errors import InputError
 from sdprune.files import read_json, replacing, require_writable, write_json
@@ -146,6 +147,10 @@ class Record:
         """Where the picture lies that was drawn for a real image's file."""
         return self.directory / "images" / drawn_name(file_name)
 
+    def image_paths(self, batch: Batch) -> list[Path]:
+        """Where the pictures of a batch lie, without those of fillers."""
+        return [self.image_path(name) for name in batch.file_names[: batch.valid]]
+
     def sample_path(self, number: int) -> Path:
         """Where the picture of a sample prompt lies."""
         return self.directory / "samples" / f"{number}.png"
@@ -233,6 +238,10 @@ class Record:
             raise InputError(
                 f"{path} is missing or damaged: delete results.json beside it and run again; images are kept."
             ) from error
+
+    def column_facts(self) -> dict[str, Any]:
+        """By the key of a column, what decides its values beside the pictures; InputError as of `rows`."""
+        return dict(json.loads(str(self.rows(["facts"]).get("facts", "{}"))))
 
     def finish(self, results: Mapping[str, Any]) -> None:
         """Write the results with a digest of them all; the run is finished."""

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from sdprune.errors import InputError
 from sdprune.files import require_writable
+from sdprune.locks import RunLock
 from sdprune.metrics import FeatureExtractor, ImageScores, Score, Statistics, reference_path, reference_statistics
 from sdprune.processes import Processes
-from sdprune.runs.locks import RunLock
 
 if TYPE_CHECKING:
     from sdprune.data import CocoDataModule

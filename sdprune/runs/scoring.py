@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -63,7 +62,13 @@ class Scoring:
     def stale(self, results: Mapping[str, Any]) -> list[Score]:
         """The scores that finished results lack, or have by another protocol."""
         scored = results.get("scored", {})
-        return [score for score in self.scores.scores if scored.get(score.name) != self.facts(score)]
+        kept = self.record.column_facts() if scored else {}
+        return [
+            score
+            for score in self.scores.scores
+            if scored.get(score.name) != self.facts(score)
+            or any(kept.get(column.key) != self.column_facts(column.key) for column in score.columns)
+        ]
 
     def begin(self, draws: bool) -> None:
         """Find out what is to be measured.
@@ -72,11 +77,10 @@ class Scoring:
             draws: whether pictures are drawn, so that nothing that was measured counts.
         """
         self.stale_scores = self.stale({} if draws else self.record.results)
-        kept = {} if draws else self.record.rows()
-        kept.pop("ids", None)
-        self._facts = json.loads(str(kept.pop("facts", "{}")))
-        self.rows = {key: torch.from_numpy(values) for key, values in kept.items()}
-        self.keys = [key for key in self.scores.columns if self._facts.get(key) != self.column_facts(key)]
+        self._kept = {} if draws else self.record.column_facts()
+        rows = {} if draws else self.record.rows()
+        self.rows = {key: torch.from_numpy(rows[key]) for key in rows if key not in ("ids", "facts")}
+        self.keys = [key for key in self.scores.columns if self._kept.get(key) != self.column_facts(key)]
 
     def prepare(self, device: torch.device) -> None:
         """Load the networks that are needed."""
@@ -115,7 +119,7 @@ class Scoring:
             invalid: rows of `InvalidImages`, where pictures were drawn.
         """
         rows = {**self.rows, **self.scores.rows(), **invalid}
-        facts = {**self._facts, **{key: self.column_facts(key) for key in self.scores.columns}}
+        facts = {**self._kept, **{key: self.column_facts(key) for key in self.scores.columns}}
         ids = list(self.data.examples["id"])
         self.record.save_rows(ids, {key: values.numpy() for key, values in rows.items()}, facts)
         return rows

@@ -43,7 +43,7 @@ class Runner:
         """What can be told of each command before it runs."""
         if self.workers:
             return [Checked(*one) for one in self.workers[0].ask("check", commands)]
-        from sdprune.cli import check
+        from sdprune.configuration.checking import check
 
         return check(commands)
 

@@ -134,13 +134,16 @@ def _serve() -> None:
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     silence = os.open(os.devnull, os.O_WRONLY)
     os.dup2(silence, 1)
-    import sdprune.cli
+    from sdprune.configuration.quiet import quiet
+
+    quiet()
+    from sdprune.configuration.checking import check
 
     tasks: SimpleQueue[str] = SimpleQueue()
     Thread(target=_listen, args=(tasks,), daemon=True).start()
     while True:
         task, given = json.loads(tasks.get())
-        answer: Any = asdict(run_command(given)) if task == "run" else sdprune.cli.check(given)
+        answer: Any = asdict(run_command(given)) if task == "run" else check(given)
         print(json.dumps(answer), file=answers, flush=True)
 
 

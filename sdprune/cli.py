@@ -170,7 +170,7 @@ class SdpruneCLI(LightningCLI):
             raise InputError(f"The trainer cannot be made: {error} See --trainer options in --help.") from error
 
     def before_fit(self) -> None:
-        """Tell what can be told before anything costly starts."""
+        """Find what can be found wrong before anything costly starts."""
         if isinstance(self.model, GenerationModule):
             raise InputError("fit runs PruningModule or CalibrationModule, got GenerationModule: use sdprune predict.")
         if isinstance(self.model, FrozenModule):

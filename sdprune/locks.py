@@ -34,10 +34,10 @@ class RunLock:
         self._lock: FileLock | None = None
 
     def acquire(self, done: Callable[[], bool] = lambda: False) -> bool:
-        """Wait until it is either made by somebody or this run's to make; collective.
+        """Wait until it is made, or until this run may make it; collective.
 
         Args:
-            done: whether it has been made; asked on the first process.
+            done: whether it has been made; called on the first process.
 
         Returns:
             Whether this run is to make it, and to `release` the lock afterwards.

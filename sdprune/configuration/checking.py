@@ -65,7 +65,7 @@ class _Checker(SdpruneCLI):
 
 
 def check(commands: Sequence[Sequence[str]]) -> list[Checked]:
-    """Find what can be told of commands before any of them runs: faults of options, values, classes, components.
+    """Find what is wrong with commands before any of them runs: faults of options, values, classes, components.
 
     Args:
         commands: each a verb and its options.

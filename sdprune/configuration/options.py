@@ -128,8 +128,8 @@ class Configuration:
             raise InputError(f"--{place}.{beside[0]} stands beside class_path: put it under init_args.")
         if cls is None and options:
             choices = list(choices_of(bases)) or ["CLASS"]
-            told = f"--{place} has no class yet: name it before its options, as in --{place}={choices[0]}."
-            raise InputError(f"{told} Choices: {', '.join(choices[:12])}.")
+            message = f"--{place} has no class yet: name it before its options, as in --{place}={choices[0]}."
+            raise InputError(f"{message} Choices: {', '.join(choices[:12])}.")
         if isinstance(options, Mapping) and cls is not None:
             self._options(place, options_of(cls), options, cls.__name__, bases)
 

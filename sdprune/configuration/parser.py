@@ -28,7 +28,7 @@ class Parser(LightningArgumentParser):
         raise cause or ParseError(message)
 
     def instantiate_classes(self, cfg: Any, **kwargs: Any) -> Any:
-        """Make the objects; what a constructor says of its arguments is told with their place."""
+        """Make the objects; an error about a constructor's arguments names the option."""
 
         def make(cls: Any, *args: Any, **arguments: Any) -> Any:
             try:

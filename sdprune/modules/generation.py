@@ -126,7 +126,7 @@ class GenerationModule(FrozenModule):
         )  # fmt: skip
 
     def _finished_baseline(self) -> Record:
-        """What this run is compared with where nobody has set it; it has to be there."""
+        """The record that this run is compared with, which has to be there."""
         found = self.find_baseline()
         if isinstance(found, GenerationModule):
             found.resolve(self.data, self.precision_name)
@@ -289,8 +289,8 @@ class GenerationModule(FrozenModule):
     def compare(self) -> None:
         """Compare the finished record with its baseline, unless that was done in the very same way.
 
-        On the first process, when the others are gone: however long it takes, nobody waits in a collective. Whoever is
-        killed here leaves a finished record without a comparison, which the same command adds.
+        Only on the first process, so that no other one waits in a collective. A run that is killed here leaves a
+        finished record without a comparison, which the same command adds.
         """
         if self.baseline is None or not self.trainer.is_global_zero:
             return

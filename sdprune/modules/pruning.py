@@ -168,7 +168,7 @@ class PruningModule(CalibratingModule):
 
 
 def sparsity_table(sparsity: Mapping[str, Any]) -> str:
-    """Plain lines: what was asked, what was pruned and what is zero, over ever larger scopes."""
+    """Plain lines: the nominal sparsity, and what is pruned and zero in each scope."""
     rows = [("nominal (the study's count)", f"{sparsity['nominal']:.2%}", "")]
     for name, whole in scopes(sparsity).items():
         detail = f"{whole['pruned']:,} pruned, {whole['zeros']:,} zero of {whole['parameters']:,}"

@@ -106,7 +106,7 @@ class PruningPlan:
         return reports
 
     def account(self, reports: Mapping[str, PruneReport]) -> dict[str, Any]:
-        """Asked and achieved sparsities of the pipeline as it is now."""
+        """Requested and achieved sparsities of the pipeline as it is now."""
         return account(self.pipeline.components, reports, list(self.pipeline.prunable))
 
 
@@ -184,13 +184,13 @@ class PruningOptions:
         sizes = {name: _size(pipeline.meta_module(name), spec) for name, spec in specs.items()}
         text = [name for name, component in components.items() if component.role == "text"]
         sparsities = budget.sparsities(sizes, text)
-        asked = {
+        requested = {
             name: spec.pattern[0] / spec.pattern[1] if spec.pattern else spec.nominal for name, spec in specs.items()
         }
-        unlike = [name for name in specs if asked[name] and abs(asked[name] - sparsities[name]) > AGREEMENT]
+        unlike = [name for name in specs if requested[name] and abs(requested[name] - sparsities[name]) > AGREEMENT]
         if unlike:
             conflicts = ", and ".join(
-                f"{name} a sparsity of {sparsities[name]:g}, where --model.prune.{name} has {asked[name]:g}"
+                f"{name} a sparsity of {sparsities[name]:g}, where --model.prune.{name} has {requested[name]:g}"
                 for name in unlike
             )
             free = " ".join(f"--model.prune.{name}.{_without_sparsity(specs[name])}" for name in unlike)

@@ -73,7 +73,7 @@ def apply(
         component: a text encoder, a U-Net or any other module, dense.
         spec: what to prune and how; a sparsity of 0 touches nothing.
         statistics: of the layers' inputs, as the criterion names them, by layer: `input_norm` [steps, groups, columns],
-            `hessian` [groups, columns, columns]. May read its values when they are asked for.
+            `hessian` [groups, columns, columns]. It may read its values lazily.
         dense_statistics: those that the allocation names, of the dense model, where `statistics` are others.
 
     Raises:

@@ -37,7 +37,7 @@ class Picture(NamedTuple):
     finite: bool
     """Whether it came out of finite numbers."""
     digest: int
-    """Of the file, see `short_digest`."""
+    """Digest of the file, see `short_digest`."""
 
 
 def short_digest(digest: str) -> int:

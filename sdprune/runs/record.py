@@ -196,7 +196,7 @@ class Record:
     def save_rows(self, ids: Sequence[Any], rows: Mapping[str, np.ndarray], facts: Mapping[str, Any]) -> None:
         """Write the metrics' columns, [n, ...] in drawn order, beside the ids and the facts that decide each column.
 
-        One file holds both, so that whoever is killed never leaves a column with the facts of another.
+        One file holds both, so that a run that is killed never leaves a column with the facts of another.
         """
         with replacing(self.directory / "rows.npz") as temporary, temporary.open("wb") as file:
             np.savez(file, ids=np.asarray(ids), facts=np.asarray(json.dumps(facts)), **rows)  # type: ignore[arg-type]

@@ -11,7 +11,7 @@ from sdprune.pruning import scopes
 from sdprune.runs.record import Record
 
 _ZEROS = 1e-3
-"""Share of weights that are zero in a model that nobody has pruned, at most."""
+"""Largest share of zeros in a model that was not pruned."""
 
 
 def show(record: Record, console: Console | None = None, already: bool = False) -> None:
@@ -82,25 +82,25 @@ def _scores(results: dict[str, Any]) -> Table:
     return table
 
 
-def _verdict(told: dict[str, Any] | None) -> str:
-    if told is None:
+def _verdict(found: dict[str, Any] | None) -> str:
+    if found is None:
         return ""
-    tolerated = f"{100 * told['tolerance']:g} %"
+    tolerated = f"{100 * found['tolerance']:g} %"
     return {
         "within": f"within {tolerated}", "beyond": f"worse by more than {tolerated}", "undecided": "undecided"
-    }[told["verdict"]]  # fmt: skip
+    }[found["verdict"]]  # fmt: skip
 
 
 def _distances(results: dict[str, Any]) -> str:
     against = results["comparison"]
     names = [name for name in against if name != "dense" and "_diff" not in name]
-    told = []
+    lines = []
     for name in names:
         if not name.endswith(("_low", "_high", "_se")):
             ends = [against.get(f"{name}_{end}") for end in ("low", "high")]
             interval = "" if None in ends else f" [{ends[0]:.4f}, {ends[1]:.4f}]"
-            told.append(f"{name} {against[name]:.4f}{interval}")
-    return ", ".join(told)
+            lines.append(f"{name} {against[name]:.4f}{interval}")
+    return ", ".join(lines)
 
 
 def _title(name: str) -> str:

@@ -18,9 +18,10 @@ import sdprune.mini.source
 import sdprune.modules  # noqa: F401 (classes are found by name among those imported)
 from sdprune.callbacks import CalibrationProgress, ImageProgress
 from sdprune.configuration.manual import manual_of, manual_of_verb
-from sdprune.configuration.options import Configuration, explain, help_wanted, quoted
+from sdprune.configuration.options import Configuration, explain
 from sdprune.configuration.parser import ParseError, Parser, root_options
 from sdprune.configuration.shipped import with_shipped
+from sdprune.configuration.words import help_wanted, quoted
 from sdprune.data import CocoDataModule
 from sdprune.errors import InputError
 from sdprune.files import replacing

@@ -10,7 +10,7 @@ from typing import Any
 from lightning.pytorch.cli import LightningArgumentParser
 
 from sdprune.cli import SdpruneCLI
-from sdprune.configuration.options import quoted
+from sdprune.configuration.words import quoted
 from sdprune.errors import InputError, cause
 from sdprune.hub import offline
 from sdprune.identity import code_of

@@ -16,7 +16,6 @@ from lightning import Callback
 from sdprune.calibration.settings import Calibration
 from sdprune.data import Batch
 from sdprune.errors import InputError
-from sdprune.identity import DRAWING, facts_of, package_code
 from sdprune.locks import RunLock
 from sdprune.metrics import ImageScores, Score
 from sdprune.modules.base import FrozenModule
@@ -145,17 +144,9 @@ class GenerationModule(FrozenModule):
         if self.plan is not None:
             return
         self.plan = self.options.resolve(self.pipeline, data, dtype)
-        facts = {
-            "version": package_code(*DRAWING),
-            "pipeline": facts_of(self.pipeline),
-            "dtype": dtype,
-            **self.plan.describe(),
-            "data": data.describe(),
-            "sampling": self.sampling.describe(),
-            "seed": self.seed,
-        }
+        drawn = {"data": data.describe(), "sampling": self.sampling.describe(), "seed": self.seed}
         name = self.pipeline.name if self.given_baseline is not None and not self.plan.specs else ""
-        self.record = Record(self.output, label(self.plan.specs, name or "dense"), facts)
+        self.record = Record(self.output, label(self.plan.specs, name or "dense"), {**self.plan.describe(), **drawn})
         self.scoring = Scoring(self.scores, self.record, data)
 
     def directory(self) -> Path:
@@ -192,10 +183,9 @@ class GenerationModule(FrozenModule):
             self.check(self.data)
         self._parent = os.getppid()
         self._lock = RunLock(self.output, self.record.directory.name)
-        mine = self._lock.acquire(lambda: not self._missing())
-        self.todo = frozenset(Processes().broadcast(self._missing() if self.trainer.is_global_zero else None))
-        if not mine:
-            self.todo = frozenset()
+        mine = self._lock.acquire(lambda: not self.scoring.missing(self.samples))
+        missing = self.scoring.missing(self.samples) if mine and self.trainer.is_global_zero else []
+        self.todo = frozenset(Processes().broadcast(missing))
         if "scores" in self.todo:
             self.scoring.begin("images" in self.todo)
         if "images" in self.todo and self.trainer.is_global_zero:
@@ -203,13 +193,6 @@ class GenerationModule(FrozenModule):
             self.record.tidy()
             self.record.adopt(self.data.examples["file_name"])
         Processes().barrier()
-
-    def _missing(self) -> list[str]:
-        if not self.record.finished:
-            return ["images", "samples", "scores"]
-        results = self.record.results
-        stale = {"samples": results.get("samples") != self.samples, "scores": bool(self.scoring.stale(results))}
-        return [part for part, missing in stale.items() if missing]
 
     def teardown(self, stage: str) -> None:
         """Let other runs have the record, and compare it. With several processes the command line does that later."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Dict, Optional
 from sdprune.calibration.settings import Calibration
 from sdprune.errors import InputError
 from sdprune.files import read_json, require_writable, write_json
-from sdprune.identity import DRAWING, facts_of, fingerprint, own_version, package_code
+from sdprune.identity import fingerprint, own_version
 from sdprune.locks import RunLock
 from sdprune.modules.base import CalibratingModule
 from sdprune.modules.card import model_card, origin, records_of
@@ -82,12 +82,7 @@ class PruningModule(CalibratingModule):
         self.calibration = self.plan.calibration
         self.pipeline.check(self.options.sampling)
         self.plan.check(data)
-        self.facts = {
-            "version": package_code(*DRAWING),
-            "pipeline": facts_of(self.pipeline),
-            "dtype": dtype,
-            **self.plan.describe(),
-        }
+        self.facts = self.plan.describe()
         directory = self.directory()
         require_writable(directory.parent, "--model.output" if self.given is None else "--model.directory")
         self._finished(directory)

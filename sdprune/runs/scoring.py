@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -69,6 +69,14 @@ class Scoring:
             if scored.get(score.name) != self.facts(score)
             or any(kept.get(column.key) != self.column_facts(column.key) for column in score.columns)
         ]
+
+    def missing(self, samples: Sequence[str]) -> list[str]:
+        """What the record lacks of `images`, `samples` (the pictures of these prompts) and `scores`."""
+        if not self.record.finished:
+            return ["images", "samples", "scores"]
+        results = self.record.results
+        stale = {"samples": results.get("samples") != list(samples), "scores": bool(self.stale(results))}
+        return [part for part, missing in stale.items() if missing]
 
     def begin(self, draws: bool) -> None:
         """Find out what is to be measured.

@@ -16,7 +16,6 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 import sdprune.mini.source
 import sdprune.modules  # noqa: F401 (classes are found by name among those imported)
-from sdprune.callbacks import CalibrationProgress, ImageProgress
 from sdprune.configuration.manual import manual_of, manual_of_verb
 from sdprune.configuration.options import Configuration, explain
 from sdprune.configuration.parser import ParseError, Parser, root_options
@@ -29,8 +28,9 @@ from sdprune.locks import release_all
 from sdprune.mini.training import Stage
 from sdprune.modules import FrozenModule, GenerationModule
 from sdprune.processes import announce_machines, leave_group, report_lost_processes
+from sdprune.progress import CalibrationProgress, ImageProgress
 from sdprune.pruning import InfeasibleError
-from sdprune.runs.infeasible import infeasible_record, write_infeasible
+from sdprune.runs.infeasible import write_infeasible
 from sdprune.runs.record import Record
 from sdprune.runs.summary import show
 from sdprune.runs.tracking import connect, finish_all, log_record, wandb_logger
@@ -199,7 +199,7 @@ class SdpruneCLI(LightningCLI):
         try:
             model.resolve(self.datamodule, precision)
         except InfeasibleError as error:
-            model.record = infeasible_record(model)
+            model.record = model.infeasible_record()
             write_infeasible(model.record, error.reason)
             return self._track(model.record)
         self.runs = [model]

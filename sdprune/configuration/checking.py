@@ -16,7 +16,6 @@ from sdprune.hub import offline
 from sdprune.identity import code_of
 from sdprune.modules import GenerationModule
 from sdprune.pruning import InfeasibleError
-from sdprune.runs.infeasible import infeasible_record
 from sdprune.study.worker import Checked
 
 
@@ -59,7 +58,7 @@ class _Checker(SdpruneCLI):
             model.resolve(data, precision)
             return model.record.finished
         except InfeasibleError:
-            return infeasible_record(model).finished
+            return model.infeasible_record().finished
         except InputError:
             return False
 

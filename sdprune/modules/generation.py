@@ -25,11 +25,14 @@ from sdprune.pipelines.sampling import image_seed
 from sdprune.processes import Processes
 from sdprune.pruning import Budget, PruneReport, PruneSpec
 from sdprune.runs.comparison import Comparison, require_comparable
+from sdprune.runs.infeasible import infeasible_record
 from sdprune.runs.invalid_images import InvalidImages
 from sdprune.runs.label import label
 from sdprune.runs.png import Picture, read_png, save_png, stacked
 from sdprune.runs.record import Record
+from sdprune.runs.record_writer import RecordWriter
 from sdprune.runs.references import References
+from sdprune.runs.sample_grid import SampleGrid
 from sdprune.runs.scoring import Scoring
 
 if TYPE_CHECKING:
@@ -163,12 +166,15 @@ class GenerationModule(FrozenModule):
         images = self.references.check(data)
         self.facts_of_data = data.check(calibration=self.calibrates, images=images)
 
+    def infeasible_record(self) -> Record:
+        """The record of a budget that cannot be met; see `InfeasibleError`."""
+        assert self.options.budget is not None
+        return infeasible_record(self.output, self.pipeline, self.options.budget, self.options.prune)
+
     # --- the run ---------------------------------------------------------------------------------------------
 
     def configure_callbacks(self) -> Sequence[Callback]:
         """Those that write the sample grid and the record."""
-        from sdprune.callbacks import RecordWriter, SampleGrid
-
         return [SampleGrid(), RecordWriter()]
 
     def setup(self, stage: str) -> None:

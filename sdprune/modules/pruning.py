@@ -27,14 +27,6 @@ if TYPE_CHECKING:
     from sdprune.data import CocoDataModule
 
 
-def summary(reports: Mapping[str, PruneReport]) -> dict[str, Any]:
-    """The reports without their layers."""
-    return {
-        name: {"spec": r.spec, "mask_hash": r.mask_hash, "weights": r.weights, "pruned": r.pruned, "zeros": r.zeros}
-        for name, r in reports.items()
-    }
-
-
 class PruningModule(CalibratingModule):
     """Prune a model after training and save it: `sdprune fit`; gathers missing statistics first.
 
@@ -147,7 +139,8 @@ class PruningModule(CalibratingModule):
         )
         (part / "README.md").write_text(card)
         layers = {name: [asdict(layer) for layer in report.layers] for name, report in reports.items()}
-        report = {"sparsity": sparsity, "pruning": summary(reports), "layers": layers, "version": own_version()}
+        pruning = {name: report.summary() for name, report in reports.items()}
+        report = {"sparsity": sparsity, "pruning": pruning, "layers": layers, "version": own_version()}
         write_json(part / "pruning_report.json", {**report, "fingerprint": fingerprint(self.facts)})
         if self.given is None:
             shutil.rmtree(directory, ignore_errors=True)

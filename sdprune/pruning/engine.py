@@ -60,6 +60,11 @@ class PruneReport:
         """Zeros among the targeted weights, pruned or there before."""
         return sum(layer.zeros for layer in self.layers)
 
+    def summary(self) -> dict[str, Any]:
+        """The report without its layers, as JSON."""
+        counts = {name: getattr(self, name) for name in ("weights", "pruned", "zeros")}
+        return {"spec": self.spec, "mask_hash": self.mask_hash, **counts}
+
 
 def apply(
     component: nn.Module,

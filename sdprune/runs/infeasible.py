@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import Any
 
 from sdprune.identity import facts_of, package_code
+from sdprune.pruning import Budget, PruneSpec
 from sdprune.runs.record import Record, clock
 
-if TYPE_CHECKING:
-    from sdprune.modules import GenerationModule
 
+def infeasible_record(output: str, pipeline: Any, budget: Budget, prune: Mapping[str, PruneSpec]) -> Record:
+    """The record that says why a budget cannot be met, so that a sweep knows of this point.
 
-def infeasible_record(module: GenerationModule) -> Record:
-    """The record that says why the budget of a module cannot be met: so a sweep knows of this point."""
-    budget = module.options.budget
-    assert budget is not None
-    specs = {name: spec.describe() for name, spec in module.options.prune.items()}
-    facts = {
-        "version": package_code(), "pipeline": facts_of(module.pipeline), "budget": budget.describe(), "prune": specs
-    }  # fmt: skip
-    return Record(module.output, f"infeasible-{budget.total:g}-{budget.text_share:g}", facts)
+    Args:
+        output: directory of all runs.
+        pipeline: the model.
+        budget: that cannot be met.
+        prune: specifications by component.
+    """
+    specs = {name: spec.describe() for name, spec in prune.items()}
+    facts = {"version": package_code(), "pipeline": facts_of(pipeline), "budget": budget.describe(), "prune": specs}
+    return Record(output, f"infeasible-{budget.total:g}-{budget.text_share:g}", facts)
 
 
 def write_infeasible(record: Record, reason: str) -> None:

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from lightning import Callback, Trainer
 
-from sdprune.modules.pruning import summary
 from sdprune.processes import Processes
 from sdprune.runs.record import clock, versions
 
@@ -56,7 +55,7 @@ class RecordWriter(Callback):
             "budget": None if plan.budget is None else plan.budget.describe(),
             "roles": {name: component.role for name, component in module.pipeline.prunable.items()},
             "sparsity": plan.account(module.reports),
-            "pruning": summary(module.reports),
+            "pruning": {name: report.summary() for name, report in module.reports.items()},
             "data": module.facts_of_data,
             "protocols": {},
             "scored": {},

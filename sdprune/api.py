@@ -2,17 +2,21 @@
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
+from itertools import accumulate
 from typing import Any, Optional
 
+import torch
 from torch import Tensor, nn
 
-from sdprune.calibration.calls import Call, calls_of, listed
+from sdprune.calibration.calls import Call, calls_of, listed, tensors
 from sdprune.calibration.collect import Collector, Request
 from sdprune.calibration.observer import InputObserver
+from sdprune.calibration.pruned_error import alone_at
 from sdprune.calibration.store import MemoryStore
 from sdprune.errors import InputError, unknown
 from sdprune.processes import Processes
 from sdprune.pruning import PruneReport, PruneSpec, Statistics, apply, targets_of
+from sdprune.pruning.statistics.pruned_error import PrunedError
 
 
 def prune(
@@ -52,7 +56,7 @@ def prune(
     batches = listed(inputs)
     if not spec.sequential:
         return apply(module, spec, gather(module, batches, spec, spec.statistics))
-    dense_spec = PruneSpec(layers=spec.layers, include=spec.include, exclude=spec.exclude, blocks=spec.blocks)
+    dense_spec = dataclasses.replace(spec, order="one_pass")
     dense = gather(module, batches, dense_spec, spec.allocation.statistics) if spec.allocation.statistics else {}
     return apply(module, spec, gather(module, batches, spec, spec.criterion.statistics, dense), dense)
 
@@ -85,13 +89,17 @@ def gather(
     before = tuple(Request("", name, spec, {"statistic": name, "of": "the dense module"}) for name in dense or ())
     for request in before:
         store.add(request.facts, (dense or {})[request.statistic])
-    requests = [
-        Request("", name, spec, {"statistic": name}, spec.sequential, before)
-        for name in sorted([names] if isinstance(names, str) else names)
-    ]
-    collector = Collector({"": _Module(module, calls)}, requests, store, processes=Processes(alone=True))
+    names = {names} if isinstance(names, str) else set(names)
+    probe = spec.allocation.probe if PrunedError.name in names else None
+    sums = sorted((names | (spec.criterion.statistics if probe else set())) - {PrunedError.name})
+    requests = [Request("", name, spec, {"statistic": name}, spec.sequential, before) for name in sums]
+    if probe is not None:
+        alone, facts = alone_at(spec, probe.levels[0]), {"statistic": PrunedError.name}
+        requests.append(Request("", PrunedError.name, alone, facts, before=tuple(requests), probe=probe))
+    subject = _Module(module, calls)
+    collector = Collector({"": subject}, requests, store, processes=Processes(alone=True), first=subject.first)
     collector.run(lambda: ((call, index, call.samples) for index, call in enumerate(calls)))
-    return {request.statistic: dict(store.load(request.facts)) for request in requests}
+    return {one.statistic: dict(store.load(one.facts)) for one in requests if one.statistic in names}
 
 
 class _Module:
@@ -104,6 +112,17 @@ class _Module:
 
     def run(self, call: Call, before_step: Callable[[int], None]) -> None:
         self.module(*call.args, **call.kwargs)
+
+    def first(self, samples: int) -> list[Call]:
+        counts = list(accumulate(call.samples for call in self.calls))
+        return self.calls[: 1 + sum(count < samples for count in counts)]
+
+    def dense_inputs(self, calls: list[Call], steps: int) -> Callable[[], Tensor]:
+        def run() -> Tensor:
+            found = [next(tensors(self.module(*call.args, **call.kwargs))) for call in calls]
+            return torch.cat([one.reshape(call.samples, -1) for call, one in zip(calls, found, strict=True)])
+
+        return run
 
     def try_out(self) -> None:
         self.run(self.calls[0], lambda _: None)

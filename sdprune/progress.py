@@ -31,16 +31,17 @@ class _Left(ProgressColumn):
 
 
 class Meter:
-    """Shows how many images of how many are done.
+    """Shows how many images, or what else is counted, are done.
 
     Args:
         title: of what.
         total: number of images.
         lines: how many lines are printed where no bar can be drawn.
+        counted: images, or what else is counted.
     """
 
-    def __init__(self, title: str, total: int, lines: int) -> None:
-        self.title, self.total, self.lines = title, total, lines
+    def __init__(self, title: str, total: int, lines: int, counted: str = "images") -> None:
+        self.title, self.total, self.lines, self.counted = title, total, lines, counted
         self.started = self.spoke = time.monotonic()
         self.first, self.shares = 0.0, 0
         """What was done when the clock started; how many of `lines` are behind us."""
@@ -76,7 +77,7 @@ class Meter:
         if shares > self.shares or now - self.spoke > _SILENCE:
             self.shares, self.spoke = shares, now
             about = f", about {left:.0f} s left" if left else ""
-            print(f"{self.title}: {int(done)} of {self.total} images, {self.seconds:.0f} s{about}", flush=True)
+            print(f"{self.title}: {int(done)} of {self.total} {self.counted}, {self.seconds:.0f} s{about}", flush=True)
 
     def close(self) -> None:
         """Leave the terminal as it was."""
@@ -155,10 +156,10 @@ class CalibrationProgress(MeterCallback):
         )
         done = (state.number - 1) * state.images + state.done
         if self.meter is None:
-            self.meter = Meter(title, state.images * state.passes, self.lines)
+            self.meter = Meter(title, state.images * state.passes, self.lines, state.counted)
             self.meter.begin(done)
             if self.meter.bar is None:
-                print(f"{title}: {state.images} images", flush=True)
+                print(f"{title}: {state.images} {state.counted}", flush=True)
         self.meter.title, self.meter.total = title, state.images * state.passes
         self.meter.update(done)
         if state.done == int(state.done):  # a batch is over

@@ -18,7 +18,7 @@ class Call(NamedTuple):
     @property
     def samples(self) -> int:
         """How many items it holds: the length of the first tensor in it."""
-        first = next(_tensors((self.args, self.kwargs)), None)
+        first = next(tensors((self.args, self.kwargs)), None)
         return len(first) if first is not None and first.dim() else 1
 
 
@@ -72,11 +72,12 @@ def _call_of(one: Any) -> Call:
     return Call(tuple(one), {})
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def tensors(value: Any) -> Iterator[Tensor]:
+    """The tensors in nested tuples, lists and mappings, in order."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping):
-        yield from _tensors(list(value.values()))
+        yield from tensors(list(value.values()))
     elif isinstance(value, (tuple, list)):
         for one in value:
-            yield from _tensors(one)
+            yield from tensors(one)

@@ -8,17 +8,19 @@ from dataclasses import dataclass
 from typing import Any, Optional, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sdprune.calibration.execution import order_of_calls
 from sdprune.calibration.gathering import Gathering
 from sdprune.calibration.observer import BatchSums, InputObserver, Totals
 from sdprune.calibration.passes import MEMORY, Pass, plan_passes
 from sdprune.calibration.progress import CalibrationState, ProgressReport
+from sdprune.calibration.pruned_error import Measurement
 from sdprune.calibration.store import Store
 from sdprune.errors import InputError
 from sdprune.processes import Processes
-from sdprune.pruning import PruneSpec, Target, find_targets, statistic
+from sdprune.pruning import PruneSpec, Statistics, Target, find_targets, statistic
+from sdprune.pruning.statistics.pruned_error import Probe
 
 _SAVING = 0.05  # share of the time that may go into saving sums for the case of an interruption
 
@@ -45,6 +47,9 @@ class Subject(Protocol):
     def run(self, batch: Any, before_step: Callable[[int], None]) -> None:
         """Run it on a batch; `before_step` receives the number of each denoising step, from 0."""
 
+    def dense_inputs(self, batch: Any, steps: int) -> Callable[[], Tensor]:
+        """Keep its inputs in the dense model; what is returned runs it on them, [samples, n]."""
+
     def try_out(self) -> None:
         """Run it on any input, the same on every process."""
 
@@ -63,8 +68,11 @@ class Request:
     facts: Mapping[str, Any]
     sequential: bool = False
     """Whether layers are pruned before those that run after them are looked at."""
-    allocation: tuple[Request, ...] = ()
-    """In sequential order: what the allocation of `spec` reads."""
+    before: tuple[Request, ...] = ()
+    """Statistics that have to be there first: in sequential order what the allocation of `spec` reads, for a probe what
+    its criterion reads."""
+    probe: Optional[Probe] = None
+    """How an error of pruning is measured; other statistics are sums over layer inputs."""
 
     def targets(self, component: nn.Module) -> list[Target]:
         """The layers that it is about."""
@@ -85,14 +93,16 @@ class Collector:
         processes: of this run.
         report: is called in every denoising step.
         images: number of calibration samples in a pass; 0 if that is not known.
+        first: a batch of the first n samples, the same on every process.
     """
 
     def __init__(
         self, subjects: Mapping[str, Subject], requests: Iterable[Request], store: Store, memory: int = MEMORY,
         processes: Optional[Processes] = None, report: Optional[Callable[[CalibrationState], None]] = None,
-        images: int = 0,
+        images: int = 0, first: Callable[[int], Any] = lambda n: None,
     ) -> None:  # fmt: skip
         self.subjects, self.store, self.memory, self.images = subjects, store, memory, images
+        self.first = first
         self.processes = processes or Processes()
         self._orders: dict[str, list[str]] = {}
         self._groups = self._grouped(requests)
@@ -109,12 +119,12 @@ class Collector:
         self.totals: dict[str, Totals] = {}
         """Sums of the current pass, by statistic."""
         self._group = self._number = -1
-        self._next_group()
+        """Numbers of the current group and of its pass; -1 before the first batch."""
 
     @property
     def done(self) -> bool:
         """Whether everything is in the store."""
-        return self._group == len(self._groups)
+        return not self._groups or self._group == len(self._groups)
 
     def run(self, batches: Callable[[], Iterable[tuple[Any, int, int]]]) -> None:
         """All passes.
@@ -130,6 +140,8 @@ class Collector:
 
     def step(self, batch: Any, index: int, valid: int) -> None:
         """One batch on every process: run it, and add the sums of all processes in the order of the batches."""
+        if self._group < 0:
+            self._next_group()
         if self.done:
             return
         fresh = valid > 0 and index >= self.batches
@@ -155,7 +167,7 @@ class Collector:
 
     def end_pass(self) -> None:
         """All batches are through: store the statistics, prune where that is part of it, and begin the next pass."""
-        if self.done:
+        if self.done or self._group < 0:
             return
         samples = max(total.samples for total in self.totals.values())
         if self.images and samples != self.images:
@@ -178,15 +190,19 @@ class Collector:
     # --- groups and passes -----------------------------------------------------------------------------------
 
     def _grouped(self, requests: Iterable[Request]) -> list[list[Request]]:
-        """Requests that are gathered in the same passes: of one component, and of one pruning in sequential order."""
+        """Requests that are gathered in the same passes: of one component, and of one pruning in sequential order. A
+        probe is a group of its own, without passes."""
         missing = {str(request.facts): request for request in requests if request.facts not in self.store}
         groups: dict[tuple[str, int], list[Request]] = {}
         for request in missing.values():
-            groups.setdefault((request.component, id(request.spec) * request.sequential), []).append(request)
+            own = request.sequential or request.probe is not None
+            groups.setdefault((request.component, id(request.spec) * own), []).append(request)
         return list(groups.values())
 
     def _plan(self, group: Sequence[Request]) -> list[Pass]:
         first, subject = group[0], self.subjects[group[0].component]
+        if first.probe is not None:
+            return []
         targets = first.targets(subject.module)
         statistics = [statistic(one.statistic, subject.steps, one.spec.timesteps) for one in group]
         if not first.sequential:
@@ -207,13 +223,33 @@ class Collector:
         self._requests = self._groups[self._group]
         first = self._requests[0]
         self._subject = self.subjects[first.component]
-        dense = {one.statistic: self.store.load(one.facts) for one in first.allocation}
+        dense = {one.statistic: self.store.load(one.facts) for one in first.before}
+        if first.probe is not None:
+            self._measure(first, first.probe, dense)
+            return self._next_group()
         spec = first.spec if first.sequential else None
         self._gathering = Gathering(
             self._subject.module, self._planned[self._group], spec, dense, self._subject.is_chain
         )
         self._number = -1
         self._next_pass()
+
+    def _measure(self, request: Request, probe: Probe, statistics: Statistics) -> None:
+        """Measure errors of pruning; those that an interrupted run has stored stay."""
+        subject = self._subject
+        with torch.inference_mode(False), torch.no_grad():
+            run = subject.dense_inputs(self.first(probe.samples), probe.steps)
+            targets = request.targets(subject.module)
+            measurement = Measurement(subject.module, targets, request.spec, statistics, probe, run)
+            done = self.processes.broadcast(frozenset(self.store.load(request.facts)))
+            self._report.begin_measuring(len(done))
+            for found in measurement.measure(done, self.processes):
+                if self.processes.is_first:
+                    self.store.add(request.facts, found)
+                self._report.measured(f"{subject.name} ({request.statistic})", len(found), len(targets))
+        if self.processes.is_first:
+            self.store.finish(request.facts)
+        self.processes.barrier()
 
     def _next_pass(self) -> None:
         """Go to the next pass that is not in the store; after the last one of a group to the next group."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sdprune.errors import InputError
-from sdprune.pruning.statistics import Statistic
+from sdprune.pruning.statistics import InputStatistic
 from sdprune.pruning.targets import Target
 
 
@@ -43,7 +43,7 @@ class InputObserver:
         step: the denoising step that runs, from 0.
     """
 
-    def __init__(self, targets: Sequence[Target], statistic: Statistic) -> None:
+    def __init__(self, targets: Sequence[Target], statistic: InputStatistic) -> None:
         self.targets = {target.name: target for target in targets}
         self.statistic = statistic
         self.batch_size: Optional[int] = None
@@ -121,7 +121,7 @@ class Totals:
         statistic: what they are sums of.
     """
 
-    def __init__(self, statistic: Statistic) -> None:
+    def __init__(self, statistic: InputStatistic) -> None:
         self.statistic = statistic
         self.samples = 0
         self.sums: dict[str, Tensor] = {}

@@ -10,7 +10,7 @@ from sdprune.calibration.execution import stages
 from sdprune.errors import InputError
 from sdprune.pruning import PruneSpec, Target
 from sdprune.pruning.plan import groups_of
-from sdprune.pruning.statistics import Statistic
+from sdprune.pruning.statistics import InputStatistic
 
 MEMORY = 8 << 30
 
@@ -19,7 +19,7 @@ MEMORY = 8 << 30
 class Pass:
     """One pass over the calibration batches."""
 
-    observed: list[tuple[Statistic, list[Target]]]
+    observed: list[tuple[InputStatistic, list[Target]]]
     """Statistics that are gathered, each with its layers."""
     stage: int = 0
     """Number of the stage that the layers belong to."""
@@ -33,7 +33,7 @@ class Pass:
 
 def plan_passes(
     targets: Sequence[Target],
-    statistics: Sequence[Statistic],
+    statistics: Sequence[InputStatistic],
     memory: int = MEMORY,
     spec: Optional[PruneSpec] = None,
     order: Sequence[str] = (),
@@ -69,10 +69,10 @@ def plan_passes(
 
 
 def _packages(
-    targets: Sequence[Target], statistics: Sequence[Statistic], memory: int
-) -> list[list[tuple[Statistic, list[Target]]]]:
+    targets: Sequence[Target], statistics: Sequence[InputStatistic], memory: int
+) -> list[list[tuple[InputStatistic, list[Target]]]]:
     """Statistics and layers whose sums fit into memory together, the small statistics first."""
-    packages: list[list[tuple[Statistic, list[Target]]]] = [[]]
+    packages: list[list[tuple[InputStatistic, list[Target]]]] = [[]]
     left = memory
     for one in sorted(statistics, key=lambda one: sum(map(one.bytes_of, targets))):
         for target in targets:

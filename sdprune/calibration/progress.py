@@ -21,6 +21,8 @@ class CalibrationState:
     """Number of calibration images in each pass."""
     done: float
     """Number of images that the current pass has been over, on all processes; parts are denoising steps."""
+    counted: str = "images"
+    """What is counted: images, or layers where errors of pruning are measured."""
 
 
 class ProgressReport:
@@ -55,6 +57,16 @@ class ProgressReport:
         """The batch is over, and with it so many images of the pass."""
         self._over, self._running = over, 0.0
         self._tell()
+
+    def measured(self, what: str, more: int, layers: int) -> None:
+        """More layers have been pruned by themselves, of so many."""
+        self._over += more
+        if self._report is not None:
+            self._report(CalibrationState(what, 1 + (self._over == layers), 1, layers, self._over, "layers"))
+
+    def begin_measuring(self, done: int) -> None:
+        """So many layers were measured before."""
+        self._over = done
 
     def close(self) -> None:
         """All passes are over."""

@@ -128,6 +128,11 @@ class CocoDataModule(LightningDataModule):
         sampler = BatchSampler(len(rows), self.calibration_batch_size, *self._place(), fill=True)
         return self._loader(Batches(rows, self.calibration_batch_size), sampler)
 
+    def calibration_batch(self, n: int) -> Batch:
+        """Return the first n calibration prompts, or all if there are less, the same on every process."""
+        rows = self.calibration_examples
+        return Batches(rows, min(n, len(rows)))[0]
+
     @property
     def reference_rows(self) -> "Dataset":
         """The rows of the reference's images.

@@ -9,8 +9,8 @@ from sdprune.errors import InputError
 from sdprune.modules.base import CalibratingModule
 from sdprune.modules.pruning_plan import CalibrationPlan, PruningOptions
 from sdprune.pipelines import DiffusersFamily, Sampling
-from sdprune.pruning import PruneSpec, Statistic, find_targets, statistic_names
-from sdprune.pruning.statistics import statistic_class
+from sdprune.pruning import PruneSpec, find_targets, statistic_names
+from sdprune.pruning.statistics import InputStatistic, statistic_class
 from sdprune.pruning.timesteps import Timesteps
 from sdprune.schema import class_named
 
@@ -92,7 +92,7 @@ def _statistic(name: str) -> str:
     """The name of a statistic that is given by its name, or by the dotted path of its class."""
     if "." not in name:
         return statistic_class(name).name
-    cls = class_named("model.statistics", name, [Statistic])
+    cls = class_named("model.statistics", name, [InputStatistic])
     if statistic_class(cls.name) is not cls:
         raise InputError(f"--model.statistics is {name}, whose name {cls.name!r} is another one's: give it its own.")
     return str(cls.name)

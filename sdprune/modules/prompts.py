@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from sdprune.calibration.collect import Request
 from sdprune.calibration.observer import InputObserver
+from sdprune.calibration.pruned_error import alone_at
 from sdprune.calibration.settings import Calibration
 from sdprune.data import Batch
 from sdprune.identity import code_of
@@ -17,6 +18,9 @@ from sdprune.pipelines import Component, Sampling
 from sdprune.pipelines.sampling import image_seed
 from sdprune.pruning import PruneSpec
 from sdprune.pruning.statistics import statistic
+from sdprune.pruning.statistics.pruned_error import PrunedError
+
+NAME = PrunedError.name
 
 
 @dataclass(frozen=True)
@@ -52,8 +56,13 @@ class PromptSubject:
         return self.component.steps(self.sampling)
 
     def run(self, batch: Batch, before_step: Callable[[int], None]) -> None:  # noqa: D102
-        seeds = [image_seed(self.seed, f"calibration:{position}") for position in batch.positions]
-        self.component.run(batch.prompts, seeds, self.sampling, before_step)
+        self.component.run(batch.prompts, self._seeds(batch), self.sampling, before_step)
+
+    def dense_inputs(self, batch: Batch, steps: int) -> Callable[[], Tensor]:  # noqa: D102
+        return self.component.dense_inputs(batch.prompts, self._seeds(batch), self.sampling, steps)
+
+    def _seeds(self, batch: Batch) -> list[int]:
+        return [image_seed(self.seed, f"calibration:{position}") for position in batch.positions]
 
     def try_out(self) -> None:  # noqa: D102
         self.component.run(["a picture"], [0], self.sampling)
@@ -99,8 +108,18 @@ class Requests:
         return found
 
     def of_allocation(self, component: str, spec: PruneSpec) -> list[Request]:
-        """What the allocation reads."""
-        return self.of_model(component, spec.allocation.statistics, spec)
+        """What the allocation reads; before an error of pruning, what the criterion reads to prune."""
+        probe = spec.allocation.probe
+        if probe is None:
+            return self.of_model(component, spec.allocation.statistics, spec)
+        before = self.of_model(component, spec.criterion.statistics | spec.allocation.statistics - {NAME}, spec)
+        alone = alone_at(spec, probe.levels[0])
+        facts = {
+            "component": component, "statistic": NAME, "prune": {**alone.describe(), "sparsity": None},
+            "probe": asdict(probe), "reads": [one.facts for one in before], **self.facts,
+            **self.subjects[component].facts(), "sampling": self.subjects[component].sampling.describe(),
+        }  # fmt: skip
+        return [*before, Request(component, NAME, alone, facts, before=tuple(before), probe=probe)]
 
     def of_criterion(self, component: str, spec: PruneSpec) -> list[Request]:
         """What the criterion reads."""
@@ -109,6 +128,4 @@ class Requests:
             return dense
         before = tuple(self.of_allocation(component, spec))
         more = {"prune": spec.describe(), "allocation": [request.facts for request in before]}
-        return [
-            replace(one, spec=spec, sequential=True, facts={**one.facts, **more}, allocation=before) for one in dense
-        ]
+        return [replace(one, spec=spec, sequential=True, facts={**one.facts, **more}, before=before) for one in dense]

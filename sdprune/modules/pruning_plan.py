@@ -57,7 +57,14 @@ class CalibrationPlan:
     def collector(self, data: CocoDataModule, report: Callable[[CalibrationState], None]) -> Collector:
         """Gathers what is missing; the pipeline is loaded."""
         return Collector(
-            self.subjects, self.requests, self.store, self.calibration.memory, Processes(), report, data.calibration_n
+            self.subjects,
+            self.requests,
+            self.store,
+            self.calibration.memory,
+            Processes(),
+            report,
+            data.calibration_n,
+            data.calibration_batch,
         )
 
 

@@ -208,8 +208,12 @@ class DiffusersFamily(ABC):
 
     # --- running ---------------------------------------------------------------------------------------------
 
-    def encode(self, prompts: Sequence[str]) -> None:
-        """Run the text encoders alone, one after another, as in generation without guidance."""
+    def encode(self, prompts: Sequence[str]) -> list[Tensor]:
+        """Run the text encoders alone, one after another, as in generation without guidance.
+
+        Returns:
+            What the denoiser reads of them, [b, ...] each.
+        """
         import torch
 
         wanted = {
@@ -218,7 +222,8 @@ class DiffusersFamily(ABC):
         }  # fmt: skip
         taken = inspect.signature(self._pipe.encode_prompt).parameters
         with torch.no_grad():
-            self._pipe.encode_prompt(**{name: value for name, value in wanted.items() if name in taken})
+            found = self._pipe.encode_prompt(**{name: value for name, value in wanted.items() if name in taken})
+        return [one for one in found if isinstance(one, torch.Tensor)]
 
     def generate(
         self, prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling, decode: bool = True,

@@ -62,6 +62,22 @@ class Component(ABC):
         """
 
     @abstractmethod
+    def dense_inputs(
+        self, prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling, steps: int
+    ) -> Callable[[], Tensor]:
+        """Keep the inputs that it has in the model as it is now.
+
+        Args:
+            prompts: one an item.
+            seeds: of the noise, one an item.
+            sampling: how images are drawn.
+            steps: at how many denoising steps, in the middle of equal parts of the drawing.
+
+        Returns:
+            Runs the component on these inputs, and returns what the pipeline makes of its output: [samples, n].
+        """
+
+    @abstractmethod
     def tokens(self, prompts: Sequence[str]) -> Optional[Tensor]:
         """Which positions of its inputs are no padding: bool [b, length]; None where it reads no tokens."""
 
@@ -89,6 +105,13 @@ class TextEncoder(Component):
         finally:
             handle.remove()
 
+    def dense_inputs(  # noqa: D102
+        self, prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling, steps: int
+    ) -> Callable[[], Tensor]:
+        import torch
+
+        return lambda: torch.cat([one.flatten(1) for one in self.family.encode(prompts)], 1)
+
     def tokens(self, prompts: Sequence[str]) -> Optional[Tensor]:  # noqa: D102
         tokenizer = self.family.tokenizers[self.name.replace("text_encoder", "tokenizer")]
         kept = {"padding": "max_length", "truncation": True, "max_length": tokenizer.model_max_length}
@@ -110,5 +133,43 @@ class Denoiser(Component):
     ) -> None:  # fmt: skip
         self.family.generate(prompts, seeds, sampling, decode=False, before_step=before_step)
 
+    def dense_inputs(  # noqa: D102
+        self, prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling, steps: int
+    ) -> Callable[[], Tensor]:
+        import torch
+
+        wanted = {int((number + 0.5) * sampling.steps / steps) for number in range(min(steps, sampling.steps))}
+        calls: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+        now = 0
+
+        def before_step(step: int) -> None:
+            nonlocal now
+            now = step
+
+        def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if now in wanted and now not in calls:  # the first call of a step
+                calls[now] = args, kwargs
+
+        handle = self.module.register_forward_pre_hook(keep, with_kwargs=True)
+        try:
+            self.run(prompts, seeds, sampling, before_step)
+        finally:
+            handle.remove()
+
+        def run() -> Tensor:
+            with torch.no_grad():
+                found = [self.module(*args, **kwargs)[0] for args, kwargs in calls.values()]
+            return torch.cat([_guided(one, len(prompts), sampling.guidance).flatten(1) for one in found])
+
+        return run
+
     def tokens(self, prompts: Sequence[str]) -> Optional[Tensor]:  # noqa: D102
         return None
+
+
+def _guided(prediction: Tensor, items: int, guidance: float) -> Tensor:
+    """Guide a batch that holds each item twice, first without its prompt (Ho & Salimans 2022, eq. 6)."""
+    if len(prediction) == items:
+        return prediction
+    without, with_prompt = prediction.chunk(2)
+    return without + guidance * (with_prompt - without)

@@ -3,11 +3,12 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
-from typing import ClassVar, Union
+from typing import ClassVar, Optional, Union
 
 from torch import Tensor
 
 from sdprune.errors import InputError
+from sdprune.pruning.statistics.pruned_error import Probe
 from sdprune.pruning.targets import Target
 
 Norms = Mapping[str, Mapping[str, Tensor]]
@@ -22,11 +23,14 @@ class Allocation(ABC):
     """
 
     statistics: ClassVar[frozenset[str]] = frozenset()
-    """Names of the statistics of the dense model's layer inputs that `sparsities` reads."""
+    """Names of the statistics of the dense model that `sparsities` reads."""
 
     explicit: ClassVar[bool] = False
     """Whether every layer loses just what `sparsities` says of it, rounded by itself. Otherwise the component loses the
     overall sparsity, and that count is shared out among the layers, so that rounding does not add up."""
+
+    probe: Optional[Probe] = None
+    """How the statistic `pruned_error` is measured, where `sparsities` reads it."""
 
     @property
     def prunes(self) -> bool:

@@ -16,7 +16,31 @@ from sdprune.schema import descendants
 
 
 class Statistic(ABC):
-    """A sum over a layer's inputs, batch by batch; criteria ask for it by its name.
+    """Numbers on a layer that criteria and allocations read; they name it, and the store keeps it."""
+
+    name: ClassVar[str]
+
+    @classmethod
+    def read(cls, layer: str, stored: Tensor, timesteps: Timesteps) -> Tensor:
+        """What criteria and allocations get of a stored statistic, in its own dtype or float32.
+
+        Raises:
+            InputError: a shape that this statistic never has, naming the layer.
+        """
+        return stored
+
+    @classmethod
+    def require_axes(cls, layer: str, stored: Tensor, *axes: str) -> None:
+        """Raise InputError, naming the layer, unless a stored statistic has so many axes."""
+        if stored.dim() != len(axes):
+            raise InputError(
+                f"Statistic {cls.name} of layer {layer!r} has shape {list(stored.shape)}, not [{', '.join(axes)}]: "
+                "gather it with sdprune.gather."
+            )
+
+
+class InputStatistic(Statistic):
+    """A sum over a layer's inputs, batch by batch.
 
     A subclass is one file in this folder.
 
@@ -24,8 +48,6 @@ class Statistic(ABC):
         steps: number of denoising steps that a component runs; 1 for text encoders.
         timesteps: how much each step counts.
     """
-
-    name: ClassVar[str]
 
     by_timesteps: ClassVar[bool] = False
     """Whether steps are weighted while it is gathered, so that another weighting has to be gathered anew."""
@@ -62,24 +84,6 @@ class Statistic(ABC):
     def finish(self, total: Tensor, samples: int) -> Tensor:
         """The statistic, float32, from the sum over `samples` prompts: what is stored."""
 
-    @classmethod
-    def read(cls, layer: str, stored: Tensor, timesteps: Timesteps) -> Tensor:
-        """What criteria and allocations get of a stored statistic, in its own dtype or float32.
-
-        Raises:
-            InputError: a shape that this statistic never has, naming the layer.
-        """
-        return stored
-
-    @classmethod
-    def require_axes(cls, layer: str, stored: Tensor, *axes: str) -> None:
-        """Raise InputError, naming the layer, unless a stored statistic has so many axes."""
-        if stored.dim() != len(axes):
-            raise InputError(
-                f"Statistic {cls.name} of layer {layer!r} has shape {list(stored.shape)}, not [{', '.join(axes)}]: "
-                "gather it with sdprune.gather."
-            )
-
 
 def statistic_class(name: str) -> type[Statistic]:
     """A statistic by name.
@@ -94,8 +98,8 @@ def statistic_class(name: str) -> type[Statistic]:
 
 
 def statistic_names() -> list[str]:
-    """Names of all statistics."""
-    return sorted(_by_name())
+    """Names of all statistics of layer inputs."""
+    return sorted(name for name, cls in _by_name().items() if issubclass(cls, InputStatistic))
 
 
 def _by_name() -> dict[str, type[Statistic]]:
@@ -104,10 +108,13 @@ def _by_name() -> dict[str, type[Statistic]]:
     return {cls.name: cls for cls in sorted(classes, key=lambda cls: cls.__module__.startswith("sdprune."))}
 
 
-def statistic(name: str, steps: int = 1, timesteps: Timesteps = "uniform") -> Statistic:
-    """A statistic by name, over so many denoising steps.
+def statistic(name: str, steps: int = 1, timesteps: Timesteps = "uniform") -> InputStatistic:
+    """A statistic of layer inputs by name, over so many denoising steps.
 
     Raises:
         InputError: for an unknown name.
     """
-    return statistic_class(name)(steps, timesteps)
+    cls = statistic_class(name)
+    if not issubclass(cls, InputStatistic):
+        raise unknown("statistic of layer inputs", name, statistic_names())
+    return cls(steps, timesteps)

@@ -5,14 +5,14 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from sdprune.pruning.statistics.base import Statistic
+from sdprune.pruning.statistics.base import InputStatistic
 from sdprune.pruning.targets import Target
 from sdprune.pruning.timesteps import Timesteps, timestep_weights
 
 _UNFOLDED = 1 << 24  # unfolded input numbers at a time: bounds what a convolution's Hessian takes beside itself
 
 
-class Hessian(Statistic):
+class Hessian(InputStatistic):
     """`hessian`: 2 * sum_i a_i X_i^T X_i / sum_i a_i over denoising steps i, float32 [groups, columns, columns].
 
     X_i are the inputs [positions, columns] of step i and a_i the step's weight; divided by the number of samples. Where

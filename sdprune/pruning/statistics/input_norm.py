@@ -5,14 +5,14 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from sdprune.pruning.statistics.base import Statistic
+from sdprune.pruning.statistics.base import InputStatistic
 from sdprune.pruning.targets import Target
 from sdprune.pruning.timesteps import Timesteps, timestep_weights
 
 _CHUNK = 1 << 18  # input numbers squared at a time: their fp64 copies stay in cache
 
 
-class InputNorm(Statistic):
+class InputNorm(InputStatistic):
     """`input_norm`: the sum of x_j^2 over all positions, by denoising step: float64 [steps, groups, columns].
 
     Divided by the number of samples it is what Wanda's running statistic ends with. As there, every call adds its

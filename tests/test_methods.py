@@ -410,7 +410,7 @@ def test_per_layer_gives_what_is_written():
     assert prune(net, allocation=PerLayer({"out": 1.0})).layers[-1].zeros == 60
     with pytest.raises(InputError, match=r"pattern 'layer\.0' matches none of the 7 layers"):
         prune(net, sparsity=0.25, allocation=PerLayer({"layer.0": 0.5}))
-    with pytest.raises(InputError, match=r"has sparsity 1\.5"):
+    with pytest.raises(InputError, match=r"is 1\.5: give a share between 0 and 1"):
         PerLayer({"out": 1.5})
 
 

@@ -50,6 +50,7 @@ class Statistics(dict):
         inputs = {t.name: torch.rand(3, 20, t.matrix.shape[1]) for t in find_targets(net)}
         self["input_norm"] = {name: x.square().sum(1, keepdim=True) for name, x in inputs.items()}
         self["hessian"] = {name: (x[0].T @ x[0])[None] for name, x in inputs.items()}
+        self["pruned_error"] = {name: torch.rand(4, dtype=torch.float64).cumsum(0) ** 3 for name in inputs}
 
 
 def test_everything_in_the_package_is_found():
@@ -102,7 +103,8 @@ def test_every_allocation_keeps_the_overall_sparsity(net, cls, sparsity):
     targets = find_targets(net)
     stored = Statistics(net)["input_norm"]
     norms = {name: InputNorm.read(name, stored[name], "uniform") for name in stored}
-    got = cls().sparsities(targets, sparsity, {"input_norm": norms})
+    errors = Statistics(net)["pruned_error"]
+    got = cls().sparsities(targets, sparsity, {"input_norm": norms, "pruned_error": errors})
     assert list(got) == [target.name for target in targets]
     assert all(0 <= share <= 1 for share in got.values())
     sizes = {target.name: target.weight.numel() for target in targets}

@@ -1,0 +1,249 @@
+"""Ramesh & Zhao's study: which pairs of sparsities its tables and figures show, what it claims, what it published.
+
+Source: Efficient Pruning of Text-to-Image Models: Insights from Pruning Stable Diffusion.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from importlib.resources import files
+from itertools import product
+from pathlib import Path
+from typing import NamedTuple
+
+import pandas as pd
+
+from sdprune.errors import InputError
+from sdprune.pruning import Budget, InfeasibleError, Size
+from sdprune.study import figures, tables
+from sdprune.study.figures import Figure
+from sdprune.study.group import Cell, Study, number
+from sdprune.study.tables import MISSING, Table, difference, percent, rounded
+
+TOTALS, SHARES = (0.2, 0.3, 0.4, 0.5, 0.6), (0.75, 0.5, 0.25)
+STEPS = tuple((round(0.625 - i * 0.025, 4), round(0.5 - i * 0.025, 4)) for i in range(9))
+"""Sparsities of text encoder and U-Net, down from the drop-off points."""
+_METRICS = (("fid", "FID", 2), ("clip_score", "CLIP score", 3))
+_SD2 = {340_387_840, 865_910_724}
+
+
+class Reference(NamedTuple):
+    """Results of others, in the authors' own format."""
+
+    name: str
+    """Head of its columns."""
+    scores: dict[Cell, list[float]]
+    """FID and CLIP score."""
+
+    @classmethod
+    def load(cls, path: Path, name: str) -> Reference:
+        """Read a CSV with text_method, unet_method, text_sparsity, unet_sparsity, fid and clip_score.
+
+        Raises:
+            InputError: it cannot be read, or has not these columns.
+        """
+        try:
+            rows = pd.read_csv(path, dtype={"text_method": str, "unet_method": str}, keep_default_na=False)
+            numbers = rows[["text_sparsity", "unet_sparsity", "fid", "clip_score"]].astype(float)
+            methods = rows[["text_method", "unet_method"]].values
+        except (OSError, KeyError, TypeError, ValueError) as error:
+            raise InputError(
+                f"{path} is no file of results ({type(error).__name__}: {error}): expected a CSV with text_method, "
+                "unet_method, text_sparsity, unet_sparsity, fid and clip_score."
+            ) from error
+        scores: dict[Cell, list[float]] = {}
+        for (text_method, image_method), (text, image, *found) in zip(methods, numbers.values, strict=True):
+            scores.setdefault(Cell.of(text_method, round(text, 4), round(image, 4), image_method), found)
+        return cls(name, scores)
+
+
+def published() -> Reference:
+    """The study's Tables 2, 5, 6, 9 and 10."""
+    return Reference.load(Path(str(files("sdprune.study") / "published_tables.csv")), "published")
+
+
+def is_sd2(study: Study) -> bool:
+    """Whether the model is of Stable Diffusion 2's size, so that published values may stand beside."""
+    return set(study.runs["sizes"].iloc[0].values()) == _SD2
+
+
+def split(study: Study, total: float, text_share: float) -> tuple[float, float] | None:
+    """The sparsities of text encoder and U-Net by the study's Table 1; None where infeasible."""
+    sizes, text = study.runs.loc[0, ["sizes", "text_encoders"]]
+    try:
+        found = Budget(total, text_share).sparsities({name: Size(one, 0) for name, one in sizes.items()}, text)
+    except InfeasibleError:
+        return None
+    return found[text[0]], next(value for name, value in found.items() if name not in text)
+
+
+def report_tables(study: Study, references: Sequence[Reference]) -> list[Table]:
+    """Tables 1 to 10, then what else is known of every run."""
+    splits = {pair: split(study, *pair) for pair in product(TOTALS, SHARES)}
+    best = [Cell.of("owl_magnitude", 0.6, 0.0), Cell.of("magnitude", 0.0, 0.4)]
+    made = [_budgets(splits), _list(study, references, "2", "The best models with one component pruned", best)]
+    for method, first, words in (
+        ("magnitude", 3, "magnitude"),
+        ("owl_magnitude", 7, "magnitude, with OWL on the text encoder"),
+    ):
+        for offset, (metric, name, digits) in enumerate(_METRICS):
+            title = f"{name} by total and text : image share, {words}"
+            made.append(_matrix(study, str(first + offset), title, metric, digits, splits, method))
+        cells = [Cell.of(method, *pair) for pair in splits.values() if pair is not None]
+        made.append(_list(study, references, str(first + 2), f"A total shared out in three ways, {words}", cells))
+        cells = [Cell.of(method, *pair) for pair in ((0.0, 0.0), *STEPS)]
+        title = f"Both components, down from the drop-off points, {words}"
+        made.append(_list(study, references, str(first + 3), title, cells))
+    other = tables.others(study)  # before the claims look for pairs
+    return [
+        *made,
+        *([other] if other else []),
+        tables.drop_offs(study),
+        _findings(study, splits),
+        tables.everything(study),
+    ]
+
+
+def _table(number: str, title: str, cells: pd.DataFrame, note: str = "") -> Table:
+    return Table(f"table{number}", f"Table {number}. {title}", cells, note)
+
+
+Splits = dict[tuple[float, float], tuple[float, float] | None]
+
+
+def _budgets(splits: Splits) -> Table:
+    rows = []
+    for (total, share), found in splits.items():
+        ratio = f"{share * 100:.0f}:{100 - share * 100:.0f}"
+        rows.append([f"{total:.0%}", ratio, *(["infeasible"] * 2 if found is None else [f"{s:.0%}" for s in found])])
+    note = "By the parameters of this model's components: s_text = total * share * (P_text + P_unet) / P_text."
+    cells = pd.DataFrame(rows, columns=["total", "text : image", "text", "image"])
+    return _table("1", "Sparsities by total and share", cells, note)
+
+
+def _score(study: Study, cell: Cell, metric: str, digits: int) -> str:
+    """The score of a cell's run; where several runs answer, how many."""
+    run = study.find(cell)
+    if run is None and (count := len(study.candidates(cell))):
+        return f"{count} runs"
+    return rounded(number(run, f"metrics/{metric}"), digits)
+
+
+def _matrix(study: Study, table: str, title: str, metric: str, digits: int, splits: Splits, method: str) -> Table:
+    rows = []
+    for total in TOTALS:
+        pairs = [splits[total, share] for share in SHARES]
+        scores = ["N/A" if one is None else _score(study, Cell.of(method, *one), metric, digits) for one in pairs]
+        rows.append([f"{total:.0%}", *scores])
+    return _table(table, title, pd.DataFrame(rows, columns=["total", "75:25", "50:50", "25:75"]))
+
+
+def _list(study: Study, references: Sequence[Reference], table: str, title: str, cells: Sequence[Cell]) -> Table:
+    """A row for each cell, with the scores of others beside, and the choices that vary among the runs of its methods."""
+    found = pd.DataFrame([_row(study, references, cell) for cell in cells])
+    if not found["choices"].any():
+        del found["choices"]
+    return _table(table, title, found)
+
+
+def _row(study: Study, references: Sequence[Reference], cell: Cell) -> dict[str, str]:
+    run = study.find(cell)
+    row = {
+        "nominal": MISSING if run is None else percent(run["nominal"]),
+        "zeros": MISSING if run is None else percent(run["zeros of prunable"]),
+        "text": percent(cell.text_sparsity),
+        "image": percent(cell.image_sparsity),
+        **{name: _score(study, cell, metric, digits) for metric, name, digits in _METRICS},
+        **{f"{name} - dense": difference(run, metric) for metric, name, _ in _METRICS},
+    }
+    for reference in references:
+        scores = reference.scores.get(cell, [None, None])
+        for (_, name, digits), score in zip(_METRICS, scores, strict=True):
+            row[f"{name} {reference.name}"] = rounded(score, digits)
+        for (metric, name, digits), score in zip(_METRICS, scores, strict=True):
+            ours = number(run, f"metrics/{metric}")
+            missing = ours is None or score is None
+            row[f"{name} - {reference.name}"] = "" if missing else f"{ours - score:+.{digits}f}"
+    words = [] if run is None else [(kind, run[f"{kind}_choices"]) for kind in ("text", "image")]
+    return row | {"choices": "; ".join(f"{kind}: {choices}" for kind, choices in words if choices)}
+
+
+def _findings(study: Study, splits: Splits) -> Table:
+    """The study's claims, each as paired comparisons of two models' CLIP scores over the same images."""
+    alone = study.runs[(study.runs["image_method"] == "") & (study.runs["image_sparsity"] == 0)]
+
+    def same_sparsity(one: str, other: str) -> list[tuple[Cell, Cell]]:
+        sparsities = sorted(set(alone["text_sparsity"][alone["text_method"] == one]))
+        return [(Cell.of(one, sparsity, 0.0), Cell.of(other, sparsity, 0.0)) for sparsity in sparsities]
+
+    def shares(one: float, other: float) -> list[tuple[Cell, Cell]]:
+        found = [(splits[total, one], splits[total, other]) for total in TOTALS]
+        return [(Cell.of("magnitude", *a), Cell.of("magnitude", *b)) for a, b in found if a and b]
+
+    def joint(take: Callable[[float, float], Cell]) -> list[tuple[Cell, Cell]]:
+        return [(take(text, image), Cell.of("magnitude", text, image)) for text, image in STEPS]
+
+    claims = [
+        ("Text encoder: magnitude is better than Wanda", same_sparsity("magnitude", "wanda")),
+        ("Text encoder: OWL improves magnitude", same_sparsity("owl_magnitude", "magnitude")),
+        ("Text encoder: OWL improves Wanda", same_sparsity("owl_wanda", "wanda")),
+        ("A total is better spent 25:75 than 50:50", shares(0.25, 0.5)),
+        ("A total is better spent 25:75 than 75:25", shares(0.25, 0.75)),
+        ("Pruning both loses more than the text encoder alone", joint(lambda t, u: Cell.of("magnitude", t, 0.0))),
+        ("Pruning both loses more than the U-Net alone", joint(lambda t, u: Cell.of("", 0.0, u))),
+    ]
+    note = (
+        "Each pair is two models drawn from the same prompts and noise; a pair decides when the 95 % interval of the "
+        "difference of their CLIP scores leaves 0 out. With so many pairs one in twenty decides by chance."
+    )
+    compared = tables.comparisons(
+        [(claim, [(study.find(one), study.find(other)) for one, other in cells]) for claim, cells in claims]
+    )
+    return Table("findings", "What of the study holds here", compared, note)
+
+
+def report_figures(study: Study) -> list[Figure]:
+    """Figures 1 to 14, those for which there are runs."""
+    text, image = ({_words(name): runs for name, runs in study.alone(kind).items()} for kind in ("text", "image"))
+    made: list[Figure | None] = []
+    for number, method in ((1, "magnitude"), (3, "wanda"), (5, "owl_magnitude"), (7, "owl_wanda")):
+        lines = {name: runs for name, runs in text.items() if runs["text_method"].iloc[0] == method}
+        title = f"Figure {number}. Only the text encoder pruned, {_words(method)}"
+        made.append(figures.curves(study, title, lines, "text_sparsity"))
+        for name, runs in lines.items():
+            title = f"Figure {number + 1}. Only the text encoder pruned, {name}"
+            made.append(figures.strip(study, title, runs, "text_sparsity"))
+    title = "Every method on the text encoder, one prompt, the same noise"
+    made += [
+        figures.curves(study, "Figure 9. Only the text encoder pruned, every method", text, "text_sparsity"),
+        figures.methods(study, title, text, "text_sparsity"),
+        figures.curves(study, "Figure 10. Only the U-Net pruned", image, "image_sparsity"),
+    ]
+    for name, runs in image.items():
+        made.append(figures.strip(study, f"Figure 11. Only the U-Net pruned, {name}", runs, "image_sparsity"))
+    if len(image) > 1:
+        title = "Every method on the U-Net, one prompt, the same noise"
+        made.append(figures.methods(study, title, image, "image_sparsity"))
+    joint = {f"text encoder by {_words(method)}": _steps(study, method) for method in ("magnitude", "owl_magnitude")}
+    title = "Figure 12. Both components pruned, down from the drop-off points"
+    made.append(figures.curves(study, title, joint, "nominal", "nominal"))
+    made.append(
+        figures.strip(study, "Figure 13. Both components pruned", joint["text encoder by magnitude"], "nominal")
+    )
+    for name, runs in image.items():
+        if runs["image_method"].iloc[0] == "magnitude":
+            title = f"Figure 14. Pruning the U-Net: quality falls gradually{name.removeprefix('magnitude')}"
+            made.append(figures.strip(study, title, runs, "image_sparsity"))
+    return figures.distinct([figure for figure in made if figure is not None])
+
+
+def _steps(study: Study, method: str) -> pd.DataFrame:
+    found = [study.find(Cell.of(method, *pair)) for pair in STEPS]
+    return study.runs.loc[[run.name for run in found if run is not None]]
+
+
+def _words(name: str) -> str:
+    """A method and its choices, as captions have them."""
+    method, comma, choices = name.partition(", ")
+    words = {"owl_magnitude": "magnitude with OWL", "owl_wanda": "Wanda with OWL", "wanda": "Wanda"}
+    return words.get(method, method) + comma + choices

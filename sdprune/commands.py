@@ -45,7 +45,7 @@ from sdprune.pruning import InfeasibleError  # noqa: E402
 from sdprune.record import Record, replacing  # noqa: E402
 from sdprune.schema import Option, bases_of, class_named  # noqa: E402
 from sdprune.shipped import with_shipped  # noqa: E402
-from sdprune.study.worker import Checked  # noqa: E402
+from sdprune.study.runner import Checked  # noqa: E402
 from sdprune.summary import show  # noqa: E402
 from sdprune.tracking import connect, finish_all, log_record, wandb_logger  # noqa: E402
 

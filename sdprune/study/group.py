@@ -42,6 +42,8 @@ class Study:
             named = runs[f"{kind}_choices"].radd(", ").where(runs[f"{kind}_choices"] != "", "")
             runs[f"{kind}_name"] = runs[f"{kind}_method"] + named
         self.runs = runs
+        self.cells = {Cell(*key): same for key, same in runs.groupby(KEYS)}
+        """The runs of each cell, whatever their other choices."""
         self.notes: dict[str, None] = {}
         """What a reader should know of these runs, each line once; tables and figures add to it."""
         self.shown: set[int] = set()
@@ -61,12 +63,7 @@ class Study:
     @property
     def dense(self) -> pd.Series | None:
         """The run without pruning; where there are several, they have the same scores."""
-        found = self.candidates(DENSE)
-        return found.iloc[0] if len(found) else None
-
-    def candidates(self, cell: Cell) -> pd.DataFrame:
-        """The runs of a cell, whatever their other choices."""
-        return self.runs[(self.runs[KEYS] == list(cell)).all(axis=1)]
+        return self.cells[DENSE].iloc[0] if DENSE in self.cells else None
 
     def find(self, cell: Cell) -> pd.Series | None:
         """The run of a cell.
@@ -74,7 +71,9 @@ class Study:
         Of several with different masks it is the one that counts as the published code does; where that does not
         decide, none. A note says so in both cases.
         """
-        found = self.candidates(cell)
+        if cell not in self.cells:
+            return None
+        found = self.cells[cell]
         if found["masks"].nunique() > 1:
             line = f"{len(found)} runs have the methods and sparsities of one cell ({_shortened(found['run'])})"
             found = found[found["text_published"] & found["image_published"]]
@@ -82,8 +81,6 @@ class Study:
                 self.note(f"{line}: none is shown in tables of single runs; report them from directories of their own")
                 return None
             self.note(f"{line}: shown is {found['run'].iloc[0]}, which counts as published (mode original)")
-        if not len(found):
-            return None
         self.shown.add(found.index[0])
         return found.iloc[0]
 

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from hashlib import sha256
 from typing import Any
 
-from sdprune.study.schema import printable
+from sdprune.study.text import printable
 
 KINDS = ("text", "image")
 """The text encoders, and what stands beside them: the U-Net."""
@@ -15,7 +15,7 @@ _CALIBRATION = ("component", "statistic", "layers", "version", "pipeline", "dtyp
 
 
 def pruned(kind: str, config: Mapping[str, Any], results: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
-    """The columns of a kind: `text_method`, `text_sparsity`, `text_published` and a column `text: CHOICE` for each choice.
+    """The columns of a kind: `text_method`, `text_sparsity`, `text_published`, and `text: CHOICE` for each choice.
 
     Args:
         kind: `text` or `image`.

@@ -82,10 +82,9 @@ def report_tables(study: Study, references: Sequence[Reference]) -> list[Table]:
     splits = {pair: split(study, *pair) for pair in product(TOTALS, SHARES)}
     best = [Cell.of("owl_magnitude", 0.6, 0.0), Cell.of("magnitude", 0.0, 0.4)]
     made = [_budgets(splits), _list(study, references, "2", "The best models with one component pruned", best)]
-    for method, first, words in (
-        ("magnitude", 3, "magnitude"),
-        ("owl_magnitude", 7, "magnitude, with OWL on the text encoder"),
-    ):
+    for first, method, words in (
+        (3, "magnitude", "magnitude"), (7, "owl_magnitude", "magnitude, with OWL on the text encoder"),
+    ):  # fmt: skip
         for offset, (metric, name, digits) in enumerate(_METRICS):
             title = f"{name} by total and text : image share, {words}"
             made.append(_matrix(study, str(first + offset), title, metric, digits, splits, method))
@@ -124,8 +123,8 @@ def _budgets(splits: Splits) -> Table:
 def _score(study: Study, cell: Cell, metric: str, digits: int) -> str:
     """The score of a cell's run; where several runs answer, how many."""
     run = study.find(cell)
-    if run is None and (count := len(study.candidates(cell))):
-        return f"{count} runs"
+    if run is None and cell in study.cells:
+        return f"{len(study.cells[cell])} runs"
     return rounded(number(run, f"metrics/{metric}"), digits)
 
 
@@ -139,7 +138,7 @@ def _matrix(study: Study, table: str, title: str, metric: str, digits: int, spli
 
 
 def _list(study: Study, references: Sequence[Reference], table: str, title: str, cells: Sequence[Cell]) -> Table:
-    """A row for each cell, with the scores of others beside, and the choices that vary among the runs of its methods."""
+    """A row for each cell: its run, the scores of others, the choices that vary among the runs of its methods."""
     found = pd.DataFrame([_row(study, references, cell) for cell in cells])
     if not found["choices"].any():
         del found["choices"]
@@ -206,12 +205,12 @@ def report_figures(study: Study) -> list[Figure]:
     """Figures 1 to 14, those for which there are runs."""
     text, image = ({_words(name): runs for name, runs in study.alone(kind).items()} for kind in ("text", "image"))
     made: list[Figure | None] = []
-    for number, method in ((1, "magnitude"), (3, "wanda"), (5, "owl_magnitude"), (7, "owl_wanda")):
+    for figure, method in ((1, "magnitude"), (3, "wanda"), (5, "owl_magnitude"), (7, "owl_wanda")):
         lines = {name: runs for name, runs in text.items() if runs["text_method"].iloc[0] == method}
-        title = f"Figure {number}. Only the text encoder pruned, {_words(method)}"
+        title = f"Figure {figure}. Only the text encoder pruned, {_words(method)}"
         made.append(figures.curves(study, title, lines, "text_sparsity"))
         for name, runs in lines.items():
-            title = f"Figure {number + 1}. Only the text encoder pruned, {name}"
+            title = f"Figure {figure + 1}. Only the text encoder pruned, {name}"
             made.append(figures.strip(study, title, runs, "text_sparsity"))
     title = "Every method on the text encoder, one prompt, the same noise"
     made += [
@@ -234,7 +233,7 @@ def report_figures(study: Study) -> list[Figure]:
         if runs["image_method"].iloc[0] == "magnitude":
             title = f"Figure 14. Pruning the U-Net: quality falls gradually{name.removeprefix('magnitude')}"
             made.append(figures.strip(study, title, runs, "image_sparsity"))
-    return figures.distinct([figure for figure in made if figure is not None])
+    return figures.distinct([one for one in made if one is not None])
 
 
 def _steps(study: Study, method: str) -> pd.DataFrame:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -18,29 +18,7 @@ from sdprune.identity import fingerprint
 from sdprune.pipelines.resolve import MINIATURE
 from sdprune.record import COMPARED, is_whole, protocol, read_png
 from sdprune.study.methods import KINDS, pruned
-from sdprune.study.schema import DamagedError, Number, checked, printable
-
-_COUNT, _NATURAL = (Number(low, whole=True) for low in (1, 0))
-_SHARE, _SCORES = Number(0, 1), {"*": Number(missing=True)}
-_SPEC = {
-    "criterion": {"class": str}, "allocation": {"class": str}, "granularity": str, "sparsity": _SHARE,
-    "band?": [_SHARE, _SHARE],
-}  # fmt: skip
-CONFIG = {
-    "version": object, "dtype": object, "pipeline": {"model?": str}, "data": {"n": _COUNT}, "seed": Number(),
-    "sampling": {"steps": _COUNT, "guidance": Number()}, "prune": {"*": _SPEC}, "calibration?": [{"component": str}],
-}  # fmt: skip
-RESULTS = {
-    "n": _COUNT, "metrics": _SCORES, "comparison": {"dense?": object, **_SCORES}, "scored": {"*": {}},
-    "roles": {"*": str}, "protocols": {"*": {"protocol?": str}}, "model?": str, "samples": [str],
-    "pruning?": {"*": {"pruned": Number(0), "weights": _COUNT}},
-    "sparsity": {
-        "nominal": Number(0, 10),  # the study's counting can exceed what there is
-        "components": {},
-        **{scope: {"zero_fraction": _SHARE} for scope in ("targets", "prunable", "pipeline")},
-    },
-    "images": {"black": _NATURAL, "not_finite": _NATURAL, "flawed": [object]},
-}  # fmt: skip
+from sdprune.study.text import printable
 
 
 class Found(NamedTuple):
@@ -62,28 +40,31 @@ def read(directories: Iterable[str | Path]) -> Found:
     """
     roots = [Path(directory) for directory in directories]
     rows: list[dict[str, Any]] = []
-    infeasible, left_out = set(), []
+    infeasible: set[str] = set()
+    left_out: list[str] = []
     groups: list[tuple[str, dict[str, Any]]] = []
     for root in roots:
         if not root.is_dir():
             raise InputError(f"No directory {str(root)!r}: give one that `sdprune predict` wrote runs to.")
-    for directory, reason in _walk(roots):
+    for directory in _walk(roots, left_out):
         try:
-            if reason:
-                raise InputError(reason)
             results = read_json(directory / "results.json")
-            if "digest" in results and not is_whole(results):
-                raise InputError("results.json is damaged, its digest is another")
+            if not is_whole(results):
+                raise InputError("results.json is damaged, its digest is another: delete it and run again")
             if "infeasible" in results:
-                texts = checked(results, {"label": str, "infeasible": str}, "results.json")
-                infeasible.add(f"{texts['label'].rsplit('-', 1)[0]}: {texts['infeasible']}")
+                infeasible.add(printable(f"{results['label'].rpartition('-')[0]}: {results['infeasible']}"))
                 continue
             config = read_json(directory / "config.json")
+            if fingerprint(config) != results["fingerprint"]:
+                raise InputError("config.json is damaged or of another run, its fingerprint is another: run again")
             row = _row(directory, config, results)
             shared = fingerprint({name: config[name] for name in COMPARED})
             rows.append({"group": _group(groups, shared, protocol(results)), **row})
-        except (InputError, RecursionError, ValueError) as error:  # json: too deep; a fingerprint: NaN
+        except InputError as error:
             left_out.append(printable(f"{directory}: {error}"))
+        except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
+            reason = f"not as this version of sdprune writes it ({type(error).__name__}: {error}): run again"
+            left_out.append(printable(f"{directory}: {reason}"))
     if not rows:
         reason = "".join(f"; left out: {one}" for one in left_out[:1])
         raise InputError(
@@ -102,75 +83,62 @@ def _group(groups: list[tuple[str, dict[str, Any]]], shared: str, protocols: Map
     return len(groups) - 1
 
 
-def _walk(roots: Iterable[Path]) -> Iterator[tuple[Path, str]]:
-    """Directories with results.json, each once, also behind symbolic links; and others that are in the way, with why."""
-    todo, seen = sorted(roots, reverse=True), set()
-    while todo:
-        directory = todo.pop()
-        try:
+def _walk(roots: Iterable[Path], left_out: list[str]) -> Iterator[Path]:
+    """Directories with results.json, each once, also behind symbolic links; adds what it cannot use to `left_out`."""
+
+    def unreadable(error: OSError) -> None:
+        left_out.append(printable(f"{error.filename}: {error.strerror}"))
+
+    seen = set()
+    for root in sorted(roots):
+        for directory, folders, files in os.walk(root, followlinks=True, onerror=unreadable):
+            folders.sort()
             real = os.path.realpath(directory)
-            entries = sorted(os.scandir(directory), key=lambda entry: entry.name)
-        except OSError as error:
-            yield directory, error.strerror or str(error)
-            continue
-        names = {entry.name for entry in entries}
-        if real in seen or "model_index.json" in names:
-            continue
-        seen.add(real)
-        if "results.json" in names:
-            yield directory, ""
-            continue
-        if "config.json" in names and _is_run(directory / "config.json"):
-            yield directory, "not finished, give its command again"
-            continue
-        for entry in reversed(entries):
-            try:
-                if entry.is_dir():
-                    todo.append(directory / entry.name)
-            except OSError as error:
-                yield directory / entry.name, error.strerror or str(error)
+            if real in seen or "model_index.json" in files:
+                folders.clear()
+                continue
+            seen.add(real)
+            if "results.json" in files:
+                folders.clear()
+                yield Path(directory)
+            elif "config.json" in files and _is_run(Path(directory, "config.json")):
+                folders.clear()
+                left_out.append(printable(f"{directory}: not finished, give its command again"))
 
 
 def _is_run(path: Path) -> bool:
     try:
-        return {"version", "prune"} <= set(json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError, RecursionError):
+        return {"version", "prune"} <= read_json(path).keys()
+    except InputError:
         return False
 
 
-def _row(directory: Path, config: dict[str, Any], results: dict[str, Any]) -> dict[str, Any]:
-    """The columns of one run, every part of it checked.
-
-    Raises:
-        DamagedError: a part that is missing or of another type, by name.
-    """
-    identity = {"prune": config.get("prune"), "calibration": config.get("calibration", [])}
-    config, results = checked(config, CONFIG, "config.json"), checked(results, RESULTS, "results.json")
+def _row(directory: Path, config: Mapping[str, Any], results: Mapping[str, Any]) -> dict[str, Any]:
+    """The columns of one run."""
     roles, sparsity, images = results["roles"], results["sparsity"], results["images"]
     names = {kind: [name for name in roles if (roles[name] == "text") == (kind == "text")] for kind in KINDS}
     if not all(names.values()):
-        raise DamagedError("results.json: roles has no text encoder, or nothing else")
+        raise InputError(f"its components are {', '.join(roles)}: a report needs a text encoder and a denoiser")
     numbers = {f"{part}/{name}": one for part in ("metrics", "comparison") for name, one in results[part].items()}
     numbers.pop("comparison/dense", None)
-    schema = {name: {"parameters": _COUNT} for name in roles}
-    components = checked(sparsity["components"], schema, "results.json: sparsity.components")
+    missing = [name for name, number in numbers.items() if not math.isfinite(number)]
     return {
         "run": printable(directory.name),
         "directory": str(directory),
         "title": _title(config, results),
-        "masks": fingerprint(identity),
+        "masks": fingerprint({"prune": config["prune"], "calibration": config.get("calibration", [])}),
         **{column: value for kind in KINDS for column, value in pruned(kind, config, results, names[kind]).items()},
         "n": results["n"],
         "nominal": sparsity["nominal"],
         **{f"zeros of {scope}": sparsity[scope]["zero_fraction"] for scope in ("targets", "prunable", "pipeline")},
-        **numbers,
-        "missing": [name.partition("/")[2] for name, number in numbers.items() if number != number],
+        **numbers | dict.fromkeys(missing, math.nan),
+        "missing": [name.partition("/")[2] for name in missing],
         "black": images["black"],
         "not_finite": images["not_finite"],
         "flawed": len(images["flawed"]),
-        "samples": results["samples"],
+        "samples": [printable(prompt) for prompt in results["samples"]],
         "clip_scores": _clip_scores(directory / "rows.npz", results["n"], results["metrics"].get("clip_score")),
-        "sizes": {name: one["parameters"] for name, one in components.items() if name in roles},
+        "sizes": {name: sparsity["components"][name]["parameters"] for name in roles},
         "text_encoders": names["text"],
     }
 
@@ -180,14 +148,15 @@ def _title(config: Mapping[str, Any], results: Mapping[str, Any]) -> str:
     model = config["pipeline"].get("model")  # a hub id; a local model has the name that its configuration gave it
     name = results.get("model") or "a local model"
     sampling = config["sampling"]
-    return ", ".join([
+    parts = [
         model if model is not None else "the miniature" if name == MINIATURE else name,
         f"{config['data']['n']} prompts",
         f"{sampling['steps']} steps",
         f"guidance {sampling['guidance']:g}",
         f"seed {config['seed']:g}",
         *sorted({part["protocol"] for part in results["protocols"].values() if "protocol" in part}),
-    ])  # fmt: skip
+    ]
+    return ", ".join(map(printable, parts))
 
 
 def _clip_scores(path: Path, n: int, score: float | None) -> np.ndarray | None:
@@ -200,9 +169,9 @@ def _clip_scores(path: Path, n: int, score: float | None) -> np.ndarray | None:
             return None
         cosines = min(found, key=lambda one: abs(one.mean() - score))
     except Exception as error:  # zipfile, zlib and NumPy each have their own
-        raise DamagedError(f"rows.npz is missing or damaged ({printable(str(error))[:80]})") from error
+        raise InputError(f"rows.npz is missing or damaged ({printable(str(error))[:80]})") from error
     if cosines.shape != (n,) or not np.isfinite(cosines).all():
-        raise DamagedError(f"rows.npz is damaged: its CLIP rows do not give {n} finite cosines")
+        raise InputError(f"rows.npz is damaged: its CLIP rows do not give {n} finite cosines")
     return cosines
 
 

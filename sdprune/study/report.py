@@ -14,7 +14,7 @@ from sdprune.study.figures import Figure
 from sdprune.study.group import Study
 from sdprune.study.ramesh_zhao import Reference, is_sd2, published, report_figures, report_tables
 from sdprune.study.records import Found, read
-from sdprune.study.tables import escape
+from sdprune.study.text import escape
 from sdprune.study.usage import REPORT
 
 

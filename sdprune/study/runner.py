@@ -1,86 +1,178 @@
-"""Runs many commands: in this process, several at once in workers, or each in a process of its own."""
+"""Runs the cells of a sweep: in this process, several at once in workers, or each by a command of its own."""
 
 from __future__ import annotations
 
+import json
+import multiprocessing
 import os
+import subprocess
+import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 from queue import SimpleQueue
+from threading import Thread
+from typing import Any, NamedTuple, cast
 
-from sdprune.study.worker import Checked, DiedError, Outcome, Worker, run_command, run_process
+from sdprune.errors import InputError, cause
 
 
-class Runner:
-    """Runs cells in this process, or several at once in workers.
+@dataclass
+class Outcome:
+    """What became of a cell.
 
     Args:
-        jobs: cells at once.
-        apart: each cell in a process of its own, since it starts further ones with the same words.
+        results: of the record; nothing of `fit`.
+        failure: one line, where it failed.
+        wandb: where its W&B runs can be seen, or the commands that send them.
+        seconds: it took.
     """
 
-    def __init__(self, jobs: int, apart: bool) -> None:
-        self.jobs, self.apart = jobs, apart
-        given = "OMP_NUM_THREADS" in os.environ
-        self.threads = None if given else max(1, len(os.sched_getaffinity(0)) // jobs)
-        self.idle: SimpleQueue[Worker] = SimpleQueue()
-        self.workers = [Worker(self.threads) for _ in range(jobs)] if jobs > 1 and not apart else []
-        for worker in self.workers:
-            self.idle.put(worker)
-        self.stopped = False
+    results: Mapping[str, Any] = field(default_factory=dict)
+    failure: str | None = None
+    wandb: list[str] = field(default_factory=list)
+    seconds: float = 0.0
 
-    def __enter__(self) -> Runner:
-        return self
 
-    def __exit__(self, *details: object) -> None:
+class Checked(NamedTuple):
+    """What can be said of a command before it runs."""
+
+    fault: str | None = None
+    """One line on what is wrong with it."""
+    finished: bool = False
+    """Whether its record is there, as far as local files tell."""
+    numbers: list[str] = []  # noqa: RUF012 (never changed)
+    """Names of its results' numbers, as W&B has them; one that ends with a slash stands for all that begin so."""
+
+
+def run_here(words: Sequence[str]) -> Outcome:
+    """Run a command in this process."""
+    from sdprune.commands import run
+    from sdprune.tracking import take_ended
+
+    take_ended()  # of whatever ran before in this process
+    try:
+        results = run(words, summary=False)
+        return Outcome(results, wandb=take_ended())
+    except (Exception, SystemExit) as error:
+        if cause(error, KeyboardInterrupt) is not None:
+            raise KeyboardInterrupt from error
+        bad = cause(error, InputError) or error
+        return Outcome({}, " ".join(str(bad).split()) or type(bad).__name__, take_ended())
+
+
+def run_apart(words: Sequence[str]) -> Outcome:
+    """Run a command by the command line, since it starts further processes, each with the words of the first."""
+    done = subprocess.run([sys.executable, "-P", "-m", "sdprune.cli", *words], capture_output=True, text=True)
+    lines = done.stdout.splitlines()
+    wandb = [line.split(maxsplit=1)[1] for line in lines if line.startswith("W&B ")]
+    if done.returncode != 0:
+        last = (done.stderr.strip() or done.stdout.strip() or f"exit code {done.returncode}").splitlines()[-1]
+        failure = last.removeprefix("sdprune: ").removeprefix("error: ").removeprefix("failed: ")
+        return Outcome({}, failure, wandb)
+    paths = [Path(line.split(maxsplit=1)[1]) for line in lines if line.startswith("results ")]
+    return Outcome(json.loads(paths[0].read_text(encoding="utf-8")) if paths else {}, wandb=wandb)
+
+
+class Worker:
+    """A process that imports this package once and runs many cells; it ends with the process that started it.
+
+    Args:
+        threads: that torch may use; None leaves the environment's number.
+    """
+
+    def __init__(self, threads: int | None) -> None:
+        self.threads, self.stopped = threads, False
+        self._start()
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.connection, remote = context.Pipe()
+        process = context.Process(target=_work, args=(remote, self.threads))
+        os.environ["PYTHONSAFEPATH"] = "1"  # it imports nothing from the working directory, like the command line
+        process.start()
+        remote.close()  # so that its death is seen
+        self.process = process
+
+    def run(self, words: Sequence[str]) -> Outcome:
+        """Run a command there; when the process dies that command fails, and its successor takes the next."""
+        try:
+            if not self.process.is_alive() and not self.stopped:
+                self._start()
+            if self.stopped:  # perhaps while it was started
+                self.process.kill()
+            self.connection.send(words)
+            return cast(Outcome, self.connection.recv())
+        except (EOFError, OSError):
+            self.process.join()
+            return Outcome({}, f"its process died (exit code {self.process.exitcode}); it may need more memory")
+
+    def stop(self) -> None:
+        """Kill it, also in the middle of a cell: a trainer ends late when it is only asked to."""
         self.stopped = True
-        for worker in self.workers:
-            worker.end()
+        self.process.kill()
+        self.process.join()
 
-    def check(self, commands: Sequence[Sequence[str]]) -> list[Checked]:
-        """What can be told of each command before it runs."""
-        if self.workers:
-            return [Checked(*one) for one in self.workers[0].ask("check", commands)]
-        from sdprune.commands import check
 
-        return check(commands)
+def _work(connection: Connection, threads: int | None) -> None:
+    """Run commands for as long as the sweep lives. What they print goes nowhere."""
+    if threads is not None:
+        os.environ["OMP_NUM_THREADS"] = str(threads)  # before torch is imported
+    silence = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(silence, 1)
+    os.dup2(silence, 2)
+    Thread(target=_end_with_parent, daemon=True).start()
+    while True:
+        connection.send(run_here(connection.recv()))
 
-    def run(self, commands: Sequence[Sequence[str]]) -> Iterator[Outcome]:
-        """What becomes of each command, in their order."""
-        if self.jobs == 1:  # in the main thread, which can be interrupted
-            yield from map(self._attempt, commands)
-            return
-        pool = ThreadPoolExecutor(self.jobs)
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(0)  # also in the middle of a cell, which nobody waits for
+
+
+def run_all(commands: Sequence[Sequence[str]], jobs: int) -> Iterator[Outcome]:
+    """What becomes of each command, in their order; close the iterator to stop them.
+
+    Args:
+        commands: each a verb and its options.
+        jobs: commands at once; with 1 they run in the main thread of this process, which can be interrupted.
+    """
+    apart = any(map(several_processes, commands))
+    if jobs == 1:
+        yield from (_timed(run_apart if apart else run_here, words) for words in commands)
+        return
+    threads = None if "OMP_NUM_THREADS" in os.environ else max(1, len(os.sched_getaffinity(0)) // jobs)
+    workers = [] if apart else [Worker(threads) for _ in range(jobs)]
+    idle: SimpleQueue[Worker] = SimpleQueue()
+    for worker in workers:
+        idle.put(worker)
+
+    def run_idle(words: Sequence[str]) -> Outcome:
+        worker = idle.get()
         try:
-            yield from pool.map(self._attempt, commands)
+            return worker.run(words)
         finally:
-            self.stopped = True
-            for worker in self.workers:
-                worker.process.kill()
-            pool.shutdown(cancel_futures=True)
+            idle.put(worker)
 
-    def _attempt(self, words: Sequence[str]) -> Outcome:
-        """One bad cell must not stop the others."""
-        started = time.monotonic()
-        try:
-            outcome = run_process(words) if self.apart else self._work(words) if self.workers else run_command(words)
-        except DiedError as error:
-            outcome = Outcome({}, str(error))
-        return replace(outcome, seconds=time.monotonic() - started)
+    pool = ThreadPoolExecutor(jobs)
+    try:
+        yield from pool.map(partial(_timed, run_apart if apart else run_idle), commands)
+    finally:
+        for worker in workers:
+            worker.stop()
+        pool.shutdown(cancel_futures=True)
 
-    def _work(self, words: Sequence[str]) -> Outcome:
-        worker = self.idle.get()
-        try:
-            if not worker.alive and not self.stopped:
-                worker = Worker(self.threads)
-                self.workers.append(worker)
-            if self.stopped:  # perhaps while this one was made
-                worker.process.kill()
-            return Outcome(**worker.ask("run", words))
-        finally:
-            self.idle.put(worker)
+
+def _timed(run: Callable[[Sequence[str]], Outcome], words: Sequence[str]) -> Outcome:
+    started = time.monotonic()
+    return replace(run(words), seconds=time.monotonic() - started)
 
 
 def several_processes(words: Sequence[str]) -> bool:

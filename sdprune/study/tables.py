@@ -1,4 +1,4 @@
-"""Tables of runs, whichever study they belong to: all of them, those in no other table, drop-offs, paired comparisons."""
+"""Tables of runs, whichever study they belong to: all runs, those of no other table, drop-offs, comparisons."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from sdprune.metrics.paired import Interval, normal_interval
 from sdprune.study.group import Study, number
 from sdprune.study.methods import KINDS
-from sdprune.study.schema import printable
+from sdprune.study.text import escape
 
 MISSING = "missing"
 
@@ -38,17 +38,6 @@ class Table(NamedTuple):
     def csv(self) -> str:
         """With a head."""
         return str(self.cells.to_csv(index=False, lineterminator="\n"))
-
-
-def escape(text: str) -> str:
-    """A text of others for a line or a table cell of GitHub's Markdown: no markup, HTML, link, image or formula of it.
-
-    Entities stand where a backslash would not do: for HTML, and for the colon that makes an address a link.
-    """
-    text = printable(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    text = re.sub(r"[\\`*_{}\[\]|~$]", r"\\\g<0>", text)
-    text = text.replace("://", "&#58;//").replace("www.", "www&#46;")
-    return re.sub(r"^([#+-]|\d+[.)])(?=\s|$)", lambda found: f"&#{ord(found[0][0])};{found[0][1:]}", text)
 
 
 def rounded(value: float | None, digits: int = 3) -> str:
@@ -93,17 +82,14 @@ def others(study: Study) -> Table | None:
         return None
     metrics = [name.removeprefix("metrics/") for name in runs if name.startswith("metrics/") and name[-3:] != "_se"]
     compared = [name for name in metrics if f"comparison/{name}_diff" in runs]
-    rows = [
-        [
-            run["run"],
-            *(f"{run[f'{kind}_name']} {percent(run[f'{kind}_sparsity'])}".lstrip() if run[f"{kind}_sparsity"] else "dense"
-              for kind in KINDS),
-            percent(run["zeros of prunable"]),
-            *(rounded(number(run, f"metrics/{name}")) for name in metrics),
-            *(difference(run, name) for name in compared),
-        ]
-        for _, run in runs.iterrows()
-    ]  # fmt: skip
+    rows = []
+    for _, run in runs.iterrows():
+        row = [run["run"]]
+        for kind in KINDS:
+            sparsity = run[f"{kind}_sparsity"]
+            row.append(f"{run[f'{kind}_name']} {percent(sparsity)}".lstrip() if sparsity else "dense")
+        row += [percent(run["zeros of prunable"]), *(rounded(number(run, f"metrics/{name}")) for name in metrics)]
+        rows.append([*row, *(difference(run, name) for name in compared)])
     columns = ["run", "text encoder", "image", "zeros", *metrics, *(f"{name} - dense" for name in compared)]
     note = "Differences are to the dense model, with 95 % intervals."
     return Table("others", "All other runs", pd.DataFrame(rows, columns=columns), note)

@@ -42,8 +42,8 @@ class Verb(argparse.ArgumentParser):
         """
         found, rest = self.parse_known_intermixed_args(words)
         for word in rest:
-            flags = [name for action in self._actions for name in action.option_strings if name != "-h"]
-            raise unknown(f"option of {self.prog}", word.partition("=")[0], [*flags, *self.others])
+            help_flag, *flags = [action.option_strings[-1] for action in self._actions if action.option_strings]
+            raise unknown(f"option of {self.prog}", word.partition("=")[0], [*flags, *self.others, help_flag])
         return found
 
     def error(self, message: str) -> NoReturn:
@@ -71,8 +71,9 @@ def jobs(value: str) -> int:
 
 SWEEP = Verb(
     "sweep",
-    "FILE [FILE ...] [--jobs=N] [--dry-run] [--option=value ...]",
-    """Run every cell of W&B sweep files (method: grid) here, without a server. Each cell is the command that `wandb agent`
+    "FILE [FILE ...] [--jobs N] [--dry-run] [--option=value ...]",
+    """\
+Run every cell of W&B sweep files (method: grid) here, without a server. Each cell is the command that `wandb agent`
 would start, without --wandb; options given here are added to all of them. All cells are checked before the first one
 starts. A finished cell is not run again, and one that failed is tried again, when the same command is given again. At
 the end a table for each file shows the cells by the score that its `metric:` names. When the first three cells fail
@@ -92,14 +93,15 @@ SWEEP.add_argument(
 )  # fmt: skip
 SWEEP.add_argument(
     "--dry-run", action="store_true",
-    help="check all cells and list their commands, run none; finished ones are marked. Asks no model hub",
+    help="check all cells and list their commands, run none; finished ones are marked. It asks no model hub.",
 )  # fmt: skip
 
 REPORT = Verb(
     "report",
-    "DIR [DIR ...] [--out=DIR] [--reference=FILE]",
-    """Make the study's tables and figures from the runs below these directories: report.html (one page with everything in it),
-report.md, figures/ and tables/*.csv. Runs of unlike prompts, noise, sampling or protocol are reported apart.
+    "DIR [DIR ...] [--out DIR] [--reference FILE]",
+    """\
+Make the study's tables and figures from the runs below these directories: report.html (one page with everything in
+it), report.md, figures/ and tables/*.csv. Runs of unlike prompts, noise, sampling or protocol are reported apart.
 Damaged and unfinished runs are left out, and named.""",
     "a directory of runs, as in: sdprune report runs",
 )
@@ -107,6 +109,6 @@ REPORT.add_argument("directories", nargs="+", metavar="DIR", help="a directory w
 REPORT.add_argument("--out", type=path, metavar="DIR", help="where to; <first DIR>/report by default")
 REPORT.add_argument(
     "--reference", type=path, metavar="FILE",
-    help="results of others to stand beside, a CSV with text_method, unet_method, text_sparsity, unet_sparsity, fid and "
-    "clip_score; the published ones stand beside runs of SD2 anyway",
+    help="results of others to stand beside: a CSV with text_method, unet_method, text_sparsity, unet_sparsity, fid "
+    "and clip_score. The published ones stand beside runs of SD2 anyway.",
 )  # fmt: skip

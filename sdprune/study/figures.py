@@ -52,12 +52,7 @@ def curves(
 ) -> Figure | None:
     """FID and CLIP score against sparsity: a line a method with its 95 % band, and the dense model's level.
 
-    Args:
-        study: of the runs.
-        caption: of the figure.
-        lines: runs by the name of their line.
-        column: of the sparsity.
-        axis: its name.
+    `lines` are runs by the name of their line, `column` holds their sparsity, `axis` is its name.
     """
     if not any(map(len, lines.values())):
         return None

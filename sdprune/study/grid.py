@@ -37,9 +37,7 @@ class Grid:
                 raise InputError(f"{path}: parameter {name} has neither `value` nor `values`, which a grid needs.")
             values[name] = given["values"] if "values" in given else [given["value"]]
             if not isinstance(values[name], list) or not values[name]:
-                raise InputError(
-                    f"{path}: parameter {name} has values {values[name]!r}: give a list, as in [0.2, 0.4]."
-                )
+                raise InputError(f"{path}: parameter {name} has values {values[name]!r}: give a list, as in [0.2].")
         self.path, self.name = path, sweep.get("name", path.stem)
         self.points = [dict(zip(values, point, strict=True)) for point in product(*values.values())]
         self.words = [str(word) for word in sweep["command"]]

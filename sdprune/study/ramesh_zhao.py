@@ -5,7 +5,7 @@ Source: Efficient Pruning of Text-to-Image Models: Insights from Pruning Stable 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from itertools import product
 from pathlib import Path
@@ -57,14 +57,11 @@ class Reference(NamedTuple):
         return cls(name, scores)
 
 
-def published() -> Reference:
-    """The study's Tables 2, 5, 6, 9 and 10."""
-    return Reference.load(Path(str(files("sdprune.study") / "published_tables.csv")), "published")
-
-
-def is_sd2(study: Study) -> bool:
-    """Whether the model is of Stable Diffusion 2's size, so that published values may stand beside."""
-    return set(study.runs["sizes"].iloc[0].values()) == _SD2
+def beside(study: Study, given: Sequence[Reference]) -> list[Reference]:
+    """The references given, and for runs of Stable Diffusion 2 the study's Tables 2, 5, 6, 9 and 10."""
+    if set(study.runs["sizes"].iloc[0].values()) != _SD2:
+        return list(given)
+    return [Reference.load(Path(str(files("sdprune.study") / "published_tables.csv")), "published"), *given]
 
 
 def split(study: Study, total: float, text_share: float) -> tuple[float, float] | None:
@@ -179,60 +176,55 @@ def _findings(study: Study, splits: Splits) -> Table:
         found = [(splits[total, one], splits[total, other]) for total in TOTALS]
         return [(Cell.of("magnitude", *a), Cell.of("magnitude", *b)) for a, b in found if a and b]
 
-    def joint(take: Callable[[float, float], Cell]) -> list[tuple[Cell, Cell]]:
-        return [(take(text, image), Cell.of("magnitude", text, image)) for text, image in STEPS]
-
-    claims = [
-        ("Text encoder: magnitude is better than Wanda", same_sparsity("magnitude", "wanda")),
-        ("Text encoder: OWL improves magnitude", same_sparsity("owl_magnitude", "magnitude")),
-        ("Text encoder: OWL improves Wanda", same_sparsity("owl_wanda", "wanda")),
-        ("A total is better spent 25:75 than 50:50", shares(0.25, 0.5)),
-        ("A total is better spent 25:75 than 75:25", shares(0.25, 0.75)),
-        ("Pruning both loses more than the text encoder alone", joint(lambda t, u: Cell.of("magnitude", t, 0.0))),
-        ("Pruning both loses more than the U-Net alone", joint(lambda t, u: Cell.of("", 0.0, u))),
-    ]
+    joint = [Cell.of("magnitude", *pair) for pair in STEPS]
+    claims = {
+        "Text encoder: magnitude is better than Wanda": same_sparsity("magnitude", "wanda"),
+        "Text encoder: OWL improves magnitude": same_sparsity("owl_magnitude", "magnitude"),
+        "Text encoder: OWL improves Wanda": same_sparsity("owl_wanda", "wanda"),
+        "A total is better spent 25:75 than 50:50": shares(0.25, 0.5),
+        "A total is better spent 25:75 than 75:25": shares(0.25, 0.75),
+        "Pruning both loses more than the text encoder alone": [
+            (Cell(one.text_method, one.text_sparsity), one) for one in joint
+        ],
+        "Pruning both loses more than the U-Net alone": [
+            (one._replace(text_method="", text_sparsity=0.0), one) for one in joint
+        ],
+    }
     note = (
         "Each pair is two models drawn from the same prompts and noise; a pair decides when the 95 % interval of the "
         "difference of their CLIP scores leaves 0 out. With so many pairs one in twenty decides by chance."
     )
-    compared = tables.comparisons(
-        [(claim, [(study.find(one), study.find(other)) for one, other in cells]) for claim, cells in claims]
-    )
-    return Table("findings", "What of the study holds here", compared, note)
+    return Table("findings", "What of the study holds here", tables.comparisons(study, claims), note)
 
 
 def report_figures(study: Study) -> list[Figure]:
     """Figures 1 to 14, those for which there are runs."""
     text, image = ({_words(name): runs for name, runs in study.alone(kind).items()} for kind in ("text", "image"))
+
+    def strips(caption: str, lines: Mapping[str, pd.DataFrame], column: str) -> list[Figure | None]:
+        return [figures.strip(study, caption + name, runs, column) for name, runs in lines.items()]
+
     made: list[Figure | None] = []
     for figure, method in ((1, "magnitude"), (3, "wanda"), (5, "owl_magnitude"), (7, "owl_wanda")):
         lines = {name: runs for name, runs in text.items() if runs["text_method"].iloc[0] == method}
         title = f"Figure {figure}. Only the text encoder pruned, {_words(method)}"
         made.append(figures.curves(study, title, lines, "text_sparsity"))
-        for name, runs in lines.items():
-            title = f"Figure {figure + 1}. Only the text encoder pruned, {name}"
-            made.append(figures.strip(study, title, runs, "text_sparsity"))
+        made += strips(f"Figure {figure + 1}. Only the text encoder pruned, ", lines, "text_sparsity")
+    made.append(figures.curves(study, "Figure 9. Only the text encoder pruned, every method", text, "text_sparsity"))
     title = "Every method on the text encoder, one prompt, the same noise"
-    made += [
-        figures.curves(study, "Figure 9. Only the text encoder pruned, every method", text, "text_sparsity"),
-        figures.methods(study, title, text, "text_sparsity"),
-        figures.curves(study, "Figure 10. Only the U-Net pruned", image, "image_sparsity"),
-    ]
-    for name, runs in image.items():
-        made.append(figures.strip(study, f"Figure 11. Only the U-Net pruned, {name}", runs, "image_sparsity"))
+    made.append(figures.methods(study, title, text, "text_sparsity"))
+    made.append(figures.curves(study, "Figure 10. Only the U-Net pruned", image, "image_sparsity"))
+    made += strips("Figure 11. Only the U-Net pruned, ", image, "image_sparsity")
     if len(image) > 1:
         title = "Every method on the U-Net, one prompt, the same noise"
         made.append(figures.methods(study, title, image, "image_sparsity"))
     joint = {f"text encoder by {_words(method)}": _steps(study, method) for method in ("magnitude", "owl_magnitude")}
     title = "Figure 12. Both components pruned, down from the drop-off points"
     made.append(figures.curves(study, title, joint, "nominal", "nominal"))
-    made.append(
-        figures.strip(study, "Figure 13. Both components pruned", joint["text encoder by magnitude"], "nominal")
-    )
-    for name, runs in image.items():
-        if runs["image_method"].iloc[0] == "magnitude":
-            title = f"Figure 14. Pruning the U-Net: quality falls gradually{name.removeprefix('magnitude')}"
-            made.append(figures.strip(study, title, runs, "image_sparsity"))
+    made.append(figures.strip(study, "Figure 13. Both components pruned", _steps(study, "magnitude"), "nominal"))
+    lines = {name: runs for name, runs in image.items() if runs["image_method"].iloc[0] == "magnitude"}
+    lines = {name.removeprefix("magnitude"): runs for name, runs in lines.items()}
+    made += strips("Figure 14. Pruning the U-Net: quality falls gradually", lines, "image_sparsity")
     return figures.distinct([one for one in made if one is not None])
 
 

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import base64
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from jinja2 import Environment
+
 from sdprune.files import replacing, require_writable
 from sdprune.study.figures import Figure
 from sdprune.study.group import Study
-from sdprune.study.ramesh_zhao import Reference, is_sd2, published, report_figures, report_tables
-from sdprune.study.records import Found, read
+from sdprune.study.ramesh_zhao import Reference, beside, report_figures, report_tables
+from sdprune.study.records import read
 from sdprune.study.text import escape
 from sdprune.study.usage import REPORT
 
@@ -40,8 +42,12 @@ def run(arguments: Sequence[str]) -> int:
     sections = [
         _section(study, references, out, f"{number}_" if number > 1 else "") for number, study in enumerate(groups, 1)
     ]
-    _write(out / "report.md", _markdown(sections, found).encode())
-    _write(out / "report.html", _html(sections, found).encode())
+    environment = Environment()
+    environment.filters |= {"uri": _uri, "escaped": escape}
+    for page in ("report.md", "report.html"):
+        environment.autoescape = page == "report.html"
+        template = environment.from_string((files("sdprune.study") / page).read_text())
+        _write(out / page, template.render(sections=sections, found=found).encode())
     for line in [f"left out: {one}" for one in found.left_out] + [line for study in groups for line in study.notes]:
         print(f"sdprune: {line}", file=sys.stderr)
     groups_of = f"{len(groups)} comparable group{'s' * (len(groups) > 1)}"
@@ -51,7 +57,7 @@ def run(arguments: Sequence[str]) -> int:
 
 def _section(study: Study, references: Sequence[Reference], out: Path, prefix: str) -> dict[str, Any]:
     """Write a group's tables and figures; what the pages show of it."""
-    tables = report_tables(study, [*([published()] if is_sd2(study) else []), *references])
+    tables = report_tables(study, beside(study, references))
     figures = [figure._replace(name=f"{prefix}{figure.name}") for figure in report_figures(study)]
     for table in tables:
         _write(out / "tables" / f"{prefix}{table.name}.csv", table.csv().encode())
@@ -61,35 +67,6 @@ def _section(study: Study, references: Sequence[Reference], out: Path, prefix: s
         "title": study.runs["title"].iloc[0], "runs": len(study.runs), "tables": tables, "figures": figures,
         "flawed": study.runs[study.runs["flawed"] > 0].to_dict("records"), "notes": list(study.notes), "prefix": prefix,
     }  # fmt: skip
-
-
-def _markdown(sections: Sequence[dict[str, Any]], found: Found) -> str:
-    lines = ["# Report", ""]
-    for section in sections:
-        everything = f"All that was counted and measured of each is in tables/{section['prefix']}runs.csv."
-        lines += [f"## {escape(section['title'])}", "", f"{section['runs']} runs. {everything}", ""]
-        lines += [table.markdown() for table in section["tables"] if table.name != "runs"]
-        for figure in section["figures"]:
-            caption = escape(figure.caption)
-            lines += [f"### {caption}", "", f"![{caption}](figures/{figure.name})", ""]
-        lines += _list("### Notes", section["notes"])
-    lines += _list("## Infeasible budgets", found.infeasible)
-    lines += _list("## Left out", found.left_out)
-    return "\n".join(lines)
-
-
-def _list(title: str, items: Iterable[str]) -> list[str]:
-    lines = [f"- {escape(item)}" for item in items]
-    return [title, "", *lines, ""] if lines else []
-
-
-def _html(sections: Sequence[dict[str, Any]], found: Found) -> str:
-    from jinja2 import Environment
-
-    page = (files("sdprune.study") / "report.html").read_text()
-    environment = Environment(autoescape=True)
-    environment.filters["uri"] = _uri
-    return environment.from_string(page).render(sections=sections, found=found)
 
 
 def _uri(figure: Figure) -> str:

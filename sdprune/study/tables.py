@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-import numpy as np
 import pandas as pd
 import torch
 
 from sdprune.metrics.paired import Interval, normal_interval
-from sdprune.study.group import Study, number
+from sdprune.study.group import Cell, Study, number
 from sdprune.study.methods import KINDS
 from sdprune.study.text import escape
 
@@ -124,15 +123,11 @@ def _last_within(study: Study, runs: pd.DataFrame, kind: str, tolerated: float) 
     return "below all" if last is None else percent(last)
 
 
-Pair = tuple[pd.Series | None, pd.Series | None]
-
-
-def comparisons(claims: Sequence[tuple[str, Iterable[Pair]]]) -> pd.DataFrame:
-    """For each claim, in how many pairs of runs the CLIP scores of the same images say that the first is better."""
+def comparisons(study: Study, claims: Mapping[str, Iterable[tuple[Cell, Cell]]]) -> pd.DataFrame:
+    """For each claim, in how many pairs of cells the CLIP scores of the same images say that the first is better."""
     rows = []
-    for claim, pairs in claims:
-        scores = [[None if run is None else run.get("clip_scores") for run in pair] for pair in pairs]
-        found = [_interval(*pair) for pair in scores if all(one is not None and len(one) > 1 for one in pair)]
+    for claim, pairs in claims.items():
+        found = [one for one in (_interval(*map(study.find, pair)) for pair in pairs) if one is not None]
         better, worse = sum(one.low > 0 for one in found), sum(one.high < 0 for one in found)
         mean = f"{sum(one.estimate for one in found) / len(found):+.4f}" if found else MISSING
         rows.append([claim, *map(str, (len(found), better, worse, len(found) - better - worse)), mean])
@@ -140,6 +135,10 @@ def comparisons(claims: Sequence[tuple[str, Iterable[Pair]]]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=columns)
 
 
-def _interval(one: np.ndarray, other: np.ndarray) -> Interval:
+def _interval(*runs: pd.Series | None) -> Interval | None:
+    """The interval of the difference of two runs' CLIP scores; None where it cannot be known."""
+    one, other = (None if run is None else run.get("clip_scores") for run in runs)
+    if one is None or other is None or len(one) < 2:
+        return None
     differences = torch.from_numpy(one - other)
     return normal_interval(float(differences.mean()), differences)

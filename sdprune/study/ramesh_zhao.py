@@ -43,7 +43,7 @@ class Reference(NamedTuple):
             InputError: it cannot be read, or has not these columns.
         """
         try:
-            rows = pd.read_csv(path, dtype={"text_method": str, "unet_method": str}, keep_default_na=False)
+            rows = pd.read_csv(path, index_col=False, dtype=str, keep_default_na=False)
             numbers = rows[["text_sparsity", "unet_sparsity", "fid", "clip_score"]].astype(float)
             methods = rows[["text_method", "unet_method"]].values
         except (OSError, KeyError, TypeError, ValueError) as error:
@@ -91,13 +91,8 @@ def report_tables(study: Study, references: Sequence[Reference]) -> list[Table]:
         title = f"Both components, down from the drop-off points, {words}"
         made.append(_list(study, references, str(first + 3), title, cells))
     other = tables.others(study)  # before the claims look for pairs
-    return [
-        *made,
-        *([other] if other else []),
-        tables.drop_offs(study),
-        _findings(study, splits),
-        tables.everything(study),
-    ]
+    made += [other] if other else []
+    return [*made, tables.drop_offs(study), _findings(study, splits), tables.everything(study)]
 
 
 def _table(number: str, title: str, cells: pd.DataFrame, note: str = "") -> Table:

@@ -101,16 +101,9 @@ def _walk(roots: Iterable[Path], left_out: list[str]) -> Iterator[Path]:
             if "results.json" in files:
                 folders.clear()
                 yield Path(directory)
-            elif "config.json" in files and _is_run(Path(directory, "config.json")):
+            elif "config.json" in files and "images" in folders:
                 folders.clear()
                 left_out.append(printable(f"{directory}: not finished, give its command again"))
-
-
-def _is_run(path: Path) -> bool:
-    try:
-        return {"version", "prune"} <= read_json(path).keys()
-    except InputError:
-        return False
 
 
 def _row(directory: Path, config: Mapping[str, Any], results: Mapping[str, Any]) -> dict[str, Any]:

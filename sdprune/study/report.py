@@ -21,13 +21,7 @@ from sdprune.study.usage import REPORT
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Write the report.
-
-    Args:
-        arguments: of `sdprune report`.
-
-    Returns:
-        The exit code.
+    """Write the report that these arguments of `sdprune report` name, and return the exit code.
 
     Raises:
         InputError: unknown options, directories without finished runs, a reference that cannot be read.

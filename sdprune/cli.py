@@ -1,123 +1,292 @@
-"""The command line. Help and version answer at once; everything else is imported when it is needed."""
+"""`fit` and `predict` on LightningCLI."""
 
 from __future__ import annotations
 
-import errno
+import logging
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from sysconfig import get_path
-from types import TracebackType
+from typing import Any, Optional
 
-from sdprune.errors import InputError, unknown
-from sdprune.errors import cause as _cause
+from jsonargparse import Namespace
+from lightning import LightningDataModule, LightningModule, Trainer
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-HELP = """usage: sdprune [--help] [--version] {fit,predict,sweep,report} ...
+import sdprune.mini.source
+import sdprune.modules  # noqa: F401 (classes are found by name among those imported)
+from sdprune.configuration.manual import manual_of, manual_of_verb
+from sdprune.configuration.options import Configuration, explain
+from sdprune.configuration.parser import ParseError, Parser, root_options
+from sdprune.configuration.shipped import with_shipped
+from sdprune.configuration.words import help_wanted, quoted
+from sdprune.data import CocoDataModule
+from sdprune.errors import InputError
+from sdprune.files import replacing
+from sdprune.locks import release_all
+from sdprune.mini.training import Stage
+from sdprune.modules import FrozenModule, GenerationModule
+from sdprune.processes import announce_machines, leave_group, report_lost_processes
+from sdprune.progress import CalibrationProgress, ImageProgress
+from sdprune.pruning import InfeasibleError
+from sdprune.runs.infeasible import write_infeasible
+from sdprune.runs.record import Record
+from sdprune.runs.summary import show
+from sdprune.runs.tracking import connect, finish_all, log_record, wandb_logger
+from sdprune.schema import bases_of, class_named
 
-Find out how much of a text-to-image model can be pruned away before the pictures suffer.
+TRAINER_DEFAULTS: dict[str, Any] = {
+    "use_distributed_sampler": False,  # the data module deals whole batches to processes
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "enable_checkpointing": False,
+    "max_epochs": 1,
+    "logger": True,
+}
+GROUPS = {"trainer": Trainer}
+"""Options whose class is fixed."""
 
-  fit      --config FILE   prune a model and save it as a diffusers directory, or gather calibration statistics
-  predict  --config FILE   prune in memory, draw images from captions, score them, write the record
-  sweep    FILE ...        run every cell of W&B sweep files here, without a server
-  report   DIR ...         make the study's tables and figures from the runs in these directories
-
-FILE is a path, or the name of a file that comes with sdprune: mini/predict, sd2/predict; of sweeps mini_sparsity.
-Any value of a configuration can be given as an option after it:
-  sdprune predict --config mini/predict --model.prune.unet.sparsity=0.35
-
-  sdprune VERB --help      all options       sdprune VERB --config FILE --print_config    the whole configuration
-
-Exit codes: 0 done, 1 failed, 2 bad input, 130 interrupted.
-"""
-VERBS = ("fit", "predict", "sweep", "report")
+DESCRIPTIONS = {
+    "fit": "Prune a model and save it as a diffusers directory (PruningModule), or gather calibration statistics "
+    "(CalibrationModule: --model.help CalibrationModule).",
+    "predict": "Prune in memory, draw images from captions, score them, write the record; the same command again goes "
+    "on where it stopped.",
+}
+MAIN = {
+    "fit": {"model": "PruningModule", "data": "CocoDataModule"},
+    "predict": {"model": "GenerationModule", "data": "CocoDataModule"},
+}
+"""The classes whose options the help of a verb shows."""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    first = arguments[0] if arguments else "--help"
-    if first in ("-h", "--help", "help"):
-        print(HELP, end="")
-        return 0
-    if first == "--version":
-        from importlib.metadata import version
+class SdpruneCLI(LightningCLI):
+    """LightningCLI with the W&B flag, early checks, the dense run beside the pruned one, and the summary.
 
-        print(f"sdprune {version('sdprune')}")
-        return 0
+    Args:
+        args: the verb and its options.
+        summary: whether a finished run is printed in full.
+    """
+
+    already = False
+    """Whether the run was finished before."""
+    runs: Sequence[GenerationModule] = ()
+    """What `predict` draws."""
+
+    def __init__(self, args: Any, summary: bool = True) -> None:
+        self.summary = summary
+        super().__init__(
+            LightningModule,
+            LightningDataModule,
+            args=args,
+            save_config_callback=None,
+            seed_everything_default=0,
+            trainer_defaults={**TRAINER_DEFAULTS, "callbacks": [CalibrationProgress(), ImageProgress()]},
+            parser_class=Parser,
+            parser_kwargs={verb: {"usage": f"sdprune {verb} --config FILE [options]"} for verb in MAIN},
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,  # it wants to make the model and the data itself
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """The verbs."""
+        taken = {"model", "datamodule"}
+        return {
+            "fit": {*taken, "train_dataloaders", "val_dataloaders", "weights_only"},
+            "predict": {*taken, "dataloaders", "return_predictions", "ckpt_path", "weights_only"},
+        }
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """The W&B flag."""
+        parser.add_argument("--wandb", choices=["off", "offline", "online"], default="off", help="log to W&B")
+        parser.add_argument("--wandb_project", type=Optional[str], help="its project; WANDB_PROJECT, or else sdprune")
+        parser.add_argument(
+            "--wandb_group", type=Optional[str], help="its group of runs; by default those with one dense record"
+        )
+
+    def before_instantiate_classes(self) -> None:
+        """Choose the logger, unless the configuration names its own."""
+        config = self.config[self.subcommand]
+        if config.trainer.logger is not True:
+            return
+        if config.wandb == "off":
+            config.trainer.logger = _class("lightning.pytorch.loggers.CSVLogger", save_dir=self._output(), name="logs")
+        else:
+            config.trainer.logger = False  # until the record is known
+
+    def _output(self) -> str:
+        """The directory of all runs."""
+        model = self.config[self.subcommand].model
+        return getattr(model.get("init_args"), "output", "runs") if model else "runs"
+
+    def _track(self, dense: Record | None = None) -> None:
+        """Begin to log to W&B, if that is wanted."""
+        config, model = self.config[self.subcommand], self.model
+        if config.wandb != "off" and not self.trainer.loggers:
+            directory = model.directory() if isinstance(model, FrozenModule) else None
+            group = config.wandb_group or (dense.directory.name if dense else None)
+            self.trainer.logger = wandb_logger(
+                Path(self._output()), config.wandb == "offline", config.wandb_project, group, directory
+            )
+        connect(self.trainer.loggers)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse, with errors of one line."""
+        configuration = Configuration(root_options(self._subcommand_parsers[args[0]]), GROUPS)
+        try:
+            args = [args[0], *with_shipped(args[1:])]
+            wanted, words = help_wanted(args[1:])
+            configuration.read(words)
+            if wanted is not None:
+                print(self._manual(args[0], *wanted, configuration))
+                raise SystemExit(0)
+            super().parse_arguments(parser, args)
+            self.given = self.config[self.config.subcommand].clone()  # later LightningCLI makes objects of it
+        except ParseError as error:
+            raise InputError(explain(str(error), configuration)) from error
+        seed = self.config[self.config.subcommand].seed_everything
+        if not isinstance(seed, bool) and not 0 <= seed < 2**32:
+            raise InputError(f"seed_everything is {seed}: choose from 0 to {2**32 - 1}.")
+
+    @staticmethod
+    def _manual(verb: str, place: str, name: str | None, configuration: Configuration) -> str:
+        if place:
+            for option, main in MAIN[verb].items():
+                if option != place and option not in configuration.classes:
+                    configuration.classes[option] = class_named(
+                        option, main, bases_of(configuration.root[option].annotation)
+                    )
+            return manual_of(place, name, configuration)
+        text = f"{DESCRIPTIONS[verb]} The options of a class: --data.source.help, --data.source.help CocoDirectory, ..."
+        return manual_of_verb(verb, text, configuration, MAIN[verb])
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Lightning says of its own options what is wrong with them."""
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except (MisconfigurationException, ValueError, TypeError) as error:
+            raise InputError(f"The trainer cannot be made: {error} See --trainer options in --help.") from error
+
+    def before_fit(self) -> None:
+        """Find what can be found wrong before anything costly starts."""
+        if isinstance(self.model, GenerationModule):
+            raise InputError("fit runs PruningModule or CalibrationModule, got GenerationModule: use sdprune predict.")
+        if isinstance(self.model, FrozenModule):
+            self._attach()
+            self.model.resolve(self.datamodule, str(self.trainer.precision))
+        elif isinstance(self.model, Stage):
+            self.model.keep_checkpoints(self.trainer)
+        self._track()
+        announce_machines(self.trainer)
+
+    def fit(self, model: LightningModule, **kwargs: Any) -> None:
+        """Train a stage of the miniature; calibration and pruning are inference."""
+        if isinstance(model, FrozenModule):
+            self.trainer.predict(model, datamodule=self.datamodule, return_predictions=False)
+        else:
+            self.trainer.fit(model, **kwargs)
+
+    def before_predict(self) -> None:
+        """Check, then make the dense record if the pruned run wants it and it is not there."""
+        model = self.model
+        if not isinstance(model, GenerationModule):
+            raise InputError(f"predict runs GenerationModule, got {type(model).__name__}: use sdprune fit.")
+        self._attach()
+        precision = str(self.trainer.precision)
+        try:
+            model.resolve(self.datamodule, precision)
+        except InfeasibleError as error:
+            model.record = model.infeasible_record()
+            write_infeasible(model.record, error.reason)
+            return self._track(model.record)
+        self.runs = [model]
+        other = model.find_baseline()
+        if isinstance(other, GenerationModule):
+            other.resolve(self.datamodule, precision)
+            self.runs = [other, model]
+        model.baseline = other.record if isinstance(other, GenerationModule) else other
+        for run in self.runs:
+            run.check(self.datamodule)
+        self.already = model.record.finished
+        self._track(model.baseline or model.record)
+        for run in self.runs:
+            if not run.record.finished:
+                run.record.start()
+        announce_machines(self.trainer)
+
+    def predict(self, model: GenerationModule, **kwargs: Any) -> None:
+        """Draw the run that this one is compared with, where it is missing, and then this one."""
+        for run in self.runs:
+            self.trainer.predict(run, datamodule=self.datamodule, return_predictions=False)
+
+    def after_predict(self) -> None:
+        """Compare, log and print what came out, on the first process alone: none waits for it."""
+        leave_group()
+        if self.trainer.is_global_zero:
+            if self.runs:
+                self.model.compare()
+                self._write_configurations()
+            log_record(self.trainer.loggers, self.model.record, self.model.baseline, self.model.pipeline.name)
+            if self.summary:
+                show(self.model.record, already=self.already)
+
+    def _write_configurations(self) -> None:
+        """Keep the configuration in the records: `sdprune predict --config RUN/config.yaml` is the run again."""
+        for run in self.runs:
+            config = self.given.clone()
+            if run is not self.model:
+                unpruned: dict[str, Any] = {"prune": {}, "budget": None, "baseline": None}
+                for option, value in unpruned.items():
+                    config[f"model.init_args.{option}"] = value
+                config["model.init_args.pipeline.init_args.model"] = run.pipeline.model
+            text = self._subcommand_parsers["predict"].dump(config, skip_validation=True)
+            path = run.record.directory / "config.yaml"
+            if not path.exists() or path.read_text() != text:
+                with replacing(path) as temporary:
+                    temporary.write_text(text)
+
+    def _attach(self) -> None:
+        if not isinstance(self.datamodule, CocoDataModule):
+            raise InputError(
+                f"{type(self.model).__name__} needs --data CocoDataModule, got {type(self.datamodule).__name__}."
+            )
+        self.datamodule.calibrates = self.model.calibrates
+        self.datamodule.prepare_data()
+        self.datamodule.trainer = self.trainer
+
+
+def _class(path: str, **init_args: Any) -> Any:
+    return Namespace(class_path=path, init_args=Namespace(**init_args))
+
+
+def run(arguments: Sequence[str], summary: bool = True) -> dict[str, Any]:
+    """Parse and run one verb.
+
+    Args:
+        arguments: the verb and its options.
+        summary: whether a finished run is printed in full.
+
+    Returns:
+        The results of `predict`; nothing of other verbs.
+    """
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    report_lost_processes()
+    os.environ.setdefault("WANDB_SILENT", "true")
+    sys.argv[0] = sys.argv[0] or "sdprune"
     try:
-        if first not in VERBS:
-            raise unknown("verb", first, VERBS)
-        if first in ("sweep", "report") and (len(arguments) == 1 or {"-h", "--help"} & set(arguments)):
-            from sdprune.study import usage
-
-            print(getattr(usage, first.upper()), end="")
-            return 0
-        if first == "sweep":
-            from sdprune.study import sweep
-
-            return sweep.run(arguments[1:])
-        if first == "report":
-            from sdprune.study import report
-
-            return report.run(arguments[1:])
-        from sdprune.commands import run
-
-        run(arguments)
-        return 0
-    except (KeyboardInterrupt, Exception, SystemExit) as error:
-        if isinstance(error, SystemExit) and not error.code:  # --help, --print_config
-            return 0
-        if _cause(error, KeyboardInterrupt):  # the trainer makes a SystemExit of it
-            return _tell("interrupted; run the same command again to go on", 130)
-        bad_input = _cause(error, InputError)
-        full = _cause(error, OSError)
-        if isinstance(full, OSError) and full.errno in (errno.ENOSPC, errno.EDQUOT):
-            where = f" at {full.filename}" if full.filename else ""
-            return _tell(f"failed: no space is left{where}: make some and run the same command again to go on", 1)
-        if bad_input is None:
-            import traceback
-
-            failed, frames, place = _in_own_file(error) or (error, error.__traceback__, "")
-            traceback.print_exception(type(failed), failed, frames, chain=failed is error)
-            return _tell(f"failed: {place}{type(failed).__name__}: {' '.join(str(failed).split())}", 1)
-        return _tell(f"error: {bad_input}", 2)
-
-
-def _in_own_file(error: BaseException | None) -> tuple[BaseException, TracebackType, str] | None:
-    """What failed in a file of the user's own, if anything did: the exception, its frames from there on, the place."""
-    libraries = (str(Path(__file__).parent), get_path("stdlib"))
-    while error is not None:
-        first, place, frames = None, "", error.__traceback__
-        while frames is not None:
-            code = frames.tb_frame.f_code
-            file = Path(code.co_filename)
-            installed = {"site-packages", "dist-packages"} & set(file.parts) or str(file).startswith(libraries)
-            if file.is_file() and not installed:
-                shown = file.relative_to(Path.cwd()) if file.is_relative_to(Path.cwd()) else file
-                first, place = first or frames, f"{shown}:{frames.tb_lineno} in {code.co_name}: "
-            frames = frames.tb_next
-        if first is not None:
-            return error, first, place
-        error = error.__cause__ or error.__context__
-    return None
-
-
-def _tell(text: str, code: int) -> int:
-    line = "".join(one if one.isprintable() else ascii(one)[1:-1] for one in text)  # names of others stay in one line
-    rank = os.environ.get("RANK") or os.environ.get("LOCAL_RANK", "0")
-    if rank == "0":  # speaks for all
-        print(f"sdprune: {line}", file=sys.stderr, flush=True)
-    elif _together():  # what went wrong may be this process's own
-        print(f"sdprune: process {rank}: {line}", file=sys.stderr, flush=True)
-    return code
-
-
-def _together() -> bool:
-    """Whether the processes of a run have met, so that one may fail alone."""
-    distributed = sys.modules.get("torch.distributed")
-    return distributed is not None and distributed.is_available() and distributed.is_initialized()
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+        cli = SdpruneCLI(quoted(arguments), summary)
+    except BaseException:
+        finish_all(failed=True)
+        raise
+    finally:
+        release_all()
+    for line in finish_all(failed=False):
+        if summary:
+            print(f"W&B        {line}")
+    leave_group()
+    done = isinstance(cli.model, GenerationModule) and cli.model.record.finished
+    return cli.model.record.results if done else {}

@@ -2,10 +2,12 @@
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from numbers import Real
+from typing import Any
 
 
 class InputError(ValueError):
-    """Bad input, told in one line: the value, the choices, the next step. The command line exits with 2."""
+    """Bad input, described in one line: the value, the choices, the next step. The command line exits with 2."""
 
 
 def unknown(kind: str, value: object, choices: Iterable[object]) -> InputError:
@@ -23,3 +25,14 @@ def cause(error: BaseException | None, kind: type[BaseException]) -> BaseExcepti
     while error is not None and not isinstance(error, kind):
         error = error.__cause__ or error.__context__
     return error
+
+
+def as_share(option: str, value: Any) -> float:
+    """A share, of any library's number type, as a float. Raises InputError for what is no number from 0 to 1."""
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise InputError(f"{option} is {value!r}: give a number between 0 and 1, as in 0.35.")
+    share = float(value)
+    if not 0 <= share <= 1:  # also catches NaN
+        hint = f"; for {share:g} %, write {share / 100:g}" if 1 < share <= 100 else ", as in 0.35"
+        raise InputError(f"{option} is {value}: give a share between 0 and 1{hint}.")
+    return share

@@ -1,4 +1,4 @@
-"""The model hub: asked where it answers within seconds; where it does not, only its local cache is looked into."""
+"""The model hub: it is used where it answers within seconds, and else only its local cache."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def asking_hub(what: str, then: str) -> Iterator[None]:
     """Raise InputError for whatever a library raises when it asks the hub.
 
     Args:
-        what: is asked for, such as `Model 'a/b'`.
+        what: the request, such as `Model 'a/b'`.
         then: the next step.
 
     Raises:
@@ -62,7 +62,7 @@ def offline() -> Iterator[None]:
 
 
 def _silence() -> str | None:
-    """Why the hub is not asked, as a clause; None where it answers."""
+    """Why the hub is not used, as a clause; None where it answers."""
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:

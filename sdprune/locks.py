@@ -6,7 +6,8 @@ Locks belong to the operating system, so that those of a run that dies are free 
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -33,10 +34,10 @@ class RunLock:
         self._lock: FileLock | None = None
 
     def acquire(self, done: Callable[[], bool] = lambda: False) -> bool:
-        """Wait until it is either made by somebody or this run's to make; collective.
+        """Wait until it is made, or until this run may make it; collective.
 
         Args:
-            done: whether it has been made; asked on the first process.
+            done: whether it has been made; called on the first process.
 
         Returns:
             Whether this run is to make it, and to `release` the lock afterwards.
@@ -49,6 +50,14 @@ class RunLock:
             if self.processes.is_first and not reported:
                 print(f"Another run is making {self.path.stem}: waiting for it.", flush=True)
             reported = True
+
+    @contextmanager
+    def making(self, done: Callable[[], bool]) -> Iterator[bool]:
+        """`acquire` for the length of a block."""
+        try:
+            yield self.acquire(done)
+        finally:
+            self.release()
 
     def release(self) -> None:
         """Let others have it."""

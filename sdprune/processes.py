@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, Optional
+import logging
+import sys
+from typing import TYPE_CHECKING, Any, Optional
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from lightning import Trainer
 
 
 class Processes:
@@ -69,3 +74,39 @@ class Processes:
         """Wait for all."""
         if self._together:
             dist.barrier()
+
+
+def announce_machines(trainer: Trainer) -> None:
+    """Print what a run on several machines waits for: it is silent until all of its processes have met."""
+    environment = getattr(trainer.strategy, "cluster_environment", None)
+    if environment is None or trainer.num_nodes < 2 or environment.local_rank() != 0:
+        return
+    where = f"{environment.main_address}:{environment.main_port}"
+    number = environment.node_rank()
+    line = f"Waiting for {trainer.world_size} processes on {trainer.num_nodes} machines to meet at {where}."
+    if not environment.creates_processes_externally and number == 0:
+        line += (
+            " Start the same command on each other machine with MASTER_ADDR=(this machine) "
+            f"MASTER_PORT={environment.main_port} NODE_RANK=1 and so on, or use torchrun or srun on all of them."
+        )
+    print(line, flush=True)
+
+
+def report_lost_processes() -> None:
+    """Print it when a process of the run dies: Lightning stops the others, and writes that into its log only."""
+
+    class Printer(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if "terminated with code" in record.getMessage():
+                line = "a process of this run has died, the others are stopped; run the same command again to go on"
+                print(f"sdprune: failed: {line}", file=sys.stderr, flush=True)
+
+    logger = logging.getLogger("lightning.fabric.strategies.launchers.subprocess_script")
+    logger.handlers, logger.propagate = [Printer()], False
+    logger.setLevel(logging.INFO)
+
+
+def leave_group() -> None:
+    """Destroy the process group: torch may abort a process that ends without doing so."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()

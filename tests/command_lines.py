@@ -29,7 +29,7 @@ def fit(config: str, output: Path, *options: str) -> list[str]:
 def process(
     arguments: list[str], timeout: float = 300, interpreter: tuple[str, ...] = ()
 ) -> "subprocess.CompletedProcess[str]":
-    """Run the console script, or the interpreter with these arguments, such as `-m sdprune.cli`."""
+    """Run the console script, or the interpreter with these arguments, such as `-m sdprune`."""
     script = [sys.executable, *interpreter] if interpreter else [str(Path(sys.executable).parent / "sdprune")]
     return subprocess.run([*script, *arguments], capture_output=True, text=True, timeout=timeout)
 

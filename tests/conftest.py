@@ -41,7 +41,7 @@ class Told(NamedTuple):
 @pytest.fixture
 def sdprune(miniature, capfd):
     """Run a command line in this process."""
-    from sdprune.cli import main
+    from sdprune.__main__ import main
 
     def run(*arguments: object) -> Told:
         capfd.readouterr()

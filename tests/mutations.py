@@ -176,7 +176,7 @@ class Bench:
 
     def run(self, *arguments: str) -> Result:
         """Run a command line in this process, for SECONDS at most."""
-        from sdprune.cli import main
+        from sdprune.__main__ import main
 
         out, err = io.StringIO(), io.StringIO()
         signal.signal(signal.SIGALRM, _hang)

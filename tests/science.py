@@ -119,7 +119,7 @@ def pictures() -> Iterator[tuple[str, dict[str, object]]]:
     """(name of a run, its masks, pictures and scores), by the command line."""
     from PIL import Image
 
-    from sdprune.cli import main
+    from sdprune.__main__ import main
 
     config = Path(__file__).parents[1] / "configs" / "mini" / "predict.yaml"
     with tempfile.TemporaryDirectory() as folder:

@@ -55,7 +55,7 @@ def test_a_metric_that_is_added_scores_the_pictures_that_lie_there(sdprune, tmp_
         added, whole = results(tmp_path / "some" / run.name), results(run)
         assert files(tmp_path / "some" / run.name) == before[run.name][0]
         assert len(whole["metrics"]) > len(before[run.name][1]["metrics"])
-        for part in ("metrics", "verdicts", "scored", "columns", "images", "sparsity"):
+        for part in ("metrics", "verdicts", "scored", "remarks", "images", "sparsity"):
             assert added[part] == whole[part], part
         assert added["comparison"] == whole["comparison"]
         assert added["speed"] == before[run.name][1]["speed"]  # of the drawing
@@ -71,6 +71,54 @@ def test_a_metric_that_is_left_out_stays_in_the_record(sdprune, tmp_path, calls)
     assert sdprune(*predict(tmp_path, *DENSE)).code == 0
     assert on_disk(calls) == []
     assert results(the_run(tmp_path, "dense")) == before
+
+
+CLIP = "{class_path: ClipImageFeatures, init_args: {model: miniature}}"
+
+
+def test_scores_of_single_images_stay_in_the_table(sdprune, tmp_path):
+    def table():
+        return list(csv.DictReader((the_run(tmp_path, "dense") / "images.csv").open(newline="")))
+
+    assert sdprune(*predict(tmp_path, *DENSE)).code == 0
+    before = table()
+    mmd = f"[{{class_path: MaximumMeanDiscrepancy, init_args: {{extractor: {CLIP}}}}}]"
+    assert sdprune(*predict(tmp_path, *DENSE, f"--model.metrics={mmd}")).code == 0
+    assert "mmd" in results(the_run(tmp_path, "dense"))["metrics"]
+    assert table() == before
+    assert float(before[0]["clip_score"])
+
+
+def test_rows_of_a_killed_scoring_are_not_taken_for_others(sdprune, tmp_path, monkeypatch):
+    """They are written before the results, by code that is another one here."""
+    from sdprune.metrics import CLIPScore
+    from sdprune.metrics.rows import Column
+    from sdprune.runs.record import Record
+
+    assert sdprune(*predict(tmp_path, *DENSE)).code == 0
+    run = the_run(tmp_path, "dense")
+    wanted, rows = results(run), dict(np.load(run / "rows.npz"))
+
+    def die(record, values):
+        raise RuntimeError("killed")
+
+    with monkeypatch.context() as patch:
+        made = CLIPScore.columns.fget
+
+        def columns(score):
+            return tuple(
+                Column(one.key, lambda batch, one=one: 0 * one.values(batch), one.prepare, one.facts)
+                for one in made(score)
+            )
+
+        patch.setattr(CLIPScore, "columns", property(columns))
+        patch.setattr("sdprune.runs.scoring.package_code", lambda *folders: "another")
+        patch.setattr(Record, "finish", die)
+        assert sdprune(*predict(tmp_path, *DENSE)).code == 1
+    assert any(not np.array_equal(value, rows[key]) for key, value in np.load(run / "rows.npz").items())
+    assert sdprune(*predict(tmp_path, *DENSE)).code == 0
+    assert results(run) == wanted
+    assert all(np.array_equal(value, rows[key]) for key, value in np.load(run / "rows.npz").items())
 
 
 def test_differences_of_other_metrics_stay_and_those_of_a_new_baseline_do_not(sdprune, tmp_path, calls):

@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from sdprune import gather
 from sdprune.calibration.collect import Collector
 from sdprune.pipelines import Sampling, StableDiffusion
+from sdprune.pipelines.sampling import image_seed
 from sdprune.pruning import PruneSpec, apply, find_targets, targets_of
-from sdprune.record import image_seed
 
 BOTH = ("text_encoder", "unet")
 
@@ -61,7 +61,7 @@ def equal(one: dict[str, dict[str, torch.Tensor]], two: dict[str, dict[str, torc
 @pytest.fixture(scope="module")
 def alone(miniature, tmp_path_factory):
     """What one process comes to, by method."""
-    from sdprune.cli import main
+    from sdprune.__main__ import main
 
     outputs = {}
     for name, options in METHODS.items():
@@ -285,7 +285,7 @@ def test_more_memory_after_an_interruption_loses_no_layer(alone, tmp_path, sdpru
 def test_a_pass_over_a_part_of_the_captions_is_no_pass(miniature, tmp_path, sdprune):
     told = sdprune(*fit("prune", tmp_path, *METHODS["wanda"], "--trainer.limit_predict_batches=1"))
     assert told.code == 2
-    assert "A pass saw 2 of 5 captions" in told.err
+    assert "The trainer takes 1 of the batches: leave out --trainer.limit_predict_batches" in told.err
     assert not list((tmp_path / "statistics").glob("*/facts.json"))
 
 

@@ -21,7 +21,7 @@ YAML = (CONFIGS / "predict.yaml").read_text()
 def test_version_and_help_import_nothing_heavy():
     code = """
 import sys
-from sdprune.cli import main
+from sdprune.__main__ import main
 for arguments in (["--version"], ["--help"], [], ["predct"], ["sweep", "--help"], ["report", "-h"], ["report"]):
     main(arguments)
 heavy = {"torch", "lightning", "jsonargparse", "diffusers", "transformers", "numpy"} & set(sys.modules)

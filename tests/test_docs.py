@@ -11,7 +11,7 @@ import yaml
 from command_lines import ROOT
 
 import sdprune as package
-from sdprune.shipped import located
+from sdprune.configuration.shipped import located
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 TEXTS = {page.relative_to(ROOT).as_posix(): page.read_text() for page in PAGES}

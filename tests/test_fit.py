@@ -4,6 +4,8 @@ import json
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ import yaml
 from command_lines import fit, predict, process
 from safetensors.torch import load_file
 
+from sdprune.pipelines import DiffusersFamily
 from sdprune.pruning.allocation.owl import OWL
 from sdprune.pruning.criteria.sparsegpt import SparseGPT
 
@@ -54,6 +57,27 @@ def counts_are_exact(directory, original, precision=torch.float32):
         assert report["sparsity"]["components"][component]["zeros"] == zeros
     for name, weight in weights(directory, "vae").items():
         assert torch.equal(weight, weights(original, "vae")[name].to(precision))
+
+
+def test_a_finished_model_needs_no_statistics(sdprune, tmp_path, monkeypatch):
+    command = fit("prune", tmp_path, *WANDA)
+    assert sdprune(*command).code == 0
+    shutil.rmtree(tmp_path / "statistics")
+    monkeypatch.setattr(DiffusersFamily, "load", lambda *args: pytest.fail("the model is not needed"))
+    told = sdprune(*command)
+    assert (told.code, told.err) == (0, "")
+    assert "finished already" in told.out
+    assert not list((tmp_path / "statistics").rglob("*.safetensors"))
+
+
+def test_one_of_two_equal_runs_saves(sdprune, tmp_path):
+    """The other one waits for it."""
+    command = [sys.executable, "-m", "sdprune", *fit("prune", tmp_path)]
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    told = [one.communicate(timeout=300) for one in both]
+    assert [(one.returncode, err) for one, (_, err) in zip(both, told, strict=True)] == [(0, ""), (0, "")]
+    assert sorted("finished already" in out for out, _ in told) == [False, True]
+    assert not list(tmp_path.glob("*.part"))
 
 
 def test_saved_pipeline(sdprune, miniature, tmp_path):
@@ -309,7 +333,7 @@ def test_the_card_names_the_base_model_and_its_licence(sdprune, miniature, tmp_p
 )
 def test_directories_are_named_after_the_whole_method(prune, name):
     from sdprune.pruning import PruneSpec
-    from sdprune.record import label
+    from sdprune.runs.label import label
 
     assert label({component: PruneSpec(**choices) for component, choices in prune.items()}) == name
     assert len(f"pruned-{name}-0123456789ab") < 100

@@ -97,3 +97,11 @@ def test_a_mask_of_another_shape_is_named(mine):
     (mine / "mine.py").write_text(DIAGONAL.replace("return mask", "return mask.T"))
     with pytest.raises(InputError, match=r"Diagonal masks layer '0' with \[4, 6\]: `mask` must return one of the"):
         prune(nn.Sequential(nn.Linear(4, 6)), sparsity=0.5, granularity="mine.Diagonal")
+
+
+def test_a_fault_in_it_shows_before_anything_is_drawn(mine, sdprune, miniature):
+    (mine / "mine.py").write_text(DIAGONAL.replace("return mask", "return mask.T[:3]"))
+    told = sdprune(*predict(mine / "runs", "--model.prune.unet={sparsity: 0.3, granularity: mine.Diagonal}"))
+    assert told.code == 2
+    assert "Diagonal masks layer" in told.err
+    assert not list((mine / "runs").glob("*/images/*.png"))

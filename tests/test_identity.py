@@ -172,7 +172,7 @@ def test_ids_that_are_listed_twice_are_named(tmp_path):
 @pytest.fixture(scope="module")
 def gathered(miniature, tmp_path_factory):
     """A store of statistics, which no test changes."""
-    from sdprune.cli import main
+    from sdprune.__main__ import main
 
     directory = tmp_path_factory.mktemp("gathered")
     assert main(fit("calibrate", directory)) == 0
@@ -246,7 +246,7 @@ def test_a_full_disk_while_statistics_are_written_is_one_line(sdprune, tmp_path,
 @pytest.fixture(scope="module")
 def drawn(miniature, tmp_path_factory):
     """Two finished runs, which no test changes."""
-    from sdprune.cli import main
+    from sdprune.__main__ import main
 
     directory = tmp_path_factory.mktemp("drawn")
     assert main(predict(directory, *UNET)) == 0

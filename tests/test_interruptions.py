@@ -203,7 +203,7 @@ def test_two_trials_share_the_dense_record(miniature, tmp_path):
 def test_a_full_disk_is_one_line_and_loses_nothing(sdprune, miniature, tmp_path, monkeypatch):
     import errno
 
-    from sdprune.record import save_png
+    from sdprune.runs.png import save_png
 
     written = []
 
@@ -242,7 +242,7 @@ def test_images_that_went_wrong_are_kept_counted_and_told(sdprune, tmp_path, mon
     assert told.code == 0
     run = the_run(tmp_path, "text_encoder")
     first = json.loads((run / "results.json").read_text())["images"]
-    assert (first["black"], first["not_finite"], len(first["flawed"])) == (4, 4, 4)  # one of each batch
+    assert (first["black"], first["not_finite"], len(first["invalid"])) == (4, 4, 4)  # one of each batch
     assert len(list((run / "images").glob("*.png"))) == 7
     assert "4 images are wholly black, 4 came out of numbers that are not finite" in told.out
     (run / "results.json").unlink()

@@ -13,7 +13,7 @@ from sdprune import gather, prune
 from sdprune.calibration.passes import plan_passes
 from sdprune.errors import InputError
 from sdprune.pruning import OWL, GlobalRanking, PerLayer, PruneSpec, SparseGPT, apply, find_targets, masks, statistic
-from sdprune.record import label
+from sdprune.runs.label import label
 
 LAYERS = {
     "linear": lambda: nn.Linear(11, 8),

@@ -19,7 +19,7 @@ from sdprune.mini.attributes import classify
 from sdprune.mini.world import scenes
 from sdprune.pipelines import Sampling, StableDiffusion
 from sdprune.pipelines.resolve import resolve
-from sdprune.record import image_seed
+from sdprune.pipelines.sampling import image_seed
 
 SAMPLING = Sampling(steps=20, guidance=2.5)
 N = 128

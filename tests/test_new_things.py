@@ -236,8 +236,8 @@ def test_a_family(sdprune, here):
     (run,) = (path.parent for path in (here / "runs").glob("*/results.json"))
     from sdprune.mini.source import EmbeddedWorld
     from sdprune.pipelines import Sampling
+    from sdprune.pipelines.sampling import image_seed
     from sdprune.pipelines.stable_diffusion import StableDiffusion
-    from sdprune.record import image_seed
 
     rows = {row["file_name"].replace(".jpg", ".png"): row for row in EmbeddedWorld(images=40).load()}
     plain = StableDiffusion("miniature")
@@ -255,7 +255,7 @@ FOLDERS = {
     "redness": "metrics/scores", "colours": "data/sources", "shouting": "pipelines",
 }  # fmt: skip
 LISTED = """
-import sdprune.commands
+import sdprune.cli
 from sdprune.data import CaptionSource
 from sdprune.metrics import Score
 from sdprune.pipelines import DiffusersFamily

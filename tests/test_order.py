@@ -12,8 +12,8 @@ from torch import nn
 import sdprune
 from sdprune.errors import InputError
 from sdprune.pipelines import Sampling, StableDiffusion
+from sdprune.pipelines.sampling import image_seed
 from sdprune.pruning import PruneSpec
-from sdprune.record import image_seed
 
 
 class Middle(nn.Module):

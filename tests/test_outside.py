@@ -75,7 +75,7 @@ def test_code_that_a_model_directory_names_is_not_run(sdprune, model, tmp_path, 
     plant(model, tmp_path)
     change(model / "model_index.json", **{part: FOREIGN[part]})
     monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(tmp_path))  # as `python -m sdprune.cli` has it
+    monkeypatch.syspath_prepend(str(tmp_path))  # as `python -m sdprune` has it
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("a question was asked"))
     line = told(sdprune, tmp_path / "runs", f"--model.pipeline.model={model}")
     assert ".".join(FOREIGN[part]) in line
@@ -105,7 +105,7 @@ def test_the_cell_of_a_sweep_in_a_process_of_its_own_runs_no_code(miniature, mod
     plant(model, tmp_path)
     change(model / "model_index.json", vae=FOREIGN["vae"])
     monkeypatch.chdir(tmp_path)
-    done = process(predict(tmp_path / "runs", f"--model.pipeline.model={model}"), interpreter=("-m", "sdprune.cli"))
+    done = process(predict(tmp_path / "runs", f"--model.pipeline.model={model}"), interpreter=("-m", "sdprune"))
     assert done.returncode == 2
     assert "my_module.AutoencoderKL" in done.stderr
     assert not list(tmp_path.rglob("executed"))

@@ -5,6 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 from command_lines import fit, predict, the_run
 from lightning import Trainer
 from PIL import Image
@@ -16,6 +17,7 @@ from sdprune.metrics import ClipImageFeatures, CLIPScore, DenseDistance, Frechet
 from sdprune.mini.source import EmbeddedWorld
 from sdprune.modules import CalibrationModule, GenerationModule, PruningModule
 from sdprune.pipelines import Sampling
+from sdprune.pipelines.sampling import image_seed
 from sdprune.pipelines.stable_diffusion import StableDiffusion
 from sdprune.pruning import PruneSpec
 
@@ -27,9 +29,10 @@ def run(module, **options):
     """Run a module on the data of the command lines."""
     defaults = {"calibration": EmbeddedWorld("train", 20), "calibration_n": 5, "calibration_batch_size": 2}
     source = options.pop("source", None) or EmbeddedWorld(images=40)
+    given = options.pop("trainer", {})
     data = CocoDataModule(source, **{**defaults, "n": 4, "batch_size": 2, **options})
     trainer = Trainer(
-        accelerator="cpu", logger=False, use_distributed_sampler=False, enable_progress_bar=False,
+        accelerator="cpu", logger=False, use_distributed_sampler=False, enable_progress_bar=False, **given,
     )  # fmt: skip
     trainer.predict(module, datamodule=data, return_predictions=False)
 
@@ -55,7 +58,6 @@ def test_generation(sdprune, tmp_path):
     module = generation(tmp_path / "python")
     run(module.find_baseline())
     run(module)
-    module.compare()
     told = sdprune(*predict(tmp_path / "shell", "--data.n=4", *WANDA))
     assert (told.code, told.err) == (0, "")
     for prefix in ("dense", "text_encoder"):
@@ -71,6 +73,46 @@ def test_generation(sdprune, tmp_path):
     assert wanted["pruning"]["unet"]["mask_hash"]
     assert wanted["comparison"]["dense"] == the_run(tmp_path / "shell", "dense").name
     assert len(wanted["metrics"]) > 2
+
+
+def test_nothing_is_asked_of_a_source_of_calibration_that_is_not_needed(miniature, tmp_path):
+    class Unwanted(EmbeddedWorld):
+        def prepare(self):
+            raise AssertionError("nothing is calibrated")
+
+    module = GenerationModule(
+        StableDiffusion("miniature"), {"unet": PruneSpec(sparsity=0.5)}, [], SAMPLING, samples=[], compare_dense=False,
+        output=str(tmp_path),
+    )  # fmt: skip
+    run(module, calibration=Unwanted("train", 20))
+    assert len(list(tmp_path.glob("unet-*/images/*.png"))) == 4
+    with pytest.raises(AssertionError, match="nothing is calibrated"):
+        run(generation(tmp_path, compare_dense=False), calibration=Unwanted("train", 20))
+
+
+def test_a_part_of_the_batches_is_refused(miniature, tmp_path):
+    for limit in ({"limit_predict_batches": 1}, {"limit_predict_batches": 0.5}, {"fast_dev_run": True}):
+        with pytest.raises(InputError, match=r"The trainer takes (1|0\.5) of the batches: leave out"):
+            run(generation(tmp_path, compare_dense=False), trainer=limit)
+    assert not list(tmp_path.glob("*/images/*.png"))
+
+
+def test_mixed_precision_draws_what_autocast_draws(miniature, tmp_path):
+    module = GenerationModule(StableDiffusion("miniature"), {}, [], SAMPLING, samples=[], output=str(tmp_path))
+    run(module, trainer={"precision": "bf16-mixed"})
+    drawn = [np.asarray(Image.open(module.record.image_path(name))) for name in module.data.examples["file_name"]]
+    pipeline, found = StableDiffusion("miniature"), {}
+    pipeline.load(torch.float32, torch.device("cpu"))
+    captions, ids = (module.data.examples[column] for column in ("caption", "id"))
+    for mixed in (True, False):
+        images = []
+        for first in (0, 2):
+            seeds = [image_seed(0, one) for one in ids[first : first + 2]]
+            with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+                images.extend(pipeline.generate(captions[first : first + 2], seeds, SAMPLING).images)
+        found[mixed] = [image.permute(1, 2, 0).numpy() for image in images]
+    assert all(np.array_equal(one, other) for one, other in zip(drawn, found[True], strict=True))
+    assert any(not np.array_equal(one, other) for one, other in zip(drawn, found[False], strict=True))
 
 
 def test_a_baseline_that_is_not_drawn(miniature, tmp_path):

@@ -23,7 +23,7 @@ DENSE = ["--model.prune.unet.sparsity=0", "--model.prune.text_encoder.sparsity=0
 @pytest.fixture(scope="module")
 def output(miniature, tmp_path_factory):
     """The main job's output, which no test changes."""
-    from sdprune.cli import main
+    from sdprune.__main__ import main
 
     directory = tmp_path_factory.mktemp("predict")
     assert main(predict(directory)) == 0
@@ -42,11 +42,11 @@ def fingerprints(output, *options):
     """Of the run directory that these options lead to; nothing is drawn."""
     from lightning import Trainer
 
-    from sdprune.cli import main
+    from sdprune.__main__ import main
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trainer, "predict", lambda *args, **kwargs: pytest.skip.Exception("drawn"))
-        patch.setattr("sdprune.commands.SdpruneCLI.after_predict", lambda self: None)
+        patch.setattr("sdprune.cli.SdpruneCLI.after_predict", lambda self: None)
         assert main(predict(output, *options)) == 0
     return {run.name.rpartition("-")[2] for run in output.iterdir() if (run / "config.json").exists()}
 
@@ -321,7 +321,7 @@ def test_fid_at_infinity_below_0_is_told_and_recorded(miniature, sdprune, tmp_pa
     arguments[3:3] = ["--config", str(CONFIGS / "metrics.yaml")]
     told = sdprune(*arguments)
     assert told.code == 0
-    (remark,) = results(the_run(tmp_path, "dense"))["remarks"]
+    ((remark,),) = results(the_run(tmp_path, "dense"))["remarks"].values()
     assert remark.startswith("fid_infinity is -0.2500, and no distance is below 0")
     assert remark in " ".join(told.out.split())
 
@@ -338,7 +338,8 @@ def test_too_few_images_for_a_metric_are_told_before_drawing(miniature, sdprune,
 
 def test_records_of_other_protocols_or_prompts_are_not_compared(output):
     from sdprune.errors import InputError
-    from sdprune.record import Record, require_comparable
+    from sdprune.runs.comparison import require_comparable
+    from sdprune.runs.record import Record
 
     def record(name, facts=None, scored=None):
         found = Record.at(the_run(output, name))
@@ -399,7 +400,7 @@ def test_where_and_how_fast_does_not(output, tmp_path):
 
 def test_noise_belongs_to_the_image(output, miniature, tmp_path):
     """An image is the same whatever the draw it is in, so long as the batch size is."""
-    from sdprune.cli import main
+    from sdprune.__main__ import main
 
     other = ["--data.n=11", "--data.seed=3", *DENSE]
     assert main(predict(tmp_path, *other)) == 0

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sdprune.record import Record
+from sdprune.runs.record import Record
 
 SIZES = {"text_encoder": 340_387_840, "unet": 865_910_724, "vae": 83_653_863}
 
@@ -43,7 +43,7 @@ def write(root: Path, prune, fid, clip, n=40, images=None, sizes=SIZES, seed=0, 
     }  # fmt: skip
     results = {
         "label": run.name, "n": n, "metrics": {"fid": fid, "clip_score": clip}, "comparison": difference,
-        "images": images or {"black": 0, "not_finite": 0, "flawed": []},
+        "images": images or {"black": 0, "not_finite": 0, "invalid": []},
         "sparsity": {
             "nominal": share, "components": {c: {**whole, "parameters": size} for c, size in sizes.items()},
             **{w: {**whole, "zero_fraction": share} for w in ("targets", "prunable", "pipeline")},
@@ -131,7 +131,7 @@ def test_drop_offs_and_findings_follow_from_the_scores(study, sdprune):
 
 
 def test_the_page_holds_everything_in_itself(study, sdprune):
-    write(study, {"unet": spec(0.6)}, 300, 0.2, images={"black": 3, "not_finite": 2, "flawed": [1, 2, 3]})
+    write(study, {"unet": spec(0.6)}, 300, 0.2, images={"black": 3, "not_finite": 2, "invalid": [1, 2, 3]})
     assert sdprune("report", study).code == 0
     page = (study / "report" / "report.html").read_text()
     assert not re.search(r'(src|href)="(?!data:)', page)

@@ -24,7 +24,7 @@ TEXT_WEIGHTS, UNET_WEIGHTS = 289_406_976, 301_219_840
 
 def predict(*options: object) -> None:
     """Run the study's job in a process of its own, which gives its memory back; one thread a process."""
-    command = [sys.executable, "-m", "sdprune.cli", "predict", "--config", CONFIGS / "predict.yaml", *options]
+    command = [sys.executable, "-m", "sdprune", "predict", "--config", CONFIGS / "predict.yaml", *options]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([str(part) for part in command], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 
-from sdprune.cli import main
+from sdprune.__main__ import main
 from sdprune.mini.install import install
 from sdprune.mini.training import Stage
 from sdprune.pipelines import Sampling, StableDiffusion

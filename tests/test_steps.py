@@ -10,7 +10,7 @@ from command_lines import fit
 from safetensors.torch import load_file
 
 from sdprune.pipelines import Sampling, StableDiffusion
-from sdprune.record import image_seed
+from sdprune.pipelines.sampling import image_seed
 
 STEPS = 4
 SCHEDULERS = {  # calls of 4 steps

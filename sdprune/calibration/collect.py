@@ -43,13 +43,13 @@ class Subject(Protocol):
         """Denoising steps that it runs for a batch."""
 
     def run(self, batch: Any, before_step: Callable[[int], None]) -> None:
-        """Run it on a batch; `before_step` is told the number of each denoising step, from 0."""
+        """Run it on a batch; `before_step` receives the number of each denoising step, from 0."""
 
     def try_out(self) -> None:
         """Run it on any input, the same on every process."""
 
     def set_up(self, observer: InputObserver, batch: Any) -> None:
-        """Tell an observer what of a batch counts."""
+        """Set an observer to what of a batch counts."""
 
 
 @dataclass(frozen=True)
@@ -136,20 +136,20 @@ class Collector:
         self._report.begin_batch(valid * self.processes.world_size, self._subject.steps)
         sums = self._visit(batch, index) if fresh else {}
         calls = {(name, layer): n for name, one in sums.items() for layer, n in one.calls.items()}
-        everyone = self.processes.all_gather((index, valid if fresh else 0, calls))
+        of_all = self.processes.all_gather((index, valid if fresh else 0, calls))
         for one, targets in self._pass.observed:
             for target in targets:
                 key = (one.name, target.name)
-                if not any(key in called for _, _, called in everyone):
+                if not any(key in called for _, _, called in of_all):
                     continue
                 own = sums[one.name].totals[target.name] if key in calls else one.empty(target)
                 values = self.processes.gather(own)  # only the first process has them
-                for (_, _, called), value in zip(everyone, values, strict=False):
+                for (_, _, called), value in zip(of_all, values, strict=False):
                     if key in called:
                         self.totals[one.name].add(target.name, value)
         for total in self.totals.values():
-            total.samples += sum(valid for _, valid, _ in everyone)
-        self.batches = max(self.batches, *(index + 1 for index, _, _ in everyone))
+            total.samples += sum(valid for _, valid, _ in of_all)
+        self.batches = max(self.batches, *(index + 1 for index, _, _ in of_all))
         self._save()
         self._report.end_batch(max(total.samples for total in self.totals.values()))
 
@@ -271,7 +271,7 @@ class Collector:
 
             subject.run(batch, before_step)
 
-        # Outside of inference mode tensors tell when they were changed, so that layers with one input can share sums.
+        # Only outside of inference mode tensors have a version, by which layers with one input share their sums.
         with torch.inference_mode(False), torch.no_grad():
             return self._gathering.visit(self._number, index, run, lambda observer: subject.set_up(observer, batch))
 

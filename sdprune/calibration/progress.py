@@ -1,4 +1,4 @@
-"""How far calibration is, for whoever shows it."""
+"""How far calibration is."""
 
 from __future__ import annotations
 

@@ -89,7 +89,7 @@ class StatisticsStore:
             return False
 
     def load(self, facts: Facts) -> Layers:
-        """What has been gathered, in whole or in part, by layer; values are read when they are asked for."""
+        """What has been gathered, in whole or in part, by layer; values are read lazily."""
         return Layers(path for path in self._files(facts) if _is_whole(path))
 
     def damaged(self, facts: Facts) -> list[Path]:
@@ -238,7 +238,7 @@ def _verified(path: Path, *state: int) -> bool:
 
 
 class _OneByOne(Mapping[str, "Tensor"]):
-    """The tensors of an open file, read when they are asked for."""
+    """The tensors of an open file, read lazily."""
 
     def __init__(self, content: Any) -> None:
         self.content, self.names = content, list(content.keys())

@@ -28,7 +28,7 @@ def draw(n_total: int, n: int, seed: int) -> np.ndarray:
 
 
 def require_images(n_total: int, n: int, option: str) -> None:
-    """Raise InputError, which names the option, when `n` captions are asked of `n_total`."""
+    """Raise InputError, which names the option, when `n` captions are requested of `n_total`."""
     if n > n_total:
         raise InputError(f"{option}={n} is more than its source has: ask for at most {n_total}.")
 
@@ -119,10 +119,10 @@ def count_batches(n: int, batch_size: int) -> int:
 
 
 def _too_many_processes(n: int, batch_size: int, world_size: int) -> str:
-    told = (
+    message = (
         f"n={n} prompts at batch size {batch_size} make {count_batches(n, batch_size)} batches, "
         f"fewer than the {world_size} processes."
     )
     if n < world_size:
-        return f"{told} Use at most {n} processes."
-    return f"{told} Use a batch size of at most {max(1, (n - 1) // (world_size - 1))}, or fewer processes."
+        return f"{message} Use at most {n} processes."
+    return f"{message} Use a batch size of at most {max(1, (n - 1) // (world_size - 1))}, or fewer processes."

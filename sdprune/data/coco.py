@@ -85,7 +85,8 @@ class CocoDataModule(LightningDataModule):
     def prepare_data(self) -> None:
         """Let the sources make what they read; the trainer calls this on one process a node."""
         self.source.prepare()
-        if self.calibrates and self.calibration is not self.source:
+        module = self.trainer.lightning_module if self.trainer else None
+        if getattr(module, "calibrates", self.calibrates) and self.calibration is not self.source:
             self.calibration.prepare()
 
     @cached_property

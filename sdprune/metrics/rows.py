@@ -193,9 +193,9 @@ class PerImageRows(Metric):
         """Gather the states; a process without images joins in with empty ones of the right shape and type."""
         names = ("positions", *map(_state, self.keys)) if self.positions else ()
         own = {name: (getattr(self, name)[0].shape[1:], getattr(self, name)[0].dtype) for name in names}
-        everyone: list[dict[str, Any]] = [{}] * torch.distributed.get_world_size(process_group)
-        torch.distributed.all_gather_object(everyone, own, group=process_group)
-        filled = next((shapes for shapes in everyone if shapes), None)
+        of_all: list[dict[str, Any]] = [{}] * torch.distributed.get_world_size(process_group)
+        torch.distributed.all_gather_object(of_all, own, group=process_group)
+        filled = next((shapes for shapes in of_all if shapes), None)
         if filled is None:
             return
         if not self.positions:

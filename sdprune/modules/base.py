@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lightning import LightningModule
 
+from sdprune.calibration.collect import Collector
 from sdprune.calibration.progress import CalibrationState
 from sdprune.data import Batch
 from sdprune.errors import InputError
@@ -74,6 +75,15 @@ class FrozenModule(LightningModule, ABC):
     def directory(self) -> Path | None:
         """Where the result goes, if it has a directory of its own; known once the run is resolved."""
 
+    def require_all_batches(self) -> None:
+        """Raise InputError for a trainer that goes over a part of the batches only."""
+        limit = self.trainer.limit_predict_batches
+        if isinstance(limit, int) or limit < 1:
+            raise InputError(
+                f"The trainer takes {limit} of the batches: leave out --trainer.limit_predict_batches and "
+                "--trainer.fast_dev_run, and give a smaller --data.n or --data.calibration_n."
+            )
+
     def lock_statistics(self, plan: CalibrationPlan) -> list[RunLock]:
         """Wait until no other run gathers statistics that this one lacks; collective.
 
@@ -87,6 +97,15 @@ class FrozenModule(LightningModule, ABC):
         for lock in locks:
             lock.acquire()
         return locks
+
+    def gather(self, plan: CalibrationPlan) -> None:
+        """Gather what the store lacks, outside the predict loop; collective."""
+        locks = self.lock_statistics(plan)
+        if locks:  # else no captions need be there
+            with self.trainer.precision_plugin.forward_context():  # as in the predict loop of `fit`
+                plan.collector(self.data, self.on_calibration).run(self.calibration_batches)
+        for lock in locks:
+            lock.release()
 
     def calibration_batches(self) -> Iterator[tuple[Batch, int, int]]:
         """The calibration batches of this process, each with its number and how many captions of it count."""
@@ -108,16 +127,26 @@ class CalibratingModule(FrozenModule):
     calibration: CalibrationPlan
 
     def setup(self, stage: str) -> None:
-        """Load the model; what the store has already is not gathered again."""
+        """Load the model, unless the result is there; what the store has already is not gathered again."""
+        self.require_all_batches()
         self.resolve(self.data, self.precision_name)
-        self.load()
-        self._locks = self.lock_statistics(self.calibration)
-        self.collector = self.calibration.collector(self.data, self.on_calibration)
-        self.data.passes = self.collector.passes
-        self._pass = 0
+        self._pass = self.data.passes = 0
+        self._locks: list[RunLock] = []
+        self.collector: Collector | None = None
+        if self.acquire():
+            self.load()
+            self._locks += self.lock_statistics(self.calibration)
+            self.collector = self.calibration.collector(self.data, self.on_calibration)
+            self.data.passes = self.collector.passes
+
+    def acquire(self) -> bool:
+        """Whether the result is this run's to make; collective."""
+        return True
 
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> list[Any]:
         """One batch of calibration captions, if any statistics are missing."""
+        if self.collector is None:
+            return []
         if dataloader_idx > self._pass:
             self.collector.end_pass()
             self._pass = dataloader_idx
@@ -126,8 +155,9 @@ class CalibratingModule(FrozenModule):
 
     def on_predict_epoch_end(self) -> None:
         """The last pass is over; one more than was planned follows where stored files were damaged meanwhile."""
-        self.collector.end_pass()
-        self.collector.run(self.calibration_batches)
+        if self.collector is not None:
+            self.collector.end_pass()
+            self.collector.run(self.calibration_batches)
         self.finish()
         Processes().barrier()
         for lock in self._locks:

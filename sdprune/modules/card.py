@@ -77,21 +77,21 @@ def model_card(
 
     Args:
         source: of the dense model.
-        sparsity: a plain table of what was asked and reached.
+        sparsity: a plain table of the nominal and the achieved sparsities.
         specs: by component, how it was pruned.
         records: that measured this pruning.
         unused: components of the original that the copy lacks.
     """
     header = ["---", "library_name: diffusers", "pipeline_tag: text-to-image", "tags: [sdprune, pruned]"]
     header += [f"{key}: {json.dumps(value)}" for key, value in source._asdict().items() if value]
-    told = "" if source.license else " Its licence is not known here: see the base model."
+    licence = "" if source.license else " Its licence is not known here: see the base model."
     lacks = ", ".join(f"`{name}`" for name in unused)
     left_out = [f"The original's {lacks} is not part of this copy: filter what it draws by other means.", ""]
     lines = [f"- `{name}`: `{json.dumps(spec)}`" for name, spec in specs.items()]
     return "\n".join(
         [
             *header, "---", "", "# A pruned text-to-image pipeline", "",
-            f"Base model: {source.base_model or 'not on the hub'}.{told}", "",
+            f"Base model: {source.base_model or 'not on the hub'}.{licence}", "",
             "Pruned after training, without retraining, by sdprune. Zeros are stored as zeros: the files are as large",
             "and the model is as fast as before; `pruning_report.json` has every layer's counts.", "",
             *(left_out if unused else ()),

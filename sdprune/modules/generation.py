@@ -16,19 +16,24 @@ from lightning import Callback
 from sdprune.calibration.settings import Calibration
 from sdprune.data import Batch
 from sdprune.errors import InputError
-from sdprune.identity import DRAWING, code_of, facts_of, package_code
 from sdprune.locks import RunLock
 from sdprune.metrics import ImageScores, Score
 from sdprune.modules.base import FrozenModule
-from sdprune.modules.comparison import Comparison
-from sdprune.modules.flaws import Flaws
 from sdprune.modules.pruning_plan import PruningOptions, PruningPlan
-from sdprune.modules.references import References
-from sdprune.modules.scoring import Scoring
 from sdprune.pipelines import DiffusersFamily, Sampling
+from sdprune.pipelines.sampling import image_seed
 from sdprune.processes import Processes
 from sdprune.pruning import Budget, PruneReport, PruneSpec
-from sdprune.record import Picture, Record, clock, image_seed, label, read_png, require_comparable, save_png
+from sdprune.runs.comparison import Comparison, require_comparable
+from sdprune.runs.infeasible import infeasible_record
+from sdprune.runs.invalid_images import InvalidImages
+from sdprune.runs.label import label
+from sdprune.runs.png import Picture, read_png, save_png, stacked
+from sdprune.runs.record import Record
+from sdprune.runs.record_writer import RecordWriter
+from sdprune.runs.references import References
+from sdprune.runs.sample_grid import SampleGrid
+from sdprune.runs.scoring import Scoring
 
 if TYPE_CHECKING:
     from sdprune.data import CocoDataModule
@@ -123,7 +128,7 @@ class GenerationModule(FrozenModule):
         )  # fmt: skip
 
     def _finished_baseline(self) -> Record:
-        """What this run is compared with where nobody has set it; it has to be there."""
+        """The record that this run is compared with, which has to be there."""
         found = self.find_baseline()
         if isinstance(found, GenerationModule):
             found.resolve(self.data, self.precision_name)
@@ -142,17 +147,9 @@ class GenerationModule(FrozenModule):
         if self.plan is not None:
             return
         self.plan = self.options.resolve(self.pipeline, data, dtype)
-        facts = {
-            "version": package_code(*DRAWING),
-            "pipeline": facts_of(self.pipeline),
-            "dtype": dtype,
-            **self.plan.describe(),
-            "data": data.describe(),
-            "sampling": self.sampling.describe(),
-            "seed": self.seed,
-        }
+        drawn = {"data": data.describe(), "sampling": self.sampling.describe(), "seed": self.seed}
         name = self.pipeline.name if self.given_baseline is not None and not self.plan.specs else ""
-        self.record = Record(self.output, label(self.plan.specs, name or "dense"), facts)
+        self.record = Record(self.output, label(self.plan.specs, name or "dense"), {**self.plan.describe(), **drawn})
         self.scoring = Scoring(self.scores, self.record, data)
 
     def directory(self) -> Path:
@@ -164,47 +161,26 @@ class GenerationModule(FrozenModule):
         assert self.plan is not None
         self.pipeline.check(self.sampling)
         self.plan.check(data)
-        for score in self.scores.scores:
-            if data.n < score.minimum:
-                name = score.name or type(score).__name__
-                raise InputError(f"{name} needs at least {score.minimum} images, and n is {data.n}: leave it out.")
+        self.scores.require(data.n)
         self.record.check(data.examples["file_name"])
         images = self.references.check(data)
         self.facts_of_data = data.check(calibration=self.calibrates, images=images)
 
-    def infeasible_record(self, reason: str, write: bool) -> Record:
-        """A record that says why the budget cannot be met; nothing is drawn."""
-        budget = {} if self.options.budget is None else self.options.budget.describe()
-        specs = {name: spec.describe() for name, spec in self.options.prune.items()}
-        facts = {"version": package_code(), "pipeline": facts_of(self.pipeline), "budget": budget, "prune": specs}
-        self.record = Record(self.output, f"infeasible-{budget['total']:g}-{budget['text_share']:g}", facts)
-        if write and not self.record.finished:
-            self.record.start()
-            content = {"label": self.record.directory.name, "n": 0, "infeasible": reason, "budget": budget}
-            self.record.finish({**content, "speed": {"finished": clock(time.time())}})
-        return self.record
-
-    @property
-    def numbers(self) -> list[str]:
-        """Names of the results' numbers, as W&B has them; one that ends with a slash stands for all that begin so."""
-        names = ["sparsity/", "images/", "speed/"]
-        for score in self.scores.scores:
-            scores, differences = score.titles if not code_of(score) else ([""], [""])  # a user's may have any
-            names += [f"metrics/{name}" for name in scores]
-            names += [f"comparison/{name}" for name in differences if self.compares]
-        return names
+    def infeasible_record(self) -> Record:
+        """The record of a budget that cannot be met; see `InfeasibleError`."""
+        assert self.options.budget is not None
+        return infeasible_record(self.output, self.pipeline, self.options.budget, self.options.prune)
 
     # --- the run ---------------------------------------------------------------------------------------------
 
     def configure_callbacks(self) -> Sequence[Callback]:
         """Those that write the sample grid and the record."""
-        from sdprune.callbacks import RecordWriter, SampleGrid
-
         return [SampleGrid(), RecordWriter()]
 
     def setup(self, stage: str) -> None:
         """See what the record lacks, or wait while another run makes it; all processes decide alike."""
         self.data.passes = None
+        self.require_all_batches()
         self.resolve(self.data, self.precision_name)
         if self.compares and self.baseline is None:
             self.baseline = self._finished_baseline()
@@ -213,10 +189,9 @@ class GenerationModule(FrozenModule):
             self.check(self.data)
         self._parent = os.getppid()
         self._lock = RunLock(self.output, self.record.directory.name)
-        mine = self._lock.acquire(lambda: not self._missing())
-        self.todo = frozenset(Processes().broadcast(self._missing() if self.trainer.is_global_zero else None))
-        if not mine:
-            self.todo = frozenset()
+        mine = self._lock.acquire(lambda: not self.scoring.missing(self.samples))
+        missing = self.scoring.missing(self.samples) if mine and self.trainer.is_global_zero else []
+        self.todo = frozenset(Processes().broadcast(missing))
         if "scores" in self.todo:
             self.scoring.begin("images" in self.todo)
         if "images" in self.todo and self.trainer.is_global_zero:
@@ -225,16 +200,11 @@ class GenerationModule(FrozenModule):
             self.record.adopt(self.data.examples["file_name"])
         Processes().barrier()
 
-    def _missing(self) -> list[str]:
-        if not self.record.finished:
-            return ["images", "samples", "scores"]
-        results = self.record.results
-        stale = {"samples": results.get("samples") != self.samples, "scores": bool(self.scoring.stale(results))}
-        return [part for part, missing in stale.items() if missing]
-
     def teardown(self, stage: str) -> None:
-        """Let other runs have the record."""
+        """Let other runs have the record, and compare it. With several processes the command line does that later."""
         self._lock.release()
+        if self.trainer.world_size == 1:
+            self.compare()
 
     def on_predict_start(self) -> None:
         """Load, calibrate what is missing, prune, and load the networks that measure."""
@@ -244,7 +214,7 @@ class GenerationModule(FrozenModule):
         with self.timing("preparation"):
             if self.todo & {"images", "samples"}:
                 self._prepare_pipeline(device)
-            self.flaws = Flaws().to(device)
+            self.invalid = InvalidImages().to(device)
             if "scores" in self.todo:
                 self.scoring.prepare(device)
                 self.references.set(self.data)  # before anything is drawn: it may find fault with them
@@ -255,13 +225,7 @@ class GenerationModule(FrozenModule):
         self.facts_of_data["truncated"] = self.data.count_truncated(self.pipeline.tokenizers["tokenizer"])
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        locks = self.lock_statistics(self.plan.calibration)
-        if locks:  # else no captions need be there
-            collector = self.plan.calibration.collector(self.data, self.on_calibration)
-            with self.trainer.precision_plugin.forward_context():  # as in the predict loop of `fit`
-                collector.run(self.calibration_batches)
-        for lock in locks:
-            lock.release()
+        self.gather(self.plan.calibration)
         self.reports = self.plan.apply()
 
     def predict_step(self, batch: Batch) -> list[int]:
@@ -278,15 +242,15 @@ class GenerationModule(FrozenModule):
         with self.timing("scoring"):
             dense = None
             if self.baseline is not None and self.scoring.reads_dense:
-                dense = stacked([read_png(path) for path in self.record_paths(self.baseline, batch)])
+                dense = stacked([read_png(path) for path in self.baseline.image_paths(batch)])
             images = stacked(pictures)
             self.scoring.update(batch, images, dense)
-            self.flaws.update(images, pictures, batch.positions[: batch.valid])
+            self.invalid.update(images, pictures, batch.positions[: batch.valid])
         return batch.ids[: batch.valid]
 
     def _pictures(self, batch: Batch) -> list[Picture]:
         """The batch's images as they lie in their files; those that are missing are drawn first."""
-        paths = self.record_paths(self.record, batch)
+        paths = self.record.image_paths(batch)
         if not all(path.exists() for path in paths):
             with self.timing("generation"):
                 drawn = self.draw(batch.prompts, batch.ids)
@@ -305,34 +269,27 @@ class GenerationModule(FrozenModule):
             drawn = self.pipeline.generate(prompts, seeds, self.sampling)
         return list(zip(drawn.images.permute(0, 2, 3, 1).numpy(), drawn.finite, strict=True))
 
-    @staticmethod
-    def record_paths(record: Record, batch: Batch) -> list[Path]:
-        """Where a record keeps the pictures of a batch."""
-        return [record.image_path(name) for name in batch.file_names[: batch.valid]]
-
     def on_predict_epoch_end(self) -> None:
         """Gather what was measured, and compute the scores; collective."""
         if "images" in self.todo:
-            self.flaws.gather()
+            self.invalid.gather()
         self.values = self.scoring.compute() if "scores" in self.todo else {}
 
     def compare(self) -> None:
         """Compare the finished record with its baseline, unless that was done in the very same way.
 
-        On the first process, when the others are gone: however long it takes, nobody waits in a collective. Whoever is
-        killed here leaves a finished record without a comparison, which the same command adds.
+        Only on the first process, so that no other one waits in a collective. A run that is killed here leaves a
+        finished record without a comparison, which the same command adds.
         """
         if self.baseline is None or not self.trainer.is_global_zero:
             return
         comparison = Comparison(self.record, self.baseline, self.scores, self.given_baseline is None)
         lock = RunLock(self.output, self.record.directory.name, Processes(alone=True))
-        try:
-            if lock.acquire(lambda: comparison.done):
+        with lock.making(lambda: comparison.done) as mine:
+            if mine:
                 self.references.set(self.data, lock.processes)
                 self.scores.to(self.trainer.strategy.root_device)
                 comparison.write()
-        finally:
-            lock.release()
 
     @contextmanager
     def timing(self, what: str) -> Iterator[None]:
@@ -342,8 +299,3 @@ class GenerationModule(FrozenModule):
             yield
         finally:
             self.seconds[what] += time.perf_counter() - start
-
-
-def stacked(pictures: Sequence[Picture]) -> torch.Tensor:
-    """uint8 [b, 3, h, w]."""
-    return torch.from_numpy(np.stack([picture.pixels for picture in pictures])).permute(0, 3, 1, 2)

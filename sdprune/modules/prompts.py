@@ -14,9 +14,9 @@ from sdprune.calibration.settings import Calibration
 from sdprune.data import Batch
 from sdprune.identity import code_of
 from sdprune.pipelines import Component, Sampling
+from sdprune.pipelines.sampling import image_seed
 from sdprune.pruning import PruneSpec
 from sdprune.pruning.statistics import statistic
-from sdprune.record import image_seed
 
 
 @dataclass(frozen=True)

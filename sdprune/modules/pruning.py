@@ -12,25 +12,19 @@ from typing import TYPE_CHECKING, Any, Dict, Optional
 from sdprune.calibration.settings import Calibration
 from sdprune.errors import InputError
 from sdprune.files import read_json, require_writable, write_json
-from sdprune.identity import DRAWING, facts_of, fingerprint, own_version, package_code
+from sdprune.identity import fingerprint, own_version
+from sdprune.locks import RunLock
 from sdprune.modules.base import CalibratingModule
 from sdprune.modules.card import model_card, origin, records_of
 from sdprune.modules.pruning_plan import PruningOptions, PruningPlan
 from sdprune.pipelines import DiffusersFamily, Sampling
 from sdprune.pruning import Budget, PruneReport, PruneSpec, scopes
-from sdprune.record import clock, label
-from sdprune.tracking import flat
+from sdprune.runs.label import label
+from sdprune.runs.record import clock
+from sdprune.runs.tracking import flat
 
 if TYPE_CHECKING:
     from sdprune.data import CocoDataModule
-
-
-def summary(reports: Mapping[str, PruneReport]) -> dict[str, Any]:
-    """The reports without their layers."""
-    return {
-        name: {"spec": r.spec, "mask_hash": r.mask_hash, "weights": r.weights, "pruned": r.pruned, "zeros": r.zeros}
-        for name, r in reports.items()
-    }
 
 
 class PruningModule(CalibratingModule):
@@ -80,12 +74,7 @@ class PruningModule(CalibratingModule):
         self.calibration = self.plan.calibration
         self.pipeline.check(self.options.sampling)
         self.plan.check(data)
-        self.facts = {
-            "version": package_code(*DRAWING),
-            "pipeline": facts_of(self.pipeline),
-            "dtype": dtype,
-            **self.plan.describe(),
-        }
+        self.facts = self.plan.describe()
         directory = self.directory()
         require_writable(directory.parent, "--model.output" if self.given is None else "--model.directory")
         self._finished(directory)
@@ -114,19 +103,27 @@ class PruningModule(CalibratingModule):
             return False
         return bool(report)
 
+    def acquire(self) -> bool:
+        """Wait while another run makes the same directory."""
+        directory = self.directory().absolute()
+        lock = RunLock(directory.parent, directory.name)
+        self._locks.append(lock)
+        return lock.acquire(lambda: self._finished(directory))
+
     def finish(self) -> None:
-        """Prune and save."""
+        """Prune and save, unless that is done."""
         assert self.plan is not None
+        directory = self.directory()
+        if self.collector is None:
+            written = (directory / "pruning_report.json").stat().st_mtime
+            return self.say(f"This was finished already, {clock(written)}: {directory}")
         reports = self.plan.apply()
         if self.trainer.is_global_zero:
             self.save(self.plan, reports)
 
     def save(self, plan: PruningPlan, reports: Mapping[str, PruneReport]) -> None:
-        """Write pipeline, card and report, as a whole or not at all; a finished directory is left as it is."""
+        """Write pipeline, card and report, as a whole or not at all."""
         directory = self.directory()
-        if self._finished(directory):
-            written = (directory / "pruning_report.json").stat().st_mtime
-            return self.say(f"This was finished already, {clock(written)}: {directory}")
         sparsity = plan.account(reports)
         part = directory.absolute().with_name(f".{directory.absolute().name}.part")
         shutil.rmtree(part, ignore_errors=True)  # what a killed attempt left
@@ -142,7 +139,8 @@ class PruningModule(CalibratingModule):
         )
         (part / "README.md").write_text(card)
         layers = {name: [asdict(layer) for layer in report.layers] for name, report in reports.items()}
-        report = {"sparsity": sparsity, "pruning": summary(reports), "layers": layers, "version": own_version()}
+        pruning = {name: report.summary() for name, report in reports.items()}
+        report = {"sparsity": sparsity, "pruning": pruning, "layers": layers, "version": own_version()}
         write_json(part / "pruning_report.json", {**report, "fingerprint": fingerprint(self.facts)})
         if self.given is None:
             shutil.rmtree(directory, ignore_errors=True)
@@ -158,7 +156,7 @@ class PruningModule(CalibratingModule):
 
 
 def sparsity_table(sparsity: Mapping[str, Any]) -> str:
-    """Plain lines: what was asked, what was pruned and what is zero, over ever larger scopes."""
+    """Plain lines: the nominal sparsity, and what is pruned and zero in each scope."""
     rows = [("nominal (the study's count)", f"{sparsity['nominal']:.2%}", "")]
     for name, whole in scopes(sparsity).items():
         detail = f"{whole['pruned']:,} pruned, {whole['zeros']:,} zero of {whole['parameters']:,}"

@@ -67,6 +67,7 @@ class PruningPlan:
 
     Args:
         pipeline: the model.
+        dtype: the trainer's precision, which decides that of the weights.
         specs: of the components that are pruned, by name.
         requests: by component, the statistics of its allocation and of its criterion.
         calibration: all of these.
@@ -74,14 +75,16 @@ class PruningPlan:
     """
 
     pipeline: DiffusersFamily
+    dtype: str
     specs: Mapping[str, PruneSpec]
     requests: Mapping[str, tuple[list[Request], list[Request]]]
     calibration: CalibrationPlan
     budget: Optional[Budget] = None
 
     def describe(self) -> dict[str, Any]:
-        """What the pruned weights depend on beside the model, as JSON: for identities."""
+        """What the pruned weights depend on, as JSON: for identities."""
         return {
+            **model_facts(self.pipeline, self.dtype),
             "prune": {name: spec.describe() for name, spec in sorted(self.specs.items())},
             "calibration": [request.facts for request in self.calibration.requests],
         }
@@ -106,7 +109,7 @@ class PruningPlan:
         return reports
 
     def account(self, reports: Mapping[str, PruneReport]) -> dict[str, Any]:
-        """Asked and achieved sparsities of the pipeline as it is now."""
+        """Requested and achieved sparsities of the pipeline as it is now."""
         return account(self.pipeline.components, reports, list(self.pipeline.prunable))
 
 
@@ -166,7 +169,7 @@ class PruningOptions:
         }
         flat = tuple(one for pair in needed.values() for part in pair for one in part)
         calibration = CalibrationPlan(requests.subjects, flat, StatisticsStore(self.store), self.calibration)
-        return PruningPlan(pipeline, specs, needed, calibration, self.budget)
+        return PruningPlan(pipeline, dtype, specs, needed, calibration, self.budget)
 
     def requests(self, pipeline: DiffusersFamily, data: CocoDataModule, dtype: str, wanted: bool = True) -> Requests:
         """Writes requests for statistics; without any being wanted, captions need not be there."""
@@ -174,7 +177,7 @@ class PruningOptions:
             name: PromptSubject(component, self.sampling, self.seed, self.calibration)
             for name, component in pipeline.prunable.items()
         }
-        facts = {"version": package_code(*DRAWING), "pipeline": facts_of(pipeline), "dtype": dtype}
+        facts = model_facts(pipeline, dtype)
         return Requests(subjects, facts | ({"prompts": data.describe_calibration()} if wanted else {}))
 
     def _budgeted(self, budget: Budget, pipeline: DiffusersFamily) -> dict[str, PruneSpec]:
@@ -184,13 +187,13 @@ class PruningOptions:
         sizes = {name: _size(pipeline.meta_module(name), spec) for name, spec in specs.items()}
         text = [name for name, component in components.items() if component.role == "text"]
         sparsities = budget.sparsities(sizes, text)
-        asked = {
+        requested = {
             name: spec.pattern[0] / spec.pattern[1] if spec.pattern else spec.nominal for name, spec in specs.items()
         }
-        unlike = [name for name in specs if asked[name] and abs(asked[name] - sparsities[name]) > AGREEMENT]
+        unlike = [name for name in specs if requested[name] and abs(requested[name] - sparsities[name]) > AGREEMENT]
         if unlike:
             conflicts = ", and ".join(
-                f"{name} a sparsity of {sparsities[name]:g}, where --model.prune.{name} has {asked[name]:g}"
+                f"{name} a sparsity of {sparsities[name]:g}, where --model.prune.{name} has {requested[name]:g}"
                 for name in unlike
             )
             free = " ".join(f"--model.prune.{name}.{_without_sparsity(specs[name])}" for name in unlike)
@@ -198,6 +201,11 @@ class PruningOptions:
         return {
             name: spec if spec.nominal else replace(spec, sparsity=sparsities[name]) for name, spec in specs.items()
         }
+
+
+def model_facts(pipeline: DiffusersFamily, dtype: str) -> dict[str, Any]:
+    """Code, model and precision: what every statistic, mask and picture depends on."""
+    return {"version": package_code(*DRAWING), "pipeline": facts_of(pipeline), "dtype": dtype}
 
 
 def _size(module: nn.Module, spec: PruneSpec) -> Size:
@@ -211,8 +219,8 @@ def _without_sparsity(spec: PruneSpec) -> str:
 
 
 def _try_out(spec: PruneSpec) -> None:
-    """Prune one small layer by a user's own criterion: what is wrong with it shows before any image is drawn."""
-    if code_of(spec.criterion):
+    """Prune one small layer by a user's own class: what is wrong with it shows before any image is drawn."""
+    if code_of(spec.criterion) or code_of(spec.ranked):
         small = replace(spec, allocation=Uniform(), layers=["Linear"], include=["*"], exclude=[])
         with torch.random.fork_rng([]):
             prune(nn.Linear(128, 128), small, inputs=[torch.randn(256, 128)])

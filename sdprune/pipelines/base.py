@@ -130,7 +130,7 @@ class DiffusersFamily(ABC):
     def prunable(self) -> dict[str, Component]:
         """The components that turn text into latents, by name, text encoders first.
 
-        A directory that cannot be used is reported before a wrong name; no hub is asked.
+        A directory that cannot be used is reported before a wrong name; without a request to the hub.
         """
         if self._directory() is not None:
             _ = self.files

@@ -173,7 +173,7 @@ class ModelDirectory:
 
 
 def require_all_weights(where: str, found: Mapping[str, Any]) -> None:
-    """See that a model has exactly the weights of its files; `found` is what `from_pretrained` told of loading.
+    """See that a model has exactly the weights of its files; `found` is what `from_pretrained` reports of loading.
 
     Raises:
         InputError: weights that would be random, or would be left out, without a word.
@@ -238,7 +238,7 @@ def make_scheduler(name: str, own: Any) -> Any:
 
 
 def save_portable(pipe: Any, directory: Path) -> None:
-    """Write a pipeline as a diffusers directory that does not tell where its parts once lay."""
+    """Write a pipeline as a diffusers directory that does not say where its parts once lay."""
     pipe.save_pretrained(directory, safe_serialization=True)
     for path in (directory / INDEX, *directory.glob("*/*config.json")):
         config = json.loads(path.read_text())

@@ -55,5 +55,5 @@ def untrained(directory: Path) -> list[str]:
 def _warn_if_partly_trained(directory: Path) -> None:
     missing = untrained(directory)
     if missing and os.environ.get("LOCAL_RANK", "0") == "0":
-        told = f"sdprune: warning: the miniature in {directory} is only partly trained: {', '.join(missing)}"
-        print(told, file=sys.stderr, flush=True)
+        line = f"sdprune: warning: the miniature in {directory} is only partly trained: {', '.join(missing)}"
+        print(line, file=sys.stderr, flush=True)

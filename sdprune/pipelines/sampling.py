@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Optional
@@ -72,3 +73,8 @@ def step_of(timesteps: Tensor, call: int, steps: int) -> int:
     distinct = timesteps.unique()
     noisier = int((distinct > timesteps[call]).sum())
     return noisier if len(distinct) <= steps else noisier * steps // len(distinct)
+
+
+def image_seed(seed: int, image_id: object) -> int:
+    """The noise seed of one image, in [0, 2^63): it depends on the run's seed and the image's id, on nothing else."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{image_id}".encode()).digest()[:8], "big") >> 1

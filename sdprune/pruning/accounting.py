@@ -1,4 +1,4 @@
-"""Asked and achieved: the nominal sparsity beside the pruned and the zero weights of ever larger scopes."""
+"""Requested and achieved: the nominal sparsity beside the pruned and the zero weights of ever larger scopes."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -20,7 +20,7 @@ def account(
         prunable: names of the components that the nominal figure divides by, pruned or not.
 
     Returns:
-        JSON values: `nominal`, the asked sparsities weighted by whole components as if every parameter of them were a
+        JSON values: `nominal`, the requested sparsities weighted by whole components as if all their parameters were a
         target; and under `targets`, `components` (by name), `prunable` and `pipeline` the `parameters`, those `pruned`,
         the `zeros`, and both as fractions. Buffers do not count, shared parameters count once.
     """
@@ -30,9 +30,9 @@ def account(
     counts = {name: _parameters(module) for name, module in components.items()}
     pruned = {name: report.pruned for name, report in reports.items()}
     sizes = {name: sum(size for size, _ in counts[name].values()) for name in prunable}
-    asked = sum(reports[name].nominal * size for name, size in sizes.items() if name in reports)
+    requested = sum(reports[name].nominal * size for name, size in sizes.items() if name in reports)
     return {
-        "nominal": asked / max(1, sum(sizes.values())),
+        "nominal": requested / max(1, sum(sizes.values())),
         "targets": _fractions(
             sum(report.weights for report in reports.values()),
             sum(pruned.values()),

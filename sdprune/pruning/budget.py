@@ -4,7 +4,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Dict, Literal, NamedTuple, get_args
 
-from sdprune.errors import InputError, unknown
+from sdprune.errors import InputError, as_share, unknown
 
 Counting = Literal["nominal", "actual"]
 
@@ -47,8 +47,7 @@ class Budget:
 
     def __post_init__(self) -> None:
         for name in ("total", "text_share"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise InputError(f"budget.{name} is {getattr(self, name)}: give a share between 0 and 1, as in 0.3.")
+            as_share(f"budget.{name}", getattr(self, name))
         if self.counting not in get_args(Counting):
             raise unknown("counting", self.counting, get_args(Counting))
         if self.decimals < 0:

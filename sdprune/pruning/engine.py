@@ -60,6 +60,11 @@ class PruneReport:
         """Zeros among the targeted weights, pruned or there before."""
         return sum(layer.zeros for layer in self.layers)
 
+    def summary(self) -> dict[str, Any]:
+        """The report without its layers, as JSON."""
+        counts = {name: getattr(self, name) for name in ("weights", "pruned", "zeros")}
+        return {"spec": self.spec, "mask_hash": self.mask_hash, **counts}
+
 
 def apply(
     component: nn.Module,
@@ -73,7 +78,7 @@ def apply(
         component: a text encoder, a U-Net or any other module, dense.
         spec: what to prune and how; a sparsity of 0 touches nothing.
         statistics: of the layers' inputs, as the criterion names them, by layer: `input_norm` [steps, groups, columns],
-            `hessian` [groups, columns, columns]. May read its values when they are asked for.
+            `hessian` [groups, columns, columns]. It may read its values lazily.
         dense_statistics: those that the allocation names, of the dense model, where `statistics` are others.
 
     Raises:

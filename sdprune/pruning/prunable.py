@@ -1,4 +1,4 @@
-"""Which weights cannot be pruned, and what to do about it: told by name before anything starts."""
+"""Which weights cannot be pruned, and what to do about it, by name, before anything starts."""
 
 from collections.abc import Sequence
 from typing import Optional

@@ -234,7 +234,7 @@ def _lowest_per_row(keys: Tensor, counts: Sequence[int]) -> Tensor:
 
 
 def _runs(counts: Sequence[int], longest: int) -> Iterator[tuple[int, int, int]]:
-    """(start, stop, count) of neighbouring equal counts, no longer than asked."""
+    """(start, stop, count) of neighbouring equal counts, at most of the given length."""
     start = 0
     for k, run in groupby(counts):
         end = start + sum(1 for _ in run)

@@ -3,12 +3,12 @@
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from numbers import Integral, Real
+from numbers import Integral
 from typing import Any, List, Literal, Optional, Tuple, get_args
 
 import numpy as np
 
-from sdprune.errors import InputError, unknown
+from sdprune.errors import InputError, as_share, unknown
 from sdprune.identity import code_of
 from sdprune.pruning.allocation import Allocation
 from sdprune.pruning.allocation.uniform import Uniform
@@ -52,7 +52,7 @@ class PruneSpec:
         timesteps: how much the denoising steps count in a U-Net's statistics: uniform, linear, log_decrease,
             log_increase.
         blocks: what counts as a block of a U-Net: module (a down, mid or up block) or, finer, transformer.
-        mode: exact prunes what was asked, to the weight; original counts as the published code of the method does, ties
+        mode: exact prunes the share to the weight; original counts as the published code of the method does, ties
             of N:M as torch.topk on the same device. It does not follow Wanda's running fp32 mean of the squared norms,
             whose last bits depend on device and batch: they are summed in fp64, and single pairs of nearly equal scores
             may change places. Columns left over by N:M stay dense; published codes prune N of them, or fail.
@@ -81,7 +81,7 @@ class PruneSpec:
         self.allocation = _instance("allocation", self.allocation, Allocation)
         self.granularity = str(self.granularity or self.criterion.granularities[0])
         if self.sparsity is not None:
-            self.sparsity = _share("sparsity", self.sparsity)
+            self.sparsity = as_share("sparsity", self.sparsity)
         for option, choices in (("order", Order), ("timesteps", Timesteps), ("blocks", Blocks), ("mode", Mode)):
             if getattr(self, option) not in get_args(choices):
                 raise unknown(option, getattr(self, option), get_args(choices))
@@ -100,7 +100,7 @@ class PruneSpec:
 
     @property
     def nominal(self) -> float:
-        """The share of the component that is asked for: the sparsity, or the width of the band."""
+        """The requested share of the component: the sparsity, or the width of the band."""
         return float(self.sparsity or 0) if self.band is None else self.band[1] - self.band[0]
 
     @property
@@ -158,7 +158,7 @@ class PruneSpec:
     def _check_band(self, band: Sequence[float]) -> None:
         if not isinstance(band, (list, tuple)) or len(band) != 2:
             raise InputError(f"band is {band!r}: give two shares, as in [0.1, 0.2].")
-        self.band = band = (_share("band", band[0]), _share("band", band[1]))
+        self.band = band = (as_share("band", band[0]), as_share("band", band[1]))
         if band[0] >= band[1]:
             raise InputError(f"band is {list(band)}: its first share must be below its second, as in [0.1, 0.2].")
         if self.sparsity:
@@ -227,17 +227,6 @@ def _granularity(text: str, block_width: int) -> Granularity:
         if found := cls.read(text, block_width):
             return found
     raise unknown("granularity", text, [cls.name for cls in classes])
-
-
-def _share(option: str, value: Any) -> float:
-    """A number of any library as a float."""
-    if not isinstance(value, Real) or isinstance(value, bool):
-        raise InputError(f"{option} is {value!r}: give a number between 0 and 1, as in 0.35.")
-    share = float(value)
-    if not 0 <= share <= 1:  # also catches NaN
-        hint = f"; for {share:g} %, write {share / 100:g}" if 1 < share <= 100 else ", as in 0.35"
-        raise InputError(f"{option} is {value}: give a share between 0 and 1{hint}.")
-    return share
 
 
 def _name(part: object) -> str:

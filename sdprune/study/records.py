@@ -16,7 +16,9 @@ from sdprune.errors import InputError
 from sdprune.files import read_json
 from sdprune.identity import fingerprint
 from sdprune.pipelines.resolve import MINIATURE
-from sdprune.record import COMPARED, is_whole, protocol, read_png
+from sdprune.runs.comparison import COMPARED, protocol
+from sdprune.runs.png import read_png
+from sdprune.runs.record import is_whole
 from sdprune.study.methods import KINDS, pruned
 from sdprune.study.text import printable
 
@@ -128,7 +130,7 @@ def _row(directory: Path, config: Mapping[str, Any], results: Mapping[str, Any])
         "missing": [name.partition("/")[2] for name in missing],
         "black": images["black"],
         "not_finite": images["not_finite"],
-        "flawed": len(images["flawed"]),
+        "invalid": len(images["invalid"]),
         "samples": [printable(prompt) for prompt in results["samples"]],
         "clip_scores": _clip_scores(directory / "rows.npz", results["n"], results["metrics"].get("clip_score")),
         "sizes": {name: sparsity["components"][name]["parameters"] for name in roles},

@@ -59,7 +59,8 @@ def _section(study: Study, references: Sequence[Reference], out: Path, prefix: s
         _write(out / "figures" / figure.name, figure.content)
     return {
         "title": study.runs["title"].iloc[0], "runs": len(study.runs), "tables": tables, "figures": figures,
-        "flawed": study.runs[study.runs["flawed"] > 0].to_dict("records"), "notes": list(study.notes), "prefix": prefix,
+        "invalid": study.runs[study.runs["invalid"] > 0].to_dict("records"), "notes": list(study.notes),
+        "prefix": prefix,
     }  # fmt: skip
 
 

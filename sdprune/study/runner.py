@@ -16,8 +16,9 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
+from sdprune.configuration.quiet import quiet
 from sdprune.errors import InputError, cause
 
 
@@ -38,21 +39,10 @@ class Outcome:
     seconds: float = 0.0
 
 
-class Checked(NamedTuple):
-    """What can be said of a command before it runs."""
-
-    fault: str | None = None
-    """One line on what is wrong with it."""
-    finished: bool = False
-    """Whether its record is there, as far as local files tell."""
-    numbers: list[str] = []  # noqa: RUF012 (never changed)
-    """Names of its results' numbers, as W&B has them; one that ends with a slash stands for all that begin so."""
-
-
 def run_here(words: Sequence[str]) -> Outcome:
     """Run a command in this process."""
-    from sdprune.commands import run
-    from sdprune.tracking import take_ended
+    from sdprune.cli import run
+    from sdprune.runs.tracking import take_ended
 
     take_ended()  # of whatever ran before in this process
     try:
@@ -67,7 +57,7 @@ def run_here(words: Sequence[str]) -> Outcome:
 
 def run_apart(words: Sequence[str]) -> Outcome:
     """Run a command by the command line, since it starts further processes, each with the words of the first."""
-    done = subprocess.run([sys.executable, "-P", "-m", "sdprune.cli", *words], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-P", "-m", "sdprune", *words], capture_output=True, text=True)
     lines = done.stdout.splitlines()
     wandb = [line.split(maxsplit=1)[1] for line in lines if line.startswith("W&B ")]
     if done.returncode != 0:
@@ -126,6 +116,7 @@ def _work(connection: Connection, threads: int | None) -> None:
     os.dup2(silence, 1)
     os.dup2(silence, 2)
     Thread(target=_end_with_parent, daemon=True).start()
+    quiet()
     while True:
         connection.send(run_here(connection.recv()))
 

@@ -7,13 +7,17 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from sdprune.configuration.quiet import quiet
+from sdprune.configuration.shipped import located
 from sdprune.errors import unknown
-from sdprune.shipped import located
 from sdprune.study.grid import Grid
-from sdprune.study.runner import Checked, Outcome, run_all
+from sdprune.study.runner import Outcome, run_all
 from sdprune.study.usage import CELL_OPTIONS, SWEEP
+
+if TYPE_CHECKING:
+    from sdprune.configuration.checking import Checked
 
 _ALIKE = 3  # failures of the same kind, and nothing else, that stop a sweep
 _INTERVAL = ("_low", "_high", "_se")
@@ -32,13 +36,7 @@ class Cell(NamedTuple):
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Run all cells of the files named, and print the scores of each.
-
-    Args:
-        arguments: of `sdprune sweep`.
-
-    Returns:
-        The exit code.
+    """Run all cells that these arguments of `sdprune sweep` name, print their scores, and return the exit code.
 
     Raises:
         InputError: an unknown flag, a file that is no grid sweep, a wrong number of jobs.
@@ -47,7 +45,8 @@ def run(arguments: Sequence[str]) -> int:
     given = SWEEP.parse(flags)
     grids = [Grid(path) for path in dict.fromkeys(located("sweep", "wandb_sweeps", file) for file in given.files)]
     cells, shared = _cells(grids, options)
-    from sdprune.commands import check
+    quiet()
+    from sdprune.configuration.checking import check
 
     checked = check([cell.words for cell in cells])
     faults = [*_faults(cells, checked), *(line for grid in grids for line in _unrecorded(grid, cells, checked))]

@@ -25,7 +25,7 @@ BUDGET = 1.0 if FULL else 0.01  # GiB
 def peak(arguments: list[str]) -> tuple[float, float]:
     """(GiB of resident memory at most, seconds) of a command."""
     started, highest = time.monotonic(), 0.0
-    running = subprocess.Popen([sys.executable, "-m", "sdprune.cli", *arguments], stderr=subprocess.PIPE, text=True)
+    running = subprocess.Popen([sys.executable, "-m", "sdprune", *arguments], stderr=subprocess.PIPE, text=True)
 
     def watch() -> None:
         nonlocal highest

@@ -26,7 +26,7 @@ class HubDataset(CaptionSource):
         split: For example `train`, or a slice such as `train[:1000]`.
         revision: Branch, tag or commit of the hub; give a commit for results that can be repeated.
         caption: Column of captions; where it holds lists, the first of each is taken.
-        image: Column of pictures; only read when pictures are asked for.
+        image: Column of pictures; only read when pictures are needed.
         id: Column of image ids (whole numbers or text): rows that repeat an id are further captions of its first row.
             Without it every row is an image and its number is the id.
     """

@@ -107,7 +107,7 @@ class ClipImageFeatures(FeatureExtractor):
         return output.pooler_output.float()
 
     def describe(self) -> dict[str, Any]:
-        """A hash of local files, or the hub id and the revision that was asked for."""
+        """A hash of local files, or the hub id and the revision that was given."""
         return {"class": "ClipImageFeatures", **self._facts}
 
     @cached_property

@@ -25,7 +25,7 @@ class Score(ABC):
     """
 
     name: str
-    """Of the score in the results, and of the score's reference; no other score of a run has it."""
+    """Key of the score in the results and of its reference; no other score of a run has it."""
     higher_is_better: ClassVar[bool] = False
     minimum: int = 1
     """Number of images that it needs."""

@@ -65,7 +65,7 @@ class CLIPScore(Score):
 
     @property
     def titles(self) -> tuple[list[str], list[str]]:
-        """Of the score and the gap."""
+        """The titles of the score and the gap."""
         names = [self.name, self._gap_name]
         return names, [f"{name}_diff" for name in names]
 

@@ -21,7 +21,7 @@ from sdprune.metrics.scores.base import Score
 
 
 class DenseDistance(Score):
-    """Distance of each image to the dense model's: PSNR, SSIM, distance of features, and LPIPS if asked for.
+    """Distance of each image to the dense model's: PSNR, SSIM, distance of features, and LPIPS on request.
 
     The dense model itself is at no distance. SSIM is that of Wang et al., 2004, as torchmetrics computes it (Gaussian
     window of 11 pixels, sigma 1.5, borders mirrored). The feature distance is 1 minus the cosine of the two features.
@@ -52,7 +52,7 @@ class DenseDistance(Score):
 
     @property
     def titles(self) -> tuple[list[str], list[str]]:
-        """Of the distances, all of which are comparisons."""
+        """The titles of the distances, all of which are comparisons."""
         kinds = ["psnr", "ssim", "feature_distance", *(["lpips"] if self.lpips else [])]
         return [], [f"{self.name}_{kind}" for kind in kinds]
 

@@ -20,7 +20,7 @@ class OWL(Allocation):
 
     D_l is the share, in percent, of a block's scores |W_ij| * sqrt(s_j) that exceed M times their mean. Brought to
     [0, 2 * lambda] they give s_l = S - (d_l - mean d). The mean is weighted by parameters, so that the overall sparsity
-    is what was asked for; what a limit of 0 or 1 cuts off is made up for by the other blocks. (The original takes the
+    is the requested one; what a limit of 0 or 1 cuts off is made up for by the other blocks. (The original takes the
     plain mean: on Stable Diffusion 2's U-Net the overall sparsity then drifts by up to 7 points.)
 
     Args:

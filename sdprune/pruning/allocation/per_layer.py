@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from typing import Dict, Optional
 
-from sdprune.errors import InputError
+from sdprune.errors import InputError, as_share
 from sdprune.pruning.allocation.base import Allocation, Norms
 from sdprune.pruning.targets import Target
 
@@ -22,9 +22,8 @@ class PerLayer(Allocation):
 
     def __init__(self, layers: Optional[Dict[str, float]] = None) -> None:
         self.layers = dict(layers or {})
-        for pattern, share in self.layers.items():
-            if not 0 <= share <= 1:
-                raise InputError(f"PerLayer: {pattern!r} has sparsity {share}: give a share between 0 and 1.")
+        for pattern, sparsity in self.layers.items():
+            as_share(f"layers[{pattern!r}]", sparsity)
 
     @property
     def prunes(self) -> bool:  # noqa: D102
@@ -45,4 +44,4 @@ class PerLayer(Allocation):
         return {target.name: self._of(target.name, sparsity) for target in targets}
 
     def _of(self, name: str, default: float) -> float:
-        return next((share for pattern, share in self.layers.items() if fnmatchcase(name, pattern)), default)
+        return next((found for pattern, found in self.layers.items() if fnmatchcase(name, pattern)), default)

@@ -58,7 +58,7 @@ class Reconstruction(Criterion):
         Args:
             weight: [rows, columns], not to be changed.
             statistics: this layer's, by name: at least those the class names. `hessian` is [columns, columns].
-            pick: chooses among scores; it is asked for every column once, in order.
+            pick: chooses among scores; it is called once for every column, in order.
             widths: of the stretches of columns that `pick` wants to see at a time.
             original: do as the published code does, also where that prunes more than was picked.
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 
+from sdprune.errors import InputError
 from sdprune.identity import fingerprint
 from sdprune.metrics import ImageScores, Score, verdict
-from sdprune.record import Record, require_comparable
+from sdprune.runs.record import Record
+
+COMPARED = ("version", "pipeline", "dtype", "data", "seed", "sampling")
+"""The facts that records which are compared have in common: all but what was pruned and how."""
 
 
 class Comparison:
@@ -63,8 +67,7 @@ class Comparison:
         self.record.finish({**results, **sections, "compared": compared})
 
     def _rows(self, record: Record) -> dict[str, torch.Tensor]:
-        rows = record.load_rows({key: key for key in self.scores.keys})
-        return {key: torch.from_numpy(values) for key, values in rows.items()}
+        return {key: torch.from_numpy(values) for key, values in record.rows(self.scores.keys).items()}
 
     def _verdicts(self, differences: Mapping[str, Any]) -> dict[str, Any]:
         """For scores with a tolerance: whether the difference stays inside."""
@@ -77,3 +80,50 @@ class Comparison:
             stands = verdict(dense, low, high, score.tolerance, bool(score.higher_is_better))
             found[score.name] = {"tolerance": score.tolerance, "verdict": stands}
         return found
+
+
+def protocol(results: Mapping[str, Any]) -> dict[str, Any]:
+    """How each score of finished results was measured, whatever it was compared with."""
+    return {
+        name: {key: value for key, value in facts.items() if key != "baseline"}
+        for name, facts in results.get("scored", {}).items()
+    }
+
+
+def require_comparable(one: Record, other: Record, same_model: bool = True, scores: Iterable[str] = ()) -> None:
+    """See that two records differ in nothing but what was pruned and how.
+
+    Args:
+        one: a record.
+        other: what it is compared with.
+        same_model: whether both have to be of one model.
+        scores: names of those that are compared; both records are finished then.
+
+    Raises:
+        InputError: what differs, with both values: prompts, noise, sampling, model or how it was measured.
+    """
+    names = list(scores)
+    ours, theirs = (protocol(record.results) if names else {} for record in (one, other))
+    pairs = [
+        (name, one.facts.get(name), other.facts.get(name)) for name in COMPARED if same_model or name != "pipeline"
+    ]
+    pairs += [(f"scored.{name}", ours.get(name), theirs.get(name)) for name in names]
+    for name, mine, its in pairs:
+        if mine != its:
+            key, own, others = next(_differences(name, mine, its))
+            raise InputError(
+                f"These records cannot be compared: {key} is {own!r} in one and {others!r} in the other. Draw both "
+                "from the same prompts and noise, and measure both by the same protocol."
+            )
+
+
+def _differences(name: str, one: Any, other: Any) -> Iterator[tuple[str, Any, Any]]:
+    """Where two JSON values differ, by dotted name."""
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        for key in sorted({*one, *other}):
+            yield from _differences(f"{name}.{key}", one.get(key), other.get(key))
+    elif isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
+        for number, (a, b) in enumerate(zip(one, other, strict=True)):
+            yield from _differences(f"{name}.{number}", a, b)
+    elif one != other:
+        yield name, one, other

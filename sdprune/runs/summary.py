@@ -8,10 +8,10 @@ from rich.console import Console
 from rich.table import Table
 
 from sdprune.pruning import scopes
-from sdprune.record import Record
+from sdprune.runs.record import Record
 
 _ZEROS = 1e-3
-"""Share of weights that are zero in a model that nobody has pruned, at most."""
+"""Largest share of zeros in a model that was not pruned."""
 
 
 def show(record: Record, console: Console | None = None, already: bool = False) -> None:
@@ -35,13 +35,13 @@ def show(record: Record, console: Console | None = None, already: bool = False) 
         console.print(_sparsities(results["sparsity"]))
     if distances := _distances(results):
         console.print(f"distance to the dense model's images: {distances}", highlight=False)
-    for remark in results.get("remarks", ()):
+    for remark in (line for lines in results["remarks"].values() for line in lines):
         console.print(remark, style="bold red", highlight=False)
-    flaws = results["images"]
-    if flaws["flawed"]:
+    images = results["images"]
+    if images["invalid"]:
         console.print(
-            f"{flaws['black']} images are wholly black, {flaws['not_finite']} came out of numbers that are not finite; "
-            f"they count in every score. Ids: {', '.join(map(str, flaws['flawed'][:10]))}",
+            f"{images['black']} images are wholly black, {images['not_finite']} came out of numbers that are not "
+            f"finite; they count in every score. Ids: {', '.join(map(str, images['invalid'][:10]))}",
             style="bold red",
             highlight=False,
         )  # fmt: skip
@@ -82,25 +82,25 @@ def _scores(results: dict[str, Any]) -> Table:
     return table
 
 
-def _verdict(told: dict[str, Any] | None) -> str:
-    if told is None:
+def _verdict(found: dict[str, Any] | None) -> str:
+    if found is None:
         return ""
-    tolerated = f"{100 * told['tolerance']:g} %"
+    tolerated = f"{100 * found['tolerance']:g} %"
     return {
         "within": f"within {tolerated}", "beyond": f"worse by more than {tolerated}", "undecided": "undecided"
-    }[told["verdict"]]  # fmt: skip
+    }[found["verdict"]]  # fmt: skip
 
 
 def _distances(results: dict[str, Any]) -> str:
     against = results["comparison"]
     names = [name for name in against if name != "dense" and "_diff" not in name]
-    told = []
+    lines = []
     for name in names:
         if not name.endswith(("_low", "_high", "_se")):
             ends = [against.get(f"{name}_{end}") for end in ("low", "high")]
             interval = "" if None in ends else f" [{ends[0]:.4f}, {ends[1]:.4f}]"
-            told.append(f"{name} {against[name]:.4f}{interval}")
-    return ", ".join(told)
+            lines.append(f"{name} {against[name]:.4f}{interval}")
+    return ", ".join(lines)
 
 
 def _title(name: str) -> str:

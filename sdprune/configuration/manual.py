@@ -9,8 +9,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
+from sdprune.configuration.options import Configuration, unknown_option
 from sdprune.errors import InputError
-from sdprune.options import Configuration, unknown_option
 from sdprune.schema import REQUIRED, Option, bases_of, choices_of, class_named, elements_of, options_of, summary_of
 
 _TRAINER = {

@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from lightning import Callback, Trainer
 
-from sdprune.modules.pruning import summary
 from sdprune.processes import Processes
-from sdprune.record import clock, versions
+from sdprune.runs.record import clock, versions
 
 
 class RecordWriter(Callback):
@@ -48,19 +47,18 @@ class RecordWriter(Callback):
             "model": module.pipeline.name,
             "n": len(examples),
             "metrics": {},
-            "remarks": [],
+            "remarks": {},
             "comparison": {},
             "verdicts": {},
             "compared": {},
-            "images": module.flaws.summary(list(examples["id"])),
+            "images": module.invalid.summary(list(examples["id"])),
             "budget": None if plan.budget is None else plan.budget.describe(),
             "roles": {name: component.role for name, component in module.pipeline.prunable.items()},
             "sparsity": plan.account(module.reports),
-            "pruning": summary(module.reports),
+            "pruning": {name: report.summary() for name, report in module.reports.items()},
             "data": module.facts_of_data,
             "protocols": {},
             "scored": {},
-            "columns": {},
             "speed": {
                 "seconds": time.perf_counter() - self.started,
                 "finished": clock(time.time()),
@@ -77,14 +75,13 @@ class RecordWriter(Callback):
     def _of_scores(self, module: Any, results: dict[str, Any]) -> dict[str, Any]:
         """What was measured now, beside what was measured before."""
         scoring, data = module.scoring, module.data
-        rows = scoring.all_rows()
-        flaws = module.flaws.rows() if "images" in module.todo else {}
-        kept = {key: values.numpy() for key, values in {**rows, **flaws}.items()}
-        module.record.save_rows(list(data.examples["id"]), kept)
+        draws = "images" in module.todo
+        rows = scoring.save(module.invalid.rows() if draws else {})
+        module.record.save_captions(data.examples, module.scores.per_image(rows), keep=not draws)
         values = {**results["metrics"], **module.values}
-        measured = {key: scoring.column_facts(key) for key in module.scores.columns}
-        module.record.save_captions(data.examples, module.scores.per_image(rows))
-        stale = {score.name for score in scoring.wanted}
+        remarks = {score.name: found for score in module.scores.scores if (found := score.remarks(values, rows))}
+        stale = {score.name for score in scoring.stale_scores}
+        kept = {name: lines for name, lines in results["remarks"].items() if name not in stale}
         compared = {name: one for name, one in results.get("compared", {}).items() if name not in stale}
         differences = {name: value for one in compared.values() for name, value in one["values"].items()}
         dense = {"dense": results["comparison"]["dense"]} if differences else {}
@@ -93,10 +90,9 @@ class RecordWriter(Callback):
             "compared": compared,
             "comparison": {**dense, **differences},
             "verdicts": {name: one for name, one in results["verdicts"].items() if name in compared},
-            "remarks": [text for score in module.scores.scores for text in score.remarks(values, rows)],
+            "remarks": {**kept, **remarks},
             "protocols": {**results["protocols"], **self._protocols(module)},
-            "scored": {**results["scored"], **{score.name: scoring.facts(score) for score in scoring.wanted}},
-            "columns": {**results["columns"], **measured},
+            "scored": {**results["scored"], **{score.name: scoring.facts(score) for score in scoring.stale_scores}},
         }
 
     def _protocols(self, module: Any) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +12,7 @@ from sdprune.data import Batch
 from sdprune.identity import SCORING, facts_of, package_code
 from sdprune.metrics import ImageBatch, ImageScores, Score
 from sdprune.processes import Processes
-from sdprune.record import Record
+from sdprune.runs.record import Record
 
 if TYPE_CHECKING:
     from sdprune.data import CocoDataModule
@@ -33,7 +33,7 @@ class Scoring:
         """The record whose pictures columns may read."""
         self.keys: list[str] = []
         """Columns that are to be measured."""
-        self.wanted: list[Score] = []
+        self.stale_scores: list[Score] = []
         """Scores that are to be computed."""
         self.rows: dict[str, Tensor] = {}
         """Columns that the record has, whatever reads them."""
@@ -62,7 +62,21 @@ class Scoring:
     def stale(self, results: Mapping[str, Any]) -> list[Score]:
         """The scores that finished results lack, or have by another protocol."""
         scored = results.get("scored", {})
-        return [score for score in self.scores.scores if scored.get(score.name) != self.facts(score)]
+        kept = self.record.column_facts() if scored else {}
+        return [
+            score
+            for score in self.scores.scores
+            if scored.get(score.name) != self.facts(score)
+            or any(kept.get(column.key) != self.column_facts(column.key) for column in score.columns)
+        ]
+
+    def missing(self, samples: Sequence[str]) -> list[str]:
+        """What the record lacks of `images`, `samples` (the pictures of these prompts) and `scores`."""
+        if not self.record.finished:
+            return ["images", "samples", "scores"]
+        results = self.record.results
+        stale = {"samples": results.get("samples") != list(samples), "scores": bool(self.stale(results))}
+        return [part for part, missing in stale.items() if missing]
 
     def begin(self, draws: bool) -> None:
         """Find out what is to be measured.
@@ -70,12 +84,11 @@ class Scoring:
         Args:
             draws: whether pictures are drawn, so that nothing that was measured counts.
         """
-        results = {} if draws else self.record.results
-        self.wanted = self.stale(results)
-        columns = results.get("columns", {})
-        self.keys = [key for key in self.scores.columns if columns.get(key) != self.column_facts(key)]
-        if not draws and self.wanted:
-            self.rows = {key: torch.from_numpy(values) for key, values in self.record.all_rows().items()}
+        self.stale_scores = self.stale({} if draws else self.record.results)
+        self._kept = {} if draws else self.record.column_facts()
+        rows = {} if draws else self.record.rows()
+        self.rows = {key: torch.from_numpy(rows[key]) for key in rows if key not in ("ids", "facts")}
+        self.keys = [key for key in self.scores.columns if self._kept.get(key) != self.column_facts(key)]
 
     def prepare(self, device: torch.device) -> None:
         """Load the networks that are needed."""
@@ -95,18 +108,26 @@ class Scoring:
         self.scores.update(pictures, known)
 
     def compute(self) -> dict[str, float]:
-        """The wanted scores, which the processes share among themselves; collective."""
+        """The stale scores, which the processes share among themselves; collective."""
         processes = Processes()
         if self.keys or not self.rows:
             self.scores.gather()
         else:
             self.scores.load_rows(self.rows)
-        sharing = min(processes.world_size, len(self.wanted))
-        numbers = range(processes.rank, len(self.wanted), sharing) if processes.rank < sharing else ()
-        own = {number: self.scores.compute_one(self.wanted[number]) for number in numbers}
-        computed = {number: values for part in processes.all_gather(own) for number, values in part.items()}
+        sharing = min(processes.world_size, len(self.stale_scores))
+        numbers = range(processes.rank, len(self.stale_scores), sharing) if processes.rank < sharing else ()
+        computed_here = {number: self.scores.compute_one(self.stale_scores[number]) for number in numbers}
+        computed = {number: values for part in processes.all_gather(computed_here) for number, values in part.items()}
         return {name: value for number in sorted(computed) for name, value in computed[number].items()}
 
-    def all_rows(self) -> dict[str, Tensor]:
-        """What the record keeps of every image."""
-        return {**self.rows, **self.scores.rows()}
+    def save(self, invalid: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Write what the record keeps of every image, and return it.
+
+        Args:
+            invalid: rows of `InvalidImages`, where pictures were drawn.
+        """
+        rows = {**self.rows, **self.scores.rows(), **invalid}
+        facts = {**self._kept, **{key: self.column_facts(key) for key in self.scores.columns}}
+        ids = list(self.data.examples["id"])
+        self.record.save_rows(ids, {key: values.numpy() for key, values in rows.items()}, facts)
+        return rows

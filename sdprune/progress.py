@@ -106,8 +106,8 @@ class MeterCallback(Callback):
         """Leave the terminal as it was."""
         self.close()
 
-    def tell_loggers(self, trainer: Trainer, name: str, done: float) -> None:
-        """Tell the loggers how many images are done, and in how many seconds."""
+    def log_progress(self, trainer: Trainer, name: str, done: float) -> None:
+        """Log how many images are done, and in how many seconds."""
         assert self.meter is not None
         for logger in trainer.loggers:
             logger.log_metrics({f"{name}/images": done, f"{name}/seconds": self.meter.seconds}, step=int(done))
@@ -130,7 +130,7 @@ class ImageProgress(MeterCallback):
         if self.meter is not None:
             self.done = min(self.meter.total, self.done + batch.valid * trainer.world_size)
             self.meter.update(self.done)
-            self.tell_loggers(trainer, self.name, self.done)
+            self.log_progress(trainer, self.name, self.done)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remove the bar."""
@@ -162,4 +162,4 @@ class CalibrationProgress(MeterCallback):
         self.meter.title, self.meter.total = title, state.images * state.passes
         self.meter.update(done)
         if state.done == int(state.done):  # a batch is over
-            self.tell_loggers(self.trainer, "calibration", done)
+            self.log_progress(self.trainer, "calibration", done)

@@ -7,7 +7,7 @@ from typing import Any
 from lightning import Callback, Trainer
 
 from sdprune.pictures import grid
-from sdprune.record import read_png, save_png
+from sdprune.runs.png import read_png, save_png
 
 
 class SampleGrid(Callback):

@@ -1,4 +1,4 @@
-"""What is kept of every drawn image's file: whether it went wrong, which is counted and told, and its digest."""
+"""What is kept of every drawn image's file: whether it is invalid, and its digest."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from sdprune.metrics import PerImageRows
-from sdprune.record import Picture
+from sdprune.runs.png import Picture
 
 
-class Flaws(PerImageRows):
+class InvalidImages(PerImageRows):
     """Which images are wholly black, which came out of numbers that are not finite, and the digests of their files."""
 
     def __init__(self) -> None:
@@ -34,4 +34,4 @@ class Flaws(PerImageRows):
         """For the record: how many there are, and the ids of the first hundred."""
         rows = self.rows()
         either = (rows["images.black"] | rows["images.not_finite"]).nonzero().flatten().tolist()
-        return {**self.compute(), "flawed": [ids[place] for place in either[:100]]}
+        return {**self.compute(), "invalid": [ids[place] for place in either[:100]]}

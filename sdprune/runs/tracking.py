@@ -10,7 +10,7 @@ from typing import Any
 from lightning.pytorch.loggers import Logger, WandbLogger
 
 from sdprune.errors import InputError
-from sdprune.record import Record
+from sdprune.runs.record import Record
 
 _started: list[Any] = []
 """The W&B runs that were started here, which are ours to finish."""

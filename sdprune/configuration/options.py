@@ -12,8 +12,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from sdprune.configuration.words import content_of, given, parsed, read_file
 from sdprune.errors import InputError, unknown
 from sdprune.schema import REQUIRED, Option, bases_of, choices_of, class_named, elements_of, options_of, takes
 
@@ -111,7 +110,7 @@ class Configuration:
                 self._instance(place, Option(inner, None), value)
         elif isinstance(value, str):
             bases = bases_of(annotation) or bases_of(elements_of(annotation, "list"))
-            if bases and (content := _content(value)) is not None:
+            if bases and (content := content_of(value)) is not None:
                 self._value(place, option, content)
             elif bases and (value in choices_of(bases) or not takes(annotation, str)):
                 self.classes[place] = class_named(place, value, bases)
@@ -128,84 +127,10 @@ class Configuration:
             raise InputError(f"--{place}.{beside[0]} stands beside class_path: put it under init_args.")
         if cls is None and options:
             choices = list(choices_of(bases)) or ["CLASS"]
-            told = f"--{place} has no class yet: name it before its options, as in --{place}={choices[0]}."
-            raise InputError(f"{told} Choices: {', '.join(choices[:12])}.")
+            message = f"--{place} has no class yet: name it before its options, as in --{place}={choices[0]}."
+            raise InputError(f"{message} Choices: {', '.join(choices[:12])}.")
         if isinstance(options, Mapping) and cls is not None:
             self._options(place, options_of(cls), options, cls.__name__, bases)
-
-
-def given(words: Sequence[str]) -> Iterator[tuple[str, str | None]]:
-    """Options and their values; None where there is no value. `+=`, which appends, counts as `=`."""
-    for number, word in enumerate(words):
-        if not word.startswith("--") and word.partition("=")[0] != "-c":
-            continue
-        name, equals, value = word.partition("=")
-        following = words[number + 1] if number + 1 < len(words) else "--"
-        if not equals and following.startswith("--"):
-            yield name.strip("-"), None
-        else:
-            yield name.lstrip("-").rstrip("+"), value if equals else following
-
-
-def help_wanted(words: Sequence[str]) -> tuple[tuple[str, str | None] | None, list[str]]:
-    """What a command line wants explained, if anything, and its other words.
-
-    The first is (place, class); the place is empty for the verb. It stands for
-    `--help`, `--data.source.help`, `--data.source.help CocoDirectory`, `--data.source.help=CocoDirectory`.
-    """
-    for number, word in enumerate(words):
-        name, equals, value = word.partition("=")
-        if word in ("-h", "--help") or (name.startswith("--") and name.endswith(".help")):
-            following = words[number + 1 : number + 2]
-            takes = bool(name.startswith("--") and not equals and following and not following[0].startswith("-"))
-            rest = [*words[:number], *words[number + 1 + takes :]]
-            place = name.lstrip("-").removesuffix("help").rstrip(".") if name != "-h" else ""
-            return (place, value or (following[0] if takes else None)), rest
-    return None, list(words)
-
-
-def parsed(value: str | None) -> Any:
-    """The value that a word of the command line holds; text that is no YAML as it is."""
-    try:
-        return None if value in (None, "None") else yaml.safe_load(value)
-    except yaml.YAMLError:
-        return value
-
-
-def quoted(words: Sequence[str]) -> list[str]:
-    """Quote patterns such as `*` in the lists of a command line: YAML takes them for references to something before."""
-    pattern = r""""[^"]*"|'[^']*'|(?<=[\[,\s:{])\*[^,\]}\s]*"""
-    return [
-        re.sub(pattern, lambda found: f'"{found[0]}"' if found[0].startswith("*") else found[0], word)
-        if re.match(r"(--[\w.]+\+?=)?[\[{]", word) and "&" not in word
-        else word
-        for word in words
-    ]
-
-
-def read_file(path: Path) -> dict[str, Any]:
-    """The content of a configuration file.
-
-    Raises:
-        InputError: it cannot be read, or holds no options.
-    """
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"Cannot read the configuration {path}: {error.strerror}. Give a YAML file.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        hint = " Quote a pattern that begins with *, as in ['*']." if "alias" in reason else ""
-        raise InputError(f"The configuration {path} is no valid YAML: {reason}.{hint}") from error
-    if not isinstance(content, dict):
-        raise InputError(f"The configuration {path} holds no options: expected YAML with model: and data:.")
-    return content
-
-
-def _content(value: str) -> dict[str, Any] | None:
-    """The content of a file that an option names in place of a class."""
-    is_file = value.endswith((".yaml", ".yml", ".json")) and Path(value).is_file()
-    return read_file(Path(value)) if is_file else None
 
 
 def unknown_option(place: str, value: Any, choices: list[str], owner: str, others: Sequence[str] = ()) -> InputError:

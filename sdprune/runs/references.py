@@ -47,22 +47,21 @@ class References:
             path = self._path(score, data)
             if path not in made:
                 lock = RunLock(self.cache.parent, f"reference-{path.stem}", processes)
-                if lock.acquire(lambda score=score: self._there(score, data)):  # type: ignore[misc]
-                    if lock.processes.is_first:
+                with lock.making(lambda score=score: self._there(score, data)) as mine:  # type: ignore[misc]
+                    if mine and lock.processes.is_first:
                         self._make(score, data)
                     lock.processes.barrier()
-                    lock.release()
                 made[path] = Statistics.load(path)
             self.scores.set_reference(score.name, made[path])
 
     def describe(self, data: CocoDataModule) -> dict[str, dict[str, Any]]:
         """By score, what it was measured against: which images, how many, by which protocol, with what result."""
-        told = {}
+        described = {}
         for score in self.needed:
             made = self.scores.references.get(score.name)
             facts = {} if made is None else {"n": made.n, "protocol": made.extractor, "hash": made.hash}
-            told[score.name] = {"images": data.reference, **facts}
-        return told
+            described[score.name] = {"images": data.reference, **facts}
+        return described
 
     def _there(self, score: Score, data: CocoDataModule) -> bool:
         path = self._path(score, data)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from sdprune.errors import InputError, unknown
 
-_PACKAGE = Path(__file__).parent
+_PACKAGE = Path(__file__).parents[1]
 
 
 def located(kind: str, folder: str, given: str) -> Path:

@@ -1,0 +1,1 @@
+"""A run's directory: its name, its pictures, its scores, and how two of them compare."""

@@ -1,0 +1,64 @@
+"""The name of a run, which says what is pruned and how."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from inspect import signature
+from typing import Any
+
+_LABEL = 79  # characters: with "pruned-" before and "-<fingerprint>" behind, 99
+
+
+def label(prune: Mapping[str, Any], unpruned: str = "dense") -> str:
+    """What is pruned and how: `text_encoder-magnitude-layer-0.475-unet-owl-m5-wanda-row-0.35-original`.
+
+    Options of a criterion or an allocation, order, timesteps, blocks and mode stand there where they are not the
+    default; at the end those that all components share. A name of this and the fingerprint has less than 100
+    characters: a label that is too long goes without those granularities that are their criterion's default, and then
+    without these options too. Where nothing is pruned it is `unpruned`.
+    """
+    if not prune:
+        return re.sub(r"[^\w.-]", "_", unpruned, flags=re.ASCII)[-_LABEL:]
+    settings = [_settings(spec) for spec in prune.values()]
+    shared = settings[0] if settings and all(one == settings[0] for one in settings) else []
+    for granularity, options in ((True, True), (False, True), (False, False)):
+        parts = []
+        for component, spec in sorted(prune.items()):
+            parts += [component, *_pruned(spec, granularity, options)]
+            parts += _settings(spec) if options and not shared else []
+        name = "-".join(parts + (shared if options else []))
+        name = re.sub(r"[^\w.-]", "_", name, flags=re.ASCII)
+        if len(name) <= _LABEL:
+            break
+    return name[:_LABEL]
+
+
+def _pruned(spec: Any, granularity: bool, options: bool) -> list[str]:
+    parts = _named(spec.allocation, options) if type(spec.allocation).__name__ != "Uniform" else []
+    parts += _named(spec.criterion, options)
+    if granularity or spec.granularity != spec.criterion.granularities[0]:
+        parts.append(str(spec.granularity))
+    if spec.band is not None:
+        parts.append("band-{:g}-{:g}".format(*spec.band))
+    elif spec.sparsity and not spec.pattern:  # else a pattern or the allocation says how much
+        parts.append(f"{spec.sparsity:g}")
+    return parts
+
+
+def _named(part: Any, options: bool) -> list[str]:
+    """The name of a criterion or an allocation, and its numbers that are not the default."""
+    name = type(part).__name__.lower()
+    changed = [
+        f"{key.strip('_')}{value:g}"
+        for key, one in signature(type(part)).parameters.items()
+        if isinstance(value := getattr(part, key, None), (int, float)) and value != one.default
+    ]
+    return [name, *changed] if options else [name]
+
+
+def _settings(spec: Any) -> list[str]:
+    """The choices of how statistics are gathered and weights are counted that are not the default."""
+    chosen = spec.describe()  # None where a choice has no effect
+    names = ("order", "timesteps", "blocks", "mode")
+    return [chosen[name] for name in names if chosen[name] not in (getattr(type(spec), name), None)]

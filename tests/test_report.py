@@ -188,9 +188,9 @@ def test_bad_input_is_one_line(study, sdprune, tmp_path):
             study,
             "--outt=x",
         ): "Unknown option of sdprune report '--outt'. Did you mean '--out'?",
-        ("report", study, "--out"): "--out needs a value, as in --out=VALUE",
-        ("report", study, "--out="): "--out is empty",
-        ("report", "--out=x"): "needs a directory of runs",
+        ("report", study, "--out"): "sdprune report: --out: expected one argument. See sdprune report --help.",
+        ("report", study, "--out="): "--out: the path is empty",
+        ("report", "--out=x"): "sdprune report: the following arguments are required: DIR. See sdprune report --help.",
         ("report", study, f"--reference={tmp_path / 'bad.csv'}"): "bad.csv is no file of results",
     }
     for arguments, words in cases.items():

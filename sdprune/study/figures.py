@@ -25,15 +25,15 @@ class Figure(NamedTuple):
     """A picture with its caption."""
 
     name: str
-    """File name, with its suffix."""
+    """The file name with its suffix."""
     caption: str
-    """One line."""
+    """One line of text."""
     content: bytes
-    """Of the file: svg or png."""
+    """The bytes of the file, SVG or PNG."""
 
 
 def distinct(made: Sequence[Figure]) -> list[Figure]:
-    """The figures under names that differ: captions that begin alike give one name."""
+    """Give figures different file names; captions that begin alike would give one name."""
     seen: dict[str, int] = {}
     found = []
     for figure in made:
@@ -50,7 +50,7 @@ def _slug(caption: str) -> str:
 def curves(
     study: Study, caption: str, lines: Mapping[str, pd.DataFrame], column: str, axis: str = "sparsity of the component"
 ) -> Figure | None:
-    """FID and CLIP score against sparsity: a line a method with its 95 % band, and the dense model's level.
+    """Draw FID and CLIP score against sparsity: a line with its 95 % band a method, and the dense model's level.
 
     `lines` are runs by the name of their line, `column` holds their sparsity, `axis` is its name.
     """
@@ -90,13 +90,13 @@ def _line(axes: Any, runs: pd.DataFrame, column: str, metric: str, colour: str, 
 
 
 def _short(name: str) -> str:
-    """For a legend: at most four lines."""
+    """Wrap a name for the legend, to at most four lines."""
     lines = wrap(name, 44)
     return "\n".join([*lines[:3], "..."] if len(lines) > 4 else lines)
 
 
 def strip(study: Study, caption: str, runs: pd.DataFrame, column: str) -> Figure | None:
-    """Prompts down, sparsity across, the dense model first."""
+    """Show prompts down and sparsity across, the dense model first."""
     pruned = (runs[KEYS] != list(DENSE)).any(axis=1)
     heads, shown = ([], []) if study.dense is None else (["dense"], [study.dense])
     for _, run in runs[pruned].sort_values(column, kind="stable").iterrows():
@@ -110,7 +110,7 @@ def strip(study: Study, caption: str, runs: pd.DataFrame, column: str) -> Figure
 
 
 def methods(study: Study, caption: str, lines: Mapping[str, pd.DataFrame], column: str) -> Figure | None:
-    """Methods down, sparsity across, one prompt; a run that is not there is white."""
+    """Show methods down and sparsity across, for one prompt; a missing run is white."""
     runs = [run for line in lines.values() for _, run in line.iterrows()]
     sparsities = sorted({run[column] for run in runs})
     prompts = [prompt for run in runs for prompt in run["samples"]]
@@ -124,7 +124,7 @@ def methods(study: Study, caption: str, lines: Mapping[str, pd.DataFrame], colum
 
 
 def _sample(study: Study, run: pd.Series | None, prompt: str) -> np.ndarray:
-    """A run's picture of a prompt; white where it has none."""
+    """Return a run's picture of a prompt, white where it has none."""
     if run is not None and prompt in run["samples"]:
         place = run["samples"].index(prompt)
         found = sample(run, place, _SIDE)

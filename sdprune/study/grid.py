@@ -52,7 +52,7 @@ class Grid:
         self.metric, self.maximize = metric.get("name"), goal == "maximize"
 
     def command(self, point: Mapping[str, Any]) -> list[str]:
-        """The arguments of `sdprune` that the agent would give for a point, without its W&B flag."""
+        """Return the arguments of `sdprune` that the agent would give for a point, without its W&B flag."""
         arguments: list[str] = []
         for word in self.words[self.words.index("sdprune") + 1 :]:
             if word == "${args}":

@@ -1,4 +1,4 @@
-"""Runs that may be compared with each other, told apart by everything that decides their masks."""
+"""Runs that may be compared with each other, and the cells of tables that they belong to."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sdprune.study.methods import KINDS
 
 
 class Cell(NamedTuple):
-    """How both kinds of component are pruned, as far as tables tell runs apart; a dense one has no method."""
+    """The methods and sparsities of both kinds of component; a dense one has no method."""
 
     text_method: str = ""
     text_sparsity: float = 0.0
@@ -20,7 +20,7 @@ class Cell(NamedTuple):
 
     @classmethod
     def of(cls, text_method: str, text: float, image: float, image_method: str = "magnitude") -> Cell:
-        """A cell; the method of a component that is left dense does not matter."""
+        """Make a cell; the method of a component that is left dense does not matter."""
         return cls(text_method if text else "", text, image_method if image else "", image)
 
 
@@ -62,14 +62,14 @@ class Study:
 
     @property
     def dense(self) -> pd.Series | None:
-        """The run without pruning; where there are several, they have the same scores."""
+        """The run without pruning. Where there are several, they have the same scores."""
         return self.cells[DENSE].iloc[0] if DENSE in self.cells else None
 
     def find(self, cell: Cell) -> pd.Series | None:
-        """The run of a cell.
+        """Return the run of a cell.
 
-        Of several with different masks it is the one that counts as the published code does; where that does not
-        decide, none. A note says so in both cases.
+        Of several runs with different masks it returns the one that counts as the published code does, or None where
+        that does not decide. A note says so in both cases.
         """
         if cell not in self.cells:
             return None
@@ -85,7 +85,7 @@ class Study:
         return found.iloc[0]
 
     def alone(self, kind: str) -> dict[str, pd.DataFrame]:
-        """The runs that pruned one kind of component alone, by the method and the choices that vary within it."""
+        """Return the runs that pruned one kind of component alone, by method and the choices that vary within it."""
         (other,) = set(KINDS) - {kind}
         dense = (self.runs[f"{other}_method"] == "") & (self.runs[f"{other}_sparsity"] == 0)
         pruned = (self.runs[f"{kind}_method"] != "") | (self.runs[f"{kind}_sparsity"] != 0)
@@ -93,13 +93,13 @@ class Study:
 
 
 def number(run: pd.Series | None, name: str) -> float | None:
-    """A number of a run, such as `metrics/fid`; None where the run or the number is missing."""
+    """Return a number of a run, such as `metrics/fid`; None where the run or the number is missing."""
     value: Any = None if run is None else run.get(name)
     return None if value is None or pd.isna(value) else value
 
 
 def _varying_choices(runs: pd.DataFrame, kind: str) -> pd.Series:
-    """For each run, those of its choices that vary among the runs of its method: `allocation m 5, mode original`."""
+    """Name the choices of each run that vary among the runs of its method: `allocation m 5, mode original`."""
     choices = runs[sorted(column for column in runs if column.startswith(f"{kind}: "))]
     found = pd.Series("", index=runs.index)
     for _, same in choices.groupby(runs[f"{kind}_method"]):

@@ -15,7 +15,7 @@ _CALIBRATION = ("component", "statistic", "layers", "version", "pipeline", "dtyp
 
 
 def pruned(kind: str, config: Mapping[str, Any], results: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
-    """The columns of a kind: `text_method`, `text_sparsity`, `text_published`, and `text: CHOICE` for each choice.
+    """Return the columns of a kind: `text_method`, `text_sparsity`, `text_published`, and `text: NAME` of each choice.
 
     Args:
         kind: `text` or `image`.
@@ -47,7 +47,7 @@ def pruned(kind: str, config: Mapping[str, Any], results: Mapping[str, Any], nam
 
 
 def _sparsity(spec: Mapping[str, Any], counts: Mapping[str, Any] | None) -> float:
-    """The sparsity, or the width of the band; where the allocation or a pattern decides it, what was pruned."""
+    """Return the sparsity or the width of the band; where an allocation or a pattern decides it, what was pruned."""
     if spec.get("band") is not None:
         low, high = spec["band"]
         return round(high - low, 6)
@@ -57,7 +57,7 @@ def _sparsity(spec: Mapping[str, Any], counts: Mapping[str, Any] | None) -> floa
 
 
 def _method(spec: Mapping[str, Any]) -> str:
-    """Such as `magnitude`, `owl_wanda` or `wanda by layer`."""
+    """Name a method, such as `magnitude`, `owl_wanda` or `wanda by layer`."""
     criterion, allocation = spec["criterion"]["class"], spec["allocation"]["class"]
     granularity = spec["granularity"]
     name = criterion.lower() if allocation == "Uniform" else f"{allocation.lower()}_{criterion.lower()}"
@@ -74,7 +74,7 @@ def _choices(spec: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _words(values: Mapping[str, Any], prefix: str, skipped: tuple[str, ...] = ()) -> dict[str, str]:
-    """Nested values as words by name: `{"allocation m": "5", "mode": "original"}`."""
+    """Flatten nested values into words by name: `{"allocation m": "5", "mode": "original"}`."""
     words: dict[str, str] = {}
     for key, value in values.items():
         name = prefix if key in ("options", "prompts") else f"{prefix} {printable(key)}".strip()

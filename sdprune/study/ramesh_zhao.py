@@ -31,7 +31,7 @@ class Reference(NamedTuple):
     """Results of others, in the authors' own format."""
 
     name: str
-    """Head of its columns."""
+    """The head of its columns."""
     scores: dict[Cell, list[float]]
     """FID and CLIP score."""
 
@@ -58,14 +58,14 @@ class Reference(NamedTuple):
 
 
 def beside(study: Study, given: Sequence[Reference]) -> list[Reference]:
-    """The references given, and for runs of Stable Diffusion 2 the study's Tables 2, 5, 6, 9 and 10."""
+    """Return the references given, and for runs of Stable Diffusion 2 the study's Tables 2, 5, 6, 9 and 10."""
     if set(study.runs["sizes"].iloc[0].values()) != _SD2:
         return list(given)
     return [Reference.load(Path(str(files("sdprune.study") / "published_tables.csv")), "published"), *given]
 
 
 def split(study: Study, total: float, text_share: float) -> tuple[float, float] | None:
-    """The sparsities of text encoder and U-Net by the study's Table 1; None where infeasible."""
+    """Return the sparsities of text encoder and U-Net by the study's Table 1; None where infeasible."""
     sizes, text = study.runs.loc[0, ["sizes", "text_encoders"]]
     try:
         found = Budget(total, text_share).sparsities({name: Size(one, 0) for name, one in sizes.items()}, text)
@@ -75,7 +75,7 @@ def split(study: Study, total: float, text_share: float) -> tuple[float, float] 
 
 
 def report_tables(study: Study, references: Sequence[Reference]) -> list[Table]:
-    """Tables 1 to 10, then what else is known of every run."""
+    """Make Tables 1 to 10, then those of what else is known of every run."""
     splits = {pair: split(study, *pair) for pair in product(TOTALS, SHARES)}
     best = [Cell.of("owl_magnitude", 0.6, 0.0), Cell.of("magnitude", 0.0, 0.4)]
     made = [_budgets(splits), _list(study, references, "2", "The best models with one component pruned", best)]
@@ -113,7 +113,7 @@ def _budgets(splits: Splits) -> Table:
 
 
 def _score(study: Study, cell: Cell, metric: str, digits: int) -> str:
-    """The score of a cell's run; where several runs answer, how many."""
+    """Return the score of a cell's run; where several runs belong to the cell, their number."""
     run = study.find(cell)
     if run is None and cell in study.cells:
         return f"{len(study.cells[cell])} runs"
@@ -130,7 +130,7 @@ def _matrix(study: Study, table: str, title: str, metric: str, digits: int, spli
 
 
 def _list(study: Study, references: Sequence[Reference], table: str, title: str, cells: Sequence[Cell]) -> Table:
-    """A row for each cell: its run, the scores of others, the choices that vary among the runs of its methods."""
+    """Make a row for each cell: its run, the scores of others, the choices that vary among the runs of its methods."""
     found = pd.DataFrame([_row(study, references, cell) for cell in cells])
     if not found["choices"].any():
         del found["choices"]
@@ -153,19 +153,18 @@ def _row(study: Study, references: Sequence[Reference], cell: Cell) -> dict[str,
             row[f"{name} {reference.name}"] = rounded(score, digits)
         for (metric, name, digits), score in zip(_METRICS, scores, strict=True):
             ours = number(run, f"metrics/{metric}")
-            missing = ours is None or score is None
-            row[f"{name} - {reference.name}"] = "" if missing else f"{ours - score:+.{digits}f}"
+            change = "" if ours is None or score is None else f"{ours - score:+.{digits}f}"
+            row[f"{name} - {reference.name}"] = change
     words = [] if run is None else [(kind, run[f"{kind}_choices"]) for kind in ("text", "image")]
     return row | {"choices": "; ".join(f"{kind}: {choices}" for kind, choices in words if choices)}
 
 
 def _findings(study: Study, splits: Splits) -> Table:
-    """The study's claims, each as paired comparisons of two models' CLIP scores over the same images."""
-    alone = study.runs[(study.runs["image_method"] == "") & (study.runs["image_sparsity"] == 0)]
+    """Test each claim of the study by paired comparisons of two models' CLIP scores over the same images."""
 
     def same_sparsity(one: str, other: str) -> list[tuple[Cell, Cell]]:
-        sparsities = sorted(set(alone["text_sparsity"][alone["text_method"] == one]))
-        return [(Cell.of(one, sparsity, 0.0), Cell.of(other, sparsity, 0.0)) for sparsity in sparsities]
+        found = sorted(cell for cell in study.cells if cell == Cell(one, cell.text_sparsity))
+        return [(cell, cell._replace(text_method=other)) for cell in found]
 
     def shares(one: float, other: float) -> list[tuple[Cell, Cell]]:
         found = [(splits[total, one], splits[total, other]) for total in TOTALS]
@@ -193,7 +192,7 @@ def _findings(study: Study, splits: Splits) -> Table:
 
 
 def report_figures(study: Study) -> list[Figure]:
-    """Figures 1 to 14, those for which there are runs."""
+    """Draw those of Figures 1 to 14 for which there are runs."""
     text, image = ({_words(name): runs for name, runs in study.alone(kind).items()} for kind in ("text", "image"))
 
     def strips(caption: str, lines: Mapping[str, pd.DataFrame], column: str) -> list[Figure | None]:
@@ -229,7 +228,7 @@ def _steps(study: Study, method: str) -> pd.DataFrame:
 
 
 def _words(name: str) -> str:
-    """A method and its choices, as captions have them."""
+    """Write a method and its choices as captions have them."""
     method, comma, choices = name.partition(", ")
     words = {"owl_magnitude": "magnitude with OWL", "owl_wanda": "Wanda with OWL", "wanda": "Wanda"}
     return words.get(method, method) + comma + choices

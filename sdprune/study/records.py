@@ -29,7 +29,7 @@ class Found(NamedTuple):
     runs: pd.DataFrame
     """A row for each run; runs of the same `group` may be compared with each other."""
     infeasible: list[str]
-    """What records say of budgets that cannot be met."""
+    """Budgets that cannot be met, with the reasons that their records give."""
     left_out: list[str]
     """Damaged or unfinished records, each with the reason."""
 
@@ -76,7 +76,7 @@ def read(directories: Iterable[str | Path]) -> Found:
 
 
 def _group(groups: list[tuple[str, dict[str, Any]]], shared: str, protocols: Mapping[str, Any]) -> int:
-    """Number of the first group that shares its facts and whose protocols agree, whichever more scores either has."""
+    """Return the number of the first group with these facts whose protocols agree; further scores do not matter."""
     for number, (facts, known) in enumerate(groups):
         if facts == shared and all(known.get(name, one) == one for name, one in protocols.items()):
             known |= protocols
@@ -86,7 +86,7 @@ def _group(groups: list[tuple[str, dict[str, Any]]], shared: str, protocols: Map
 
 
 def _walk(roots: Iterable[Path], left_out: list[str]) -> Iterator[Path]:
-    """Directories with results.json, each once, also behind symbolic links; adds what it cannot use to `left_out`."""
+    """Yield each directory with results.json once, also behind symbolic links; add unusable ones to `left_out`."""
 
     def unreadable(error: OSError) -> None:
         left_out.append(printable(f"{error.filename}: {error.strerror}"))
@@ -109,7 +109,7 @@ def _walk(roots: Iterable[Path], left_out: list[str]) -> Iterator[Path]:
 
 
 def _row(directory: Path, config: Mapping[str, Any], results: Mapping[str, Any]) -> dict[str, Any]:
-    """The columns of one run."""
+    """Return the columns of one run."""
     roles, sparsity, images = results["roles"], results["sparsity"], results["images"]
     names = {kind: [name for name in roles if (roles[name] == "text") == (kind == "text")] for kind in KINDS}
     if not all(names.values()):
@@ -139,7 +139,7 @@ def _row(directory: Path, config: Mapping[str, Any], results: Mapping[str, Any])
 
 
 def _title(config: Mapping[str, Any], results: Mapping[str, Any]) -> str:
-    """One line on what runs that may be compared have in common."""
+    """Write in one line what runs that may be compared have in common."""
     model = config["pipeline"].get("model")  # a hub id; a local model has the name that its configuration gave it
     name = results.get("model") or "a local model"
     sampling = config["sampling"]
@@ -155,7 +155,7 @@ def _title(config: Mapping[str, Any], results: Mapping[str, Any]) -> str:
 
 
 def _clip_scores(path: Path, n: int, score: float | None) -> np.ndarray | None:
-    """Cosines [n] of each image and its prompt, by the network whose mean cosine the score is."""
+    """Return the cosines [n] of each image and its prompt, by the network whose mean cosine the score is."""
     try:
         with np.load(path, allow_pickle=False) as rows:
             names = [name.removesuffix(".texts") for name in rows if name.endswith(".texts")]
@@ -177,7 +177,7 @@ def _cosines(texts: np.ndarray, images: np.ndarray) -> np.ndarray:
 
 
 def sample(run: Any, number: int, side: int) -> np.ndarray | None:
-    """One of a run's sample pictures, uint8 [side, side, 3]; None where it is missing or damaged."""
+    """Read one of a run's sample pictures, uint8 [side, side, 3]; None where it is missing or damaged."""
     try:
         pixels = read_png(Path(run["directory"]) / "samples" / f"{number}.png").pixels
         how = Image.Resampling.NEAREST if min(pixels.shape[:2]) < side else Image.Resampling.LANCZOS

@@ -50,7 +50,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _section(study: Study, references: Sequence[Reference], out: Path, prefix: str) -> dict[str, Any]:
-    """Write a group's tables and figures; what the pages show of it."""
+    """Write a group's tables and figures, and return what the pages show of it."""
     tables = report_tables(study, beside(study, references))
     figures = [figure._replace(name=f"{prefix}{figure.name}") for figure in report_figures(study)]
     for table in tables:

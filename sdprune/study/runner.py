@@ -8,10 +8,9 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from queue import SimpleQueue
@@ -30,7 +29,7 @@ class Outcome:
         results: of the record; nothing of `fit`.
         failure: one line, where it failed.
         wandb: where its W&B runs can be seen, or the commands that send them.
-        seconds: it took.
+        seconds: that it took.
     """
 
     results: Mapping[str, Any] = field(default_factory=dict)
@@ -102,7 +101,7 @@ class Worker:
             return Outcome({}, f"its process died (exit code {self.process.exitcode}); it may need more memory")
 
     def stop(self) -> None:
-        """Kill it, also in the middle of a cell: a trainer ends late when it is only asked to."""
+        """Kill the process, also in the middle of a cell; a trainer that is terminated ends late."""
         self.stopped = True
         self.process.kill()
         self.process.join()
@@ -128,8 +127,8 @@ def _end_with_parent() -> None:
     os._exit(0)  # also in the middle of a cell, which nobody waits for
 
 
-def run_all(commands: Sequence[Sequence[str]], jobs: int) -> Iterator[Outcome]:
-    """What becomes of each command, in their order; close the iterator to stop them.
+def run_all(commands: Sequence[Sequence[str]], jobs: int) -> Generator[Outcome, None, None]:
+    """Run commands and yield what becomes of each, in their order; close the generator to stop them.
 
     Args:
         commands: each a verb and its options.
@@ -141,20 +140,20 @@ def run_all(commands: Sequence[Sequence[str]], jobs: int) -> Iterator[Outcome]:
         return
     threads = None if "OMP_NUM_THREADS" in os.environ else max(1, len(os.sched_getaffinity(0)) // jobs)
     workers = [] if apart else [Worker(threads) for _ in range(jobs)]
-    idle: SimpleQueue[Worker] = SimpleQueue()
-    for worker in workers:
-        idle.put(worker)
+    idle: SimpleQueue[Callable[[Sequence[str]], Outcome]] = SimpleQueue()
+    for run in [worker.run for worker in workers] or [run_apart] * jobs:
+        idle.put(run)
 
     def run_idle(words: Sequence[str]) -> Outcome:
-        worker = idle.get()
+        run = idle.get()
         try:
-            return worker.run(words)
+            return _timed(run, words)
         finally:
-            idle.put(worker)
+            idle.put(run)
 
     pool = ThreadPoolExecutor(jobs)
     try:
-        yield from pool.map(partial(_timed, run_apart if apart else run_idle), commands)
+        yield from pool.map(run_idle, commands)
     finally:
         for worker in workers:
             worker.stop()
@@ -167,12 +166,9 @@ def _timed(run: Callable[[Sequence[str]], Outcome], words: Sequence[str]) -> Out
 
 
 def several_processes(words: Sequence[str]) -> bool:
-    """Whether a cell may start processes of its own, which would begin the whole sweep once more."""
+    """Whether a cell may start processes, which would begin the whole sweep once more."""
     if any(word.startswith(("--trainer.devices", "--trainer.num_nodes", "--trainer.strategy")) for word in words):
         return True
-    if len(list(Path("/dev").glob("nvidia[0-9]*"))) < 2 and not any(map(os.path.exists, ("/dev/dxg", "/dev/kfd"))):
-        return False  # without the seconds that torch takes to import
-
     import torch
 
     return torch.cuda.device_count() > 1

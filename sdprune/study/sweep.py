@@ -28,7 +28,7 @@ class Cell(NamedTuple):
 
     grid: Grid
     number: int
-    """In the file, from 1."""
+    """Its number in the file, from 1."""
     name: str
     """The values that vary: `unet.sparsity=0.2`."""
     words: list[str]
@@ -64,7 +64,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The arguments of the sweep itself, and the options of its cells, each joined with its value."""
+    """Separate the arguments of the sweep itself from the options of its cells, each joined with its value."""
     flags: list[str] = []
     options: list[str] = []
     words = list(arguments)
@@ -81,7 +81,7 @@ def _split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def _cells(grids: Sequence[Grid], options: Sequence[str]) -> tuple[list[Cell], str]:
-    """The cells of all grids, and what all of them have in common."""
+    """List the cells of all grids, and write what all of them have in common."""
     points = [point for grid in grids for point in grid.points]
     names = dict.fromkeys(name for point in points for name in point)
     varying = [name for name in names if len({str(point.get(name)) for point in points}) > 1]
@@ -101,7 +101,7 @@ def _named(values: Iterable[tuple[str, Any]]) -> str:
 
 
 def _faults(cells: Sequence[Cell], checked: Sequence[Checked]) -> list[str]:
-    """One line for each kind of fault, with the first cell that has it."""
+    """Write one line for each kind of fault, with the first cell that has it."""
     found: dict[tuple[Path, str], list[Cell]] = {}
     for cell, one in zip(cells, checked, strict=True):
         if one.fault is not None:
@@ -114,7 +114,7 @@ def _faults(cells: Sequence[Cell], checked: Sequence[Checked]) -> list[str]:
 
 
 def _unrecorded(grid: Grid, cells: Sequence[Cell], checked: Sequence[Checked]) -> list[str]:
-    """One line where a file's `metric:` is not among the numbers that its cells record."""
+    """Write one line where a file's `metric:` is not among the numbers that its cells record."""
     found = [one for cell, one in zip(cells, checked, strict=True) if cell.grid is grid]
     known = dict.fromkeys(number for one in found for number in one.numbers)
     name = grid.metric
@@ -169,7 +169,7 @@ def _scores(results: Mapping[str, Any]) -> str:
 
 
 def _table(grid: Grid, scored: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
-    """A grid's scored cells, the best first, by what its `metric:` names; nothing for fewer than two."""
+    """Write a grid's scored cells, the best first, by what its `metric:` names; nothing for fewer than two."""
     if len(scored) < 2:
         return ""
     import pandas as pd

@@ -21,36 +21,36 @@ class Table(NamedTuple):
     """A title and rows of text."""
 
     name: str
-    """For file names and links."""
+    """The name of its file."""
     title: str
     cells: pd.DataFrame
-    """All texts."""
+    """The texts of its cells under their heads."""
     note: str = ""
-    """A line below."""
+    """A line below the table."""
 
     def markdown(self) -> str:
-        """As GitHub reads it."""
+        """Return the table in GitHub's Markdown."""
         head, *rows = [f"| {' | '.join(map(escape, row))} |" for row in (self.cells.columns, *self.cells.values)]
         lines = [f"### {escape(self.title)}", "", head, f"|{' --- |' * len(self.cells.columns)}", *rows]
         return "\n".join([*lines, "", *([escape(self.note), ""] if self.note else [])])
 
     def csv(self) -> str:
-        """With a head."""
+        """Return the table as CSV."""
         return str(self.cells.to_csv(index=False, lineterminator="\n"))
 
 
 def rounded(value: float | None, digits: int = 3) -> str:
-    """A number as tables show it."""
+    """Write a number as tables show it."""
     return MISSING if value is None else f"{value:.{digits}f}"
 
 
 def percent(value: float) -> str:
-    """A share as tables show it."""
+    """Write a share as tables show it."""
     return f"{100 * value:.1f} %"
 
 
 def difference(run: pd.Series | None, metric: str) -> str:
-    """Pruned minus dense with the 95 % interval; empty for the dense run and where it was not measured."""
+    """Write pruned minus dense with the 95 % interval; empty for the dense run and where it was not measured."""
     value, low, high = (number(run, f"comparison/{metric}_diff{end}") for end in ("", "_low", "_high"))
     if value is None:
         return ""
@@ -58,7 +58,7 @@ def difference(run: pd.Series | None, metric: str) -> str:
 
 
 def everything(study: Study) -> Table:
-    """One row a run, with all that was counted and measured."""
+    """List every run with all that was counted and measured."""
     runs = study.runs
     columns = {"run": runs["run"]}
     for kind in KINDS:
@@ -75,7 +75,7 @@ def everything(study: Study) -> Table:
 
 
 def others(study: Study) -> Table | None:
-    """The runs that no table of single cells shows, each with its scores."""
+    """List the runs that no table of single cells shows, each with its scores."""
     runs = study.runs.drop(list(study.shown)).dropna(axis=1, how="all")
     if not len(runs):
         return None
@@ -95,7 +95,7 @@ def others(study: Study) -> Table | None:
 
 
 def drop_offs(study: Study) -> Table:
-    """The highest sparsity up to which the CLIP score, by its interval, surely lost no more than a share."""
+    """Find the highest sparsity up to which the CLIP score, by its interval, surely lost no more than a share."""
     shares = (0.01, 0.02, 0.05)
     rows = [
         ["text encoder" if kind == "text" else kind, name, *(_last_within(study, runs, kind, one) for one in shares)]
@@ -124,7 +124,7 @@ def _last_within(study: Study, runs: pd.DataFrame, kind: str, tolerated: float) 
 
 
 def comparisons(study: Study, claims: Mapping[str, Iterable[tuple[Cell, Cell]]]) -> pd.DataFrame:
-    """For each claim, in how many pairs of cells the CLIP scores of the same images say that the first is better."""
+    """Count for each claim in how many pairs of cells the first has better CLIP scores on the same images."""
     rows = []
     for claim, pairs in claims.items():
         found = [one for one in (_interval(*map(study.find, pair)) for pair in pairs) if one is not None]
@@ -136,7 +136,7 @@ def comparisons(study: Study, claims: Mapping[str, Iterable[tuple[Cell, Cell]]])
 
 
 def _interval(*runs: pd.Series | None) -> Interval | None:
-    """The interval of the difference of two runs' CLIP scores; None where it cannot be known."""
+    """Return the interval of the difference of two runs' CLIP scores; None where one has none."""
     one, other = (None if run is None else run.get("clip_scores") for run in runs)
     if one is None or other is None or len(one) < 2:
         return None

@@ -6,12 +6,12 @@ import re
 
 
 def printable(text: str) -> str:
-    """The text on one line, with a space for what cannot be printed or written to a file."""
+    """Put the text on one line, with a space for what cannot be printed or written to a file."""
     return " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
 
 
 def escape(text: str) -> str:
-    """A text for a line or a table cell of GitHub's Markdown: no markup, HTML, link, image or formula of it.
+    """Escape a text for a line or a table cell of GitHub's Markdown: no markup, HTML, link, image or formula of it.
 
     Entities stand where a backslash would not do: for HTML, and for the colon that makes an address a link.
     """

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import re
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -20,16 +19,15 @@ class Verb(argparse.ArgumentParser):
         name: of the verb.
         usage: its arguments, for the help.
         description: for the help, laid out as it is.
-        needs: what at least one positional argument is, with an example.
         others: further options that the verb takes, for suggestions.
     """
 
-    def __init__(self, name: str, usage: str, description: str, needs: str, others: Sequence[str] = ()) -> None:
+    def __init__(self, name: str, usage: str, description: str, others: Sequence[str] = ()) -> None:
         super().__init__(
             prog=f"sdprune {name}", usage=f"sdprune {name} {usage}", description=description, allow_abbrev=False,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )  # fmt: skip
-        self.needs, self.others = needs, others
+        self.others = others
 
     def __str__(self) -> str:
         return self.format_help()
@@ -48,24 +46,20 @@ class Verb(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise InputError, in one line."""
-        if "arguments are required" in message:
-            raise InputError(f"{self.prog} needs {self.needs}.")
-        option, _, fault = message.removeprefix("argument ").partition(": ")
-        needs_value = f"needs a value, as in {option}=VALUE"
-        raise InputError(f"{option} {needs_value if fault == 'expected one argument' else fault}. See --help.")
+        raise InputError(f"{self.prog}: {message.removeprefix('argument ')}. See {self.prog} --help.")
 
 
 def path(value: str) -> str:
-    """A value that is not empty."""
+    """Accept a value that is not empty."""
     if not value:
-        raise argparse.ArgumentTypeError("is empty: give a path")
+        raise argparse.ArgumentTypeError("the path is empty")
     return value
 
 
 def jobs(value: str) -> int:
-    """A number of jobs."""
-    if not re.fullmatch("[0-9]*[1-9][0-9]*", value):
-        raise argparse.ArgumentTypeError(f"is {value!r}: give a number of 1 or more, as in --jobs=2")
+    """Accept a number of jobs."""
+    if not value.isascii() or not value.isdecimal() or int(value) < 1:
+        raise argparse.ArgumentTypeError(f"{value!r} is no number of 1 or more, as in --jobs=2")
     return int(value)
 
 
@@ -82,7 +76,6 @@ alike, the sweep stops.
   sdprune sweep mini_methods_unet --data.n=64
 
 Exit code: 0 when every cell is done, 1 when one failed, 2 when one can be seen to be wrong before it runs.""",
-    "a file, as in: sdprune sweep mini_sparsity",
     [f"--{name}" for name in CELL_OPTIONS],
 )
 SWEEP.add_argument("files", nargs="+", metavar="FILE", help="a path, or the name of a sweep that comes with sdprune")
@@ -103,7 +96,6 @@ REPORT = Verb(
 Make the study's tables and figures from the runs below these directories: report.html (one page with everything in
 it), report.md, figures/ and tables/*.csv. Runs of unlike prompts, noise, sampling or protocol are reported apart.
 Damaged and unfinished runs are left out, and named.""",
-    "a directory of runs, as in: sdprune report runs",
 )
 REPORT.add_argument("directories", nargs="+", metavar="DIR", help="a directory with runs below it")
 REPORT.add_argument("--out", type=path, metavar="DIR", help="where to; <first DIR>/report by default")

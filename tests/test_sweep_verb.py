@@ -262,7 +262,7 @@ def test_a_table_shows_the_cells_by_score(sdprune, tmp_path, goal, reverse):
 def workers_of(sweep: "subprocess.Popen[str]") -> list[int]:
     """The processes that run cells of a sweep."""
     children = Path(f"/proc/{sweep.pid}/task/{sweep.pid}/children").read_text().split()
-    return [int(one) for one in children if b"spawn_main" in Path(f"/proc/{one}/cmdline").read_bytes()]
+    return [int(one) for one in children if b"runner import work" in Path(f"/proc/{one}/cmdline").read_bytes()]
 
 
 def when_it_draws(sweep: "subprocess.Popen[str]", output: Path, count: int = 1) -> None:

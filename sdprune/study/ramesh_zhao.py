@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from itertools import product
 from pathlib import Path
-from typing import NamedTuple
 
 import pandas as pd
 
@@ -24,44 +23,38 @@ TOTALS, SHARES = (0.2, 0.3, 0.4, 0.5, 0.6), (0.75, 0.5, 0.25)
 STEPS = tuple((round(0.625 - i * 0.025, 4), round(0.5 - i * 0.025, 4)) for i in range(9))
 """Sparsities of text encoder and U-Net, down from the drop-off points."""
 _METRICS = (("fid", "FID", 2), ("clip_score", "CLIP score", 3))
-_SD2 = {340_387_840, 865_910_724}
 
 
-class Reference(NamedTuple):
-    """Results of others, in the authors' own format."""
-
-    name: str
-    """The head of its columns."""
-    scores: dict[Cell, list[float]]
-    """FID and CLIP score."""
-
-    @classmethod
-    def load(cls, path: Path, name: str) -> Reference:
-        """Read a CSV with text_method, unet_method, text_sparsity, unet_sparsity, fid and clip_score.
-
-        Raises:
-            InputError: it cannot be read, or has not these columns.
-        """
-        try:
-            rows = pd.read_csv(path, index_col=False, dtype=str, keep_default_na=False)
-            numbers = rows[["text_sparsity", "unet_sparsity", "fid", "clip_score"]].astype(float)
-            methods = rows[["text_method", "unet_method"]].values
-        except (OSError, KeyError, TypeError, ValueError) as error:
-            raise InputError(
-                f"{path} is no file of results ({type(error).__name__}: {error}): expected a CSV with text_method, "
-                "unet_method, text_sparsity, unet_sparsity, fid and clip_score."
-            ) from error
-        scores: dict[Cell, list[float]] = {}
-        for (text_method, image_method), (text, image, *found) in zip(methods, numbers.values, strict=True):
-            scores.setdefault(Cell.of(text_method, round(text, 4), round(image, 4), image_method), found)
-        return cls(name, scores)
+Scores = dict[Cell, list[float]]
+"""Results of others: FID and CLIP score by cell."""
 
 
-def beside(study: Study, given: Sequence[Reference]) -> list[Reference]:
-    """Return the references given, and for runs of Stable Diffusion 2 the study's Tables 2, 5, 6, 9 and 10."""
-    if set(study.runs["sizes"].iloc[0].values()) != _SD2:
-        return list(given)
-    return [Reference.load(Path(str(files("sdprune.study") / "published_tables.csv")), "published"), *given]
+def load_reference(path: Path) -> Scores:
+    """Read a CSV with text_method, unet_method, text_sparsity, unet_sparsity, fid and clip_score.
+
+    Raises:
+        InputError: it cannot be read, or has not these columns.
+    """
+    columns = ["text_sparsity", "unet_sparsity", "fid", "clip_score"]
+    try:
+        rows = pd.read_csv(path, index_col=False, dtype=str, keep_default_na=False)
+        numbers, methods = rows[columns].astype(float), rows[["text_method", "unet_method"]]
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{path} is no file of results ({type(error).__name__}: {error}): expected a CSV with text_method, "
+            "unet_method, text_sparsity, unet_sparsity, fid and clip_score."
+        ) from error
+    scores: Scores = {}
+    for (text_method, image_method), (text, image, *found) in zip(methods.values, numbers.values, strict=True):
+        scores.setdefault(Cell.of(text_method, round(text, 4), round(image, 4), image_method), found)
+    return scores
+
+
+def published(study: Study) -> dict[str, Scores]:
+    """Return the study's Tables 2, 5, 6, 9 and 10 for runs of Stable Diffusion 2, by the name of their columns."""
+    is_sd2 = set(study.runs["sizes"].iloc[0].values()) == {340_387_840, 865_910_724}
+    path = Path(str(files("sdprune.study") / "published_tables.csv"))
+    return {"published": load_reference(path)} if is_sd2 else {}
 
 
 def split(study: Study, total: float, text_share: float) -> tuple[float, float] | None:
@@ -74,7 +67,7 @@ def split(study: Study, total: float, text_share: float) -> tuple[float, float] 
     return found[text[0]], next(value for name, value in found.items() if name not in text)
 
 
-def report_tables(study: Study, references: Sequence[Reference]) -> list[Table]:
+def report_tables(study: Study, references: Mapping[str, Scores]) -> list[Table]:
     """Make Tables 1 to 10, then those of what else is known of every run."""
     splits = {pair: split(study, *pair) for pair in product(TOTALS, SHARES)}
     best = [Cell.of("owl_magnitude", 0.6, 0.0), Cell.of("magnitude", 0.0, 0.4)]
@@ -129,7 +122,7 @@ def _matrix(study: Study, table: str, title: str, metric: str, digits: int, spli
     return _table(table, title, pd.DataFrame(rows, columns=["total", "75:25", "50:50", "25:75"]))
 
 
-def _list(study: Study, references: Sequence[Reference], table: str, title: str, cells: Sequence[Cell]) -> Table:
+def _list(study: Study, references: Mapping[str, Scores], table: str, title: str, cells: Sequence[Cell]) -> Table:
     """Make a row for each cell: its run, the scores of others, the choices that vary among the runs of its methods."""
     found = pd.DataFrame([_row(study, references, cell) for cell in cells])
     if not found["choices"].any():
@@ -137,7 +130,7 @@ def _list(study: Study, references: Sequence[Reference], table: str, title: str,
     return _table(table, title, found)
 
 
-def _row(study: Study, references: Sequence[Reference], cell: Cell) -> dict[str, str]:
+def _row(study: Study, references: Mapping[str, Scores], cell: Cell) -> dict[str, str]:
     run = study.find(cell)
     row = {
         "nominal": MISSING if run is None else percent(run["nominal"]),
@@ -147,14 +140,14 @@ def _row(study: Study, references: Sequence[Reference], cell: Cell) -> dict[str,
         **{name: _score(study, cell, metric, digits) for metric, name, digits in _METRICS},
         **{f"{name} - dense": difference(run, metric) for metric, name, _ in _METRICS},
     }
-    for reference in references:
-        scores = reference.scores.get(cell, [None, None])
+    for source, reference in references.items():
+        scores = reference.get(cell, [None, None])
         for (_, name, digits), score in zip(_METRICS, scores, strict=True):
-            row[f"{name} {reference.name}"] = rounded(score, digits)
+            row[f"{name} {source}"] = rounded(score, digits)
         for (metric, name, digits), score in zip(_METRICS, scores, strict=True):
             ours = number(run, f"metrics/{metric}")
             change = "" if ours is None or score is None else f"{ours - score:+.{digits}f}"
-            row[f"{name} - {reference.name}"] = change
+            row[f"{name} - {source}"] = change
     words = [] if run is None else [(kind, run[f"{kind}_choices"]) for kind in ("text", "image")]
     return row | {"choices": "; ".join(f"{kind}: {choices}" for kind, choices in words if choices)}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from jinja2 import Environment
 from sdprune.files import replacing, require_writable
 from sdprune.study.figures import Figure
 from sdprune.study.group import Study
-from sdprune.study.ramesh_zhao import Reference, beside, report_figures, report_tables
+from sdprune.study.ramesh_zhao import Scores, load_reference, published, report_figures, report_tables
 from sdprune.study.records import read
 from sdprune.study.text import escape
 from sdprune.study.usage import REPORT
@@ -27,7 +27,7 @@ def run(arguments: Sequence[str]) -> int:
         InputError: unknown options, directories without finished runs, a reference that cannot be read.
     """
     options = REPORT.parse(arguments)
-    references = [Reference.load(Path(options.reference), "reference")] if options.reference else []
+    references = {"reference": load_reference(Path(options.reference))} if options.reference else {}
     out = Path(options.out or Path(options.directories[0]) / "report")
     found = read(options.directories)
     require_writable(out, "--out")
@@ -49,12 +49,14 @@ def run(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _section(study: Study, references: Sequence[Reference], out: Path, prefix: str) -> dict[str, Any]:
+def _section(study: Study, references: Mapping[str, Scores], out: Path, prefix: str) -> dict[str, Any]:
     """Write a group's tables and figures, and return what the pages show of it."""
-    tables = report_tables(study, beside(study, references))
+    tables = report_tables(study, published(study) | references)
     figures = [figure._replace(name=f"{prefix}{figure.name}") for figure in report_figures(study)]
     for table in tables:
-        _write(out / "tables" / f"{prefix}{table.name}.csv", table.csv().encode())
+        _write(
+            out / "tables" / f"{prefix}{table.name}.csv", table.cells.to_csv(index=False, lineterminator="\n").encode()
+        )
     for figure in figures:
         _write(out / "figures" / figure.name, figure.content)
     return {

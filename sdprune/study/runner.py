@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
+import pickle
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from multiprocessing.connection import Connection
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
@@ -75,56 +75,57 @@ class Worker:
     """
 
     def __init__(self, threads: int | None) -> None:
-        self.threads, self.stopped = threads, False
+        self.environment = os.environ | ({} if threads is None else {"OMP_NUM_THREADS": str(threads)})
+        self.stopped = False
         self._start()
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.connection, remote = context.Pipe()
-        process = context.Process(target=_work, args=(remote, self.threads))
-        os.environ["PYTHONSAFEPATH"] = "1"  # it imports nothing from the working directory, like the command line
-        process.start()
-        remote.close()  # so that its death is seen
-        self.process = process
+        # Not by multiprocessing: the helper process that it adds complains of killed workers and outlives the sweep.
+        self.process = subprocess.Popen(
+            [sys.executable, "-P", "-c", "from sdprune.study.runner import work; work()"], env=self.environment,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
 
     def run(self, words: Sequence[str]) -> Outcome:
         """Run a command there; when the process dies that command fails, and its successor takes the next."""
         try:
-            if not self.process.is_alive() and not self.stopped:
+            if self.process.poll() is not None and not self.stopped:
                 self._start()
             if self.stopped:  # perhaps while it was started
                 self.process.kill()
-            self.connection.send(words)
-            return cast(Outcome, self.connection.recv())
-        except (EOFError, OSError):
-            self.process.join()
-            return Outcome({}, f"its process died (exit code {self.process.exitcode}); it may need more memory")
+            requests, answers = self.process.stdin, self.process.stdout
+            assert requests is not None
+            assert answers is not None
+            pickle.dump(words, requests)
+            requests.flush()
+            return cast(Outcome, pickle.load(answers))
+        except (EOFError, OSError, pickle.UnpicklingError):
+            return Outcome({}, f"its process died (exit code {self.process.wait()}); it may need more memory")
 
     def stop(self) -> None:
         """Kill the process, also in the middle of a cell; a trainer that is terminated ends late."""
         self.stopped = True
         self.process.kill()
-        self.process.join()
+        self.process.wait()
 
 
-def _work(connection: Connection, threads: int | None) -> None:
-    """Run commands for as long as the sweep lives. What they print goes nowhere."""
-    if threads is not None:
-        os.environ["OMP_NUM_THREADS"] = str(threads)  # before torch is imported
-    silence = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(silence, 1)
-    os.dup2(silence, 2)
-    Thread(target=_end_with_parent, daemon=True).start()
+def work() -> None:
+    """Run commands of the standard input until it ends. What they print goes nowhere."""
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     quiet()
+    commands: SimpleQueue[list[str]] = SimpleQueue()
+    Thread(target=_receive, args=(commands,), daemon=True).start()
     while True:
-        connection.send(run_here(connection.recv()))
+        pickle.dump(run_here(commands.get()), answers)
+        answers.flush()
 
 
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(0)  # also in the middle of a cell, which nobody waits for
+def _receive(commands: SimpleQueue[list[str]]) -> None:
+    with suppress(EOFError):
+        while True:
+            commands.put(pickle.load(sys.stdin.buffer))
+    os._exit(0)  # the sweep is gone, also in the middle of a cell
 
 
 def run_all(commands: Sequence[Sequence[str]], jobs: int) -> Generator[Outcome, None, None]:

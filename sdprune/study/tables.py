@@ -34,10 +34,6 @@ class Table(NamedTuple):
         lines = [f"### {escape(self.title)}", "", head, f"|{' --- |' * len(self.cells.columns)}", *rows]
         return "\n".join([*lines, "", *([escape(self.note), ""] if self.note else [])])
 
-    def csv(self) -> str:
-        """Return the table as CSV."""
-        return str(self.cells.to_csv(index=False, lineterminator="\n"))
-
 
 def rounded(value: float | None, digits: int = 3) -> str:
     """Write a number as tables show it."""

@@ -285,8 +285,8 @@ def begin(path: Path, *options: str) -> "subprocess.Popen[str]":
 
 def test_a_worker_that_dies_fails_one_cell_only(miniature, tmp_path):
     """Its successor takes the next cell."""
-    parameters = SMALL | {"model.prune.unet.sparsity": {"value": 0.4}}
-    parameters |= {"model.seed": {"values": [1, 2, 3, 4]}, "model.sampling.steps": {"value": 50}}
+    parameters = SMALL | {"model.prune.unet.sparsity": {"values": [0.2, 0.4, 0.6]}}
+    parameters |= {"model.sampling.steps": {"value": 20}}
     path = write(tmp_path / "grid.yaml", parameters=parameters)
     sweep = begin(path, *(word for word in quick(tmp_path / "out") if "sampling.steps" not in word))
     when_it_draws(sweep, tmp_path / "out")
@@ -294,9 +294,9 @@ def test_a_worker_that_dies_fails_one_cell_only(miniature, tmp_path):
     out, err = sweep.communicate(timeout=300)
     assert (sweep.returncode, err) == (1, "")
     lines = [line for line in out.splitlines() if line.startswith("[")]
-    assert len(lines) == 4
+    assert len(lines) == 3
     assert sum("failed: its process died (exit code -9)" in line for line in lines) == 1
-    assert "3 of 4 cells done, 1 failed" in out
+    assert "2 of 3 cells done, 1 failed" in out
 
 
 def test_a_sweep_that_is_killed_takes_its_workers_with_it(miniature, tmp_path):

@@ -52,7 +52,7 @@ def _sparsity(spec: Mapping[str, Any], counts: Mapping[str, Any] | None) -> floa
         low, high = spec["band"]
         return round(high - low, 6)
     if spec["sparsity"] or counts is None:
-        return spec["sparsity"]
+        return float(spec["sparsity"])
     return round(counts["pruned"] / counts["weights"], 4)
 
 

@@ -52,7 +52,9 @@ def read(directories: Iterable[str | Path]) -> Found:
         try:
             results = read_json(directory / "results.json")
             if not is_whole(results):
-                raise InputError("results.json is damaged, its digest is another: delete it and run again")
+                raise InputError(
+                    "results.json is damaged or of an older version, its digest is another: delete it and run again"
+                )
             if "infeasible" in results:
                 infeasible.add(printable(f"{results['label'].rpartition('-')[0]}: {results['infeasible']}"))
                 continue
@@ -123,9 +125,12 @@ def _row(directory: Path, config: Mapping[str, Any], results: Mapping[str, Any])
         "title": _title(config, results),
         "masks": fingerprint({"prune": config["prune"], "calibration": config.get("calibration", [])}),
         **{column: value for kind in KINDS for column, value in pruned(kind, config, results, names[kind]).items()},
-        "n": results["n"],
-        "nominal": sparsity["nominal"],
-        **{f"zeros of {scope}": sparsity[scope]["zero_fraction"] for scope in ("targets", "prunable", "pipeline")},
+        "n": int(results["n"]),
+        "nominal": float(sparsity["nominal"]),
+        **{
+            f"zeros of {scope}": float(sparsity[scope]["zero_fraction"])
+            for scope in ("targets", "prunable", "pipeline")
+        },
         **numbers | dict.fromkeys(missing, math.nan),
         "missing": [name.partition("/")[2] for name in missing],
         "black": images["black"],

@@ -51,7 +51,7 @@ def run(arguments: Sequence[str]) -> int:
 
 def _section(study: Study, references: Mapping[str, Scores], out: Path, prefix: str) -> dict[str, Any]:
     """Write a group's tables and figures, and return what the pages show of it."""
-    tables = report_tables(study, published(study) | references)
+    tables = report_tables(study, {**published(study), **references})
     figures = [figure._replace(name=f"{prefix}{figure.name}") for figure in report_figures(study)]
     for table in tables:
         _write(

@@ -208,16 +208,8 @@ def test_what_is_left_out_is_named(sdprune, tmp_path):
 @pytest.mark.parametrize(
     ("file", "how", "words"),
     [
-        (
-            "results.json",
-            lambda v: v["metrics"].update(fid=19.0),
-            "results.json is damaged or of an older version, its digest is another",
-        ),
-        (
-            "results.json",
-            lambda v: v.pop("digest"),
-            "results.json is damaged or of an older version, its digest is another",
-        ),
+        ("results.json", lambda v: v["metrics"].update(fid=19.0), "results.json is damaged or of another version"),
+        ("results.json", lambda v: v.pop("digest"), "results.json is damaged or of another version"),
         ("config.json", lambda v: v["prune"]["unet"].update(sparsity=0.5), "config.json is damaged or of another run"),
         ("config.json", lambda v: v.update(seed=1), "config.json is damaged or of another run"),
     ],

@@ -52,15 +52,13 @@ def read(directories: Iterable[str | Path]) -> Found:
         try:
             results = read_json(directory / "results.json")
             if not is_whole(results):
-                raise InputError(
-                    "results.json is damaged or of an older version, its digest is another: delete it and run again"
-                )
+                raise InputError("results.json is damaged or of another version: delete it and run again")
             if "infeasible" in results:
                 infeasible.add(printable(f"{results['label'].rpartition('-')[0]}: {results['infeasible']}"))
                 continue
             config = read_json(directory / "config.json")
             if fingerprint(config) != results["fingerprint"]:
-                raise InputError("config.json is damaged or of another run, its fingerprint is another: run again")
+                raise InputError("config.json is damaged or of another run: delete results.json and run again")
             row = _row(directory, config, results)
             shared = fingerprint({name: config[name] for name in COMPARED})
             rows.append({"group": _group(groups, shared, protocol(results)), **row})
@@ -127,10 +125,7 @@ def _row(directory: Path, config: Mapping[str, Any], results: Mapping[str, Any])
         **{column: value for kind in KINDS for column, value in pruned(kind, config, results, names[kind]).items()},
         "n": int(results["n"]),
         "nominal": float(sparsity["nominal"]),
-        **{
-            f"zeros of {scope}": float(sparsity[scope]["zero_fraction"])
-            for scope in ("targets", "prunable", "pipeline")
-        },
+        **{f"zeros of {name}": float(sparsity[name]["zero_fraction"]) for name in ("targets", "prunable", "pipeline")},
         **numbers | dict.fromkeys(missing, math.nan),
         "missing": [name.partition("/")[2] for name in missing],
         "black": images["black"],

@@ -130,7 +130,7 @@ def _sample(study: Study, run: pd.Series | None, prompt: str) -> np.ndarray:
         found = sample(run, place, _SIDE)
         if found is not None:
             return found
-        study.note(f"{run['run']}: samples/{place}.png is missing or damaged, it is shown white")
+        study.notes.append(f"{run['run']}: samples/{place}.png is missing or damaged, it is shown white")
     return np.full((_SIDE, _SIDE, 3), 255, dtype=np.uint8)
 
 

@@ -44,21 +44,17 @@ class Study:
         self.runs = runs
         self.cells = {Cell(*key): same for key, same in runs.groupby(KEYS)}
         """The runs of each cell, whatever their other choices."""
-        self.notes: dict[str, None] = {}
-        """What a reader should know of these runs, each line once; tables and figures add to it."""
+        self.notes: list[str] = []
+        """What a reader should know of these runs; tables and figures add to it, also the same line again."""
         self.shown: set[int] = set()
         """Rows of the runs that tables of single cells show."""
         for run, names in zip(runs["run"], runs["missing"], strict=True):
             for name in names:
-                self.note(f"{run}: {name} is not a finite number, it counts as missing")
+                self.notes.append(f"{run}: {name} is not a finite number, it counts as missing")
         for _, same in runs.groupby("masks", sort=False):
             if len(same) > 1:
                 names = _shortened(same["run"])
-                self.note(f"{names} have the same pruning; they differ in nothing that decides their scores")
-
-    def note(self, line: str) -> None:
-        """Keep a line that the report ends with."""
-        self.notes[line] = None
+                self.notes.append(f"{names} have the same pruning; they differ in nothing that decides their scores")
 
     @property
     def dense(self) -> pd.Series | None:
@@ -78,9 +74,11 @@ class Study:
             line = f"{len(found)} runs have the methods and sparsities of one cell ({_shortened(found['run'])})"
             found = found[found["text_published"] & found["image_published"]]
             if found["masks"].nunique() != 1:
-                self.note(f"{line}: none is shown in tables of single runs; report them from directories of their own")
+                self.notes.append(
+                    f"{line}: none is shown in tables of single runs; report them from directories of their own"
+                )
                 return None
-            self.note(f"{line}: shown is {found['run'].iloc[0]}, which counts as published (mode original)")
+            self.notes.append(f"{line}: shown is {found['run'].iloc[0]}, which counts as published (mode original)")
         self.shown.add(found.index[0])
         return found.iloc[0]
 

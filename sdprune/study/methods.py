@@ -62,8 +62,8 @@ def _method(spec: Mapping[str, Any]) -> str:
     granularity = spec["granularity"]
     name = criterion.lower() if allocation == "Uniform" else f"{allocation.lower()}_{criterion.lower()}"
     default = {"Magnitude": "layer", "Wanda": "row", "SparseGPT": "column_block"}.get(criterion)
-    parts = [name] if granularity == default else [name, f"by {granularity}"]
-    return " ".join([*parts, *(["band"] if spec.get("band") is not None else [])])
+    by = "" if granularity == default else f" by {granularity}"
+    return f"{name}{by}" + ("" if spec.get("band") is None else " band")
 
 
 def _choices(spec: Mapping[str, Any]) -> dict[str, str]:

@@ -42,7 +42,8 @@ def run(arguments: Sequence[str]) -> int:
         environment.autoescape = page == "report.html"
         template = environment.from_string((files("sdprune.study") / page).read_text())
         _write(out / page, template.render(sections=sections, found=found).encode())
-    for line in [f"left out: {one}" for one in found.left_out] + [line for study in groups for line in study.notes]:
+    notes = [line for section in sections for line in section["notes"]]
+    for line in [*(f"left out: {one}" for one in found.left_out), *notes]:
         print(f"sdprune: {line}", file=sys.stderr)
     groups_of = f"{len(groups)} comparable group{'s' * (len(groups) > 1)}"
     print(f"{len(found.runs)} runs in {groups_of}: {out / 'report.html'}")
@@ -61,7 +62,7 @@ def _section(study: Study, references: Mapping[str, Scores], out: Path, prefix: 
         _write(out / "figures" / figure.name, figure.content)
     return {
         "title": study.runs["title"].iloc[0], "runs": len(study.runs), "tables": tables, "figures": figures,
-        "invalid": study.runs[study.runs["invalid"] > 0].to_dict("records"), "notes": list(study.notes),
+        "invalid": study.runs[study.runs["invalid"] > 0].to_dict("records"), "notes": list(dict.fromkeys(study.notes)),
         "prefix": prefix,
     }  # fmt: skip
 

@@ -42,7 +42,7 @@ def run(arguments: Sequence[str]) -> int:
         InputError: an unknown flag, a file that is no grid sweep, a wrong number of jobs.
     """
     flags, options = _split(arguments)
-    given = SWEEP.parse(flags)
+    given = SWEEP.parse(flags, CELL_OPTIONS)
     grids = [Grid(path) for path in dict.fromkeys(located("sweep", "wandb_sweeps", file) for file in given.files)]
     cells, shared = _cells(grids, options)
     quiet()

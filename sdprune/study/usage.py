@@ -13,27 +13,13 @@ CELL_OPTIONS = ("config", "seed_everything", "trainer", "model", "data", "wandb"
 
 
 class Verb(argparse.ArgumentParser):
-    """The arguments of a verb.
-
-    Args:
-        name: of the verb.
-        usage: its arguments, for the help.
-        description: for the help, laid out as it is.
-        others: further options that the verb takes, for suggestions.
-    """
-
-    def __init__(self, name: str, usage: str, description: str, others: Sequence[str] = ()) -> None:
-        super().__init__(
-            prog=f"sdprune {name}", usage=f"sdprune {name} {usage}", description=description, allow_abbrev=False,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )  # fmt: skip
-        self.others = others
+    """The arguments of a verb; `str` gives its help."""
 
     def __str__(self) -> str:
         return self.format_help()
 
-    def parse(self, words: Sequence[str]) -> argparse.Namespace:
-        """Parse; options may stand between positional arguments.
+    def parse(self, words: Sequence[str], others: Sequence[str] = ()) -> argparse.Namespace:
+        """Parse; options may stand between positional arguments, `others` are further ones to suggest.
 
         Raises:
             InputError: an unknown option, or a value that is wrong or missing.
@@ -41,7 +27,8 @@ class Verb(argparse.ArgumentParser):
         found, rest = self.parse_known_intermixed_args(words)
         for word in rest:
             help_flag, *flags = [action.option_strings[-1] for action in self._actions if action.option_strings]
-            raise unknown(f"option of {self.prog}", word.partition("=")[0], [*flags, *self.others, help_flag])
+            choices = [*flags, *(f"--{name}" for name in others), help_flag]
+            raise unknown(f"option of {self.prog}", word.partition("=")[0], choices)
         return found
 
     def error(self, message: str) -> NoReturn:
@@ -64,9 +51,8 @@ def jobs(value: str) -> int:
 
 
 SWEEP = Verb(
-    "sweep",
-    "FILE [FILE ...] [--jobs N] [--dry-run] [--option=value ...]",
-    """\
+    "sdprune sweep", "sdprune sweep FILE [FILE ...] [--jobs N] [--dry-run] [--option=value ...]", allow_abbrev=False,
+    formatter_class=argparse.RawDescriptionHelpFormatter, description="""\
 Run every cell of W&B sweep files (method: grid) here, without a server. Each cell is the command that `wandb agent`
 would start, without --wandb; options given here are added to all of them. All cells are checked before the first one
 starts. A finished cell is not run again, and one that failed is tried again, when the same command is given again. At
@@ -76,8 +62,7 @@ alike, the sweep stops.
   sdprune sweep mini_methods_unet --data.n=64
 
 Exit code: 0 when every cell is done, 1 when one failed, 2 when one can be seen to be wrong before it runs.""",
-    [f"--{name}" for name in CELL_OPTIONS],
-)
+)  # fmt: skip
 SWEEP.add_argument("files", nargs="+", metavar="FILE", help="a path, or the name of a sweep that comes with sdprune")
 SWEEP.add_argument(
     "--jobs", type=jobs, default=1, metavar="N",
@@ -90,13 +75,12 @@ SWEEP.add_argument(
 )  # fmt: skip
 
 REPORT = Verb(
-    "report",
-    "DIR [DIR ...] [--out DIR] [--reference FILE]",
-    """\
+    "sdprune report", "sdprune report DIR [DIR ...] [--out DIR] [--reference FILE]", allow_abbrev=False,
+    formatter_class=argparse.RawDescriptionHelpFormatter, description="""\
 Make the study's tables and figures from the runs below these directories: report.html (one page with everything in
 it), report.md, figures/ and tables/*.csv. Runs of unlike prompts, noise, sampling or protocol are reported apart.
 Damaged and unfinished runs are left out, and named.""",
-)
+)  # fmt: skip
 REPORT.add_argument("directories", nargs="+", metavar="DIR", help="a directory with runs below it")
 REPORT.add_argument("--out", type=path, metavar="DIR", help="where to; <first DIR>/report by default")
 REPORT.add_argument(

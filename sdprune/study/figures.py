@@ -22,14 +22,11 @@ _SIDE = 128  # pixels of a picture in a sheet
 
 
 class Figure(NamedTuple):
-    """A picture with its caption."""
+    """A picture: the name of its file, the caption, and the bytes of an SVG or PNG file."""
 
     name: str
-    """The file name with its suffix."""
     caption: str
-    """One line of text."""
     content: bytes
-    """The bytes of the file, SVG or PNG."""
 
 
 def distinct(made: Sequence[Figure]) -> list[Figure]:

@@ -17,11 +17,7 @@ _CALIBRATION = ("component", "statistic", "layers", "version", "pipeline", "dtyp
 def pruned(kind: str, config: Mapping[str, Any], results: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
     """Return the columns of a kind: `text_method`, `text_sparsity`, `text_published`, and `text: NAME` of each choice.
 
-    Args:
-        kind: `text` or `image`.
-        config: a record's config.json.
-        results: its results.json.
-        names: of the components of this kind.
+    `config` and `results` are a record's, `names` those of the components of this kind.
     """
     specs = {name: spec for name, spec in config["prune"].items() if name in names}
     if not specs:

@@ -23,14 +23,7 @@ from sdprune.errors import InputError, cause
 
 @dataclass
 class Outcome:
-    """What became of a cell.
-
-    Args:
-        results: of the record; nothing of `fit`.
-        failure: one line, where it failed.
-        wandb: where its W&B runs can be seen, or the commands that send them.
-        seconds: that it took.
-    """
+    """What became of a cell: results of its record, or why it failed; where W&B shows its runs, or how to send them."""
 
     results: Mapping[str, Any] = field(default_factory=dict)
     failure: str | None = None
@@ -70,8 +63,7 @@ def run_apart(words: Sequence[str]) -> Outcome:
 class Worker:
     """A process that imports this package once and runs many cells; it ends with the process that started it.
 
-    Args:
-        threads: that torch may use; None leaves the environment's number.
+    Torch may use `threads`; None leaves the environment's number.
     """
 
     def __init__(self, threads: int | None) -> None:
@@ -129,14 +121,9 @@ def _receive(commands: SimpleQueue[list[str]]) -> None:
 
 
 def run_all(commands: Sequence[Sequence[str]], jobs: int) -> Generator[Outcome, None, None]:
-    """Run commands and yield what becomes of each, in their order; close the generator to stop them.
-
-    Args:
-        commands: each a verb and its options.
-        jobs: commands at once; with 1 they run in the main thread of this process, which can be interrupted.
-    """
+    """Run commands, so many at once, and yield what becomes of each, in their order; close the generator to stop."""
     apart = any(map(several_processes, commands))
-    if jobs == 1:
+    if jobs == 1:  # in the main thread, which can be interrupted
         yield from (_timed(run_apart if apart else run_here, words) for words in commands)
         return
     threads = None if "OMP_NUM_THREADS" in os.environ else max(1, len(os.sched_getaffinity(0)) // jobs)

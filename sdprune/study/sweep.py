@@ -24,15 +24,12 @@ _INTERVAL = ("_low", "_high", "_se")
 
 
 class Cell(NamedTuple):
-    """A point of a grid."""
+    """A point of a grid: its number in the file from 1, the values that vary, the command without `sdprune`."""
 
     grid: Grid
     number: int
-    """Its number in the file, from 1."""
     name: str
-    """The values that vary: `unet.sparsity=0.2`."""
     words: list[str]
-    """The command, without `sdprune`."""
 
 
 def run(arguments: Sequence[str]) -> int:

@@ -18,15 +18,12 @@ MISSING = "missing"
 
 
 class Table(NamedTuple):
-    """A title and rows of text."""
+    """A table of texts: the name of its file, the title, the cells under their heads, and a line below."""
 
     name: str
-    """The name of its file."""
     title: str
     cells: pd.DataFrame
-    """The texts of its cells under their heads."""
     note: str = ""
-    """A line below the table."""
 
     def markdown(self) -> str:
         """Return the table in GitHub's Markdown."""

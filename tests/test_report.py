@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from sdprune.runs.record import Record
+
 SIZES = {"text_encoder": 340_387_840, "unet": 865_910_724, "vae": 83_653_863}
 
 
@@ -50,8 +52,7 @@ def write(root: Path, prune, fid, clip, n=40, images=None, sizes=SIZES, seed=0, 
         "roles": {name: "text" if "text" in name else "denoiser" for name in sizes if name != "vae"},
         "samples": ["a dog", "a cat"],
     }  # fmt: skip
-    (run / "config.json").write_text(json.dumps(facts))
-    (run / "results.json").write_text(json.dumps(results))
+    finish(run, facts, results)
     noise = np.random.default_rng(0).normal(0, 0.01, n)
     angles = np.arccos(np.clip(clip + noise, -1, 1))
     texts = np.tile([1.0, 0.0], (n, 1))
@@ -60,6 +61,14 @@ def write(root: Path, prune, fid, clip, n=40, images=None, sizes=SIZES, seed=0, 
     for number in range(2):
         Image.new("RGB", (32, 32), (int(255 * share), 0, 99)).save(run / "samples" / f"{number}.png")
     return run
+
+
+def finish(run: Path, facts, results) -> None:
+    """Write facts and results as a finished run has them, in a directory of any name."""
+    record = Record(run.parent, run.name, facts)
+    record.directory = run
+    record.start()
+    record.finish(results | {"fingerprint": record.fingerprint})
 
 
 @pytest.fixture
@@ -179,9 +188,9 @@ def test_bad_input_is_one_line(study, sdprune, tmp_path):
             study,
             "--outt=x",
         ): "Unknown option of sdprune report '--outt'. Did you mean '--out'?",
-        ("report", study, "--out"): "--out wants a value",
-        ("report", study, "--out="): "--out is empty",
-        ("report", "--out=x"): "wants a directory of runs",
+        ("report", study, "--out"): "sdprune report: --out: expected one argument. See sdprune report --help.",
+        ("report", study, "--out="): "--out: the path is empty",
+        ("report", "--out=x"): "sdprune report: the following arguments are required: DIR. See sdprune report --help.",
         ("report", study, f"--reference={tmp_path / 'bad.csv'}"): "bad.csv is no file of results",
     }
     for arguments, words in cases.items():
@@ -213,8 +222,7 @@ def test_a_model_without_a_hub_id_has_its_name(study, sdprune, tmp_path):
         root = tmp_path / str(number)
         run = write(root, {}, 1.0, 0.9)
         facts, results = (json.loads((run / f"{file}.json").read_text()) for file in ("config", "results"))
-        (run / "config.json").write_text(json.dumps(facts | {"pipeline": {"files": "0123"}}))
-        (run / "results.json").write_text(json.dumps(results | {"model": name}))
+        finish(run, facts | {"pipeline": {"files": "0123"}}, results | {"model": name})
         assert sdprune("report", root).code == 0
         assert f"## {title}40 prompts" in (root / "report" / "report.md").read_text()
 

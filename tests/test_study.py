@@ -17,7 +17,7 @@ from sdprune.mini.source import EmbeddedWorld
 from sdprune.modules import PruningModule
 from sdprune.pipelines import StableDiffusion
 from sdprune.pruning import Budget, InfeasibleError, Size
-from sdprune.study.grid import cells, command
+from sdprune.study.grid import Grid
 
 SWEEPS = ROOT / "wandb_sweeps"
 SD2 = {"text_encoder": Size(340_387_840, 289_406_976), "unet": Size(865_910_724, 301_219_840)}
@@ -158,7 +158,7 @@ def study_cells(scale):
     """(text method, text sparsity, U-Net sparsity) of every cell, budgets resolved with SD2's counts."""
     found = []
     for path in sorted(SWEEPS.glob(f"{scale}_*.yaml")):
-        for cell in cells(path):
+        for cell in Grid(path).points:
             if "model.prune" in cell:
                 prune = yaml.safe_load(cell["model.prune"])
                 text, unet = prune["text_encoder"], prune["unet"]
@@ -210,9 +210,9 @@ def test_the_sweeps_are_the_studys_models(scale):
 @pytest.mark.parametrize("path", sorted(SWEEPS.glob("*study*.yaml")), ids=lambda path: path.stem)
 def test_every_cell_parses(path, sdprune, monkeypatch):
     monkeypatch.chdir(ROOT)
-    every = cells(path)
-    for cell in every[:: max(1, len(every) // 3)]:
-        told = sdprune(*command(path, cell), "--print_config")
+    grid = Grid(path)
+    for cell in grid.points[:: max(1, len(grid.points) // 3)]:
+        told = sdprune(*grid.command(cell), "--print_config")
         assert told.code == 0, told.err
         config = yaml.safe_load(told.out)["model"]["init_args"]
         if "model.budget.total" in cell:

@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -16,8 +15,7 @@ import pytest
 import yaml
 from command_lines import CONFIGS, predict, runs
 
-from sdprune.study.grid import cells, command
-from sdprune.study.runner import Runner
+from sdprune.study.grid import Grid
 
 ROOT = Path(__file__).parent.parent
 GRID = {
@@ -46,13 +44,13 @@ def quick(output: Path) -> list[str]:
     [("mini_methods_unet", 54), ("mini_methods_text_encoder", 54), ("mini_granularity_unet", 36), ("sd2_sparsity", 25)],
 )
 def test_shipped_grids_have_their_cells(name, count):
-    found = cells(ROOT / "wandb_sweeps" / f"{name}.yaml")
+    found = Grid(ROOT / "wandb_sweeps" / f"{name}.yaml").points
     assert len(found) == len({str(cell) for cell in found}) == count
 
 
 def test_a_cell_is_the_agents_command_without_wandb(tmp_path):
-    path = write(tmp_path / "grid.yaml")
-    assert command(path, cells(path)[3]) == [
+    grid = Grid(write(tmp_path / "grid.yaml"))
+    assert grid.command(grid.points[3]) == [
         "predict", f"--config={CONFIGS}/predict.yaml", "--model.prune.text_encoder.sparsity=0.0",
         "--model.prune.unet.criterion=Wanda", "--model.prune.unet.sparsity=0.6",
     ]  # fmt: skip
@@ -79,7 +77,7 @@ def test_every_cell_runs_once_and_calibrates_once(sdprune, tmp_path):
     dry = sdprune("sweep", path, "--dry-run", *options).out.splitlines()
     assert [line.endswith("  # finished already") for line in dry] == [True, True, True, False]
     assert [shlex.split(line, comments=True)[1:] for line in dry] == [
-        [*command(path, cell), *options] for cell in cells(path)
+        [*Grid(path).command(point), *options] for point in Grid(path).points
     ]
 
 
@@ -134,7 +132,7 @@ def test_options_of_the_cells_without_a_dot_are_no_flags(sdprune, tmp_path, name
 def test_a_wrong_number_of_jobs_is_told(sdprune, tmp_path, jobs):
     told = sdprune("sweep", write(tmp_path / "grid.yaml"), f"--jobs={jobs}")
     assert told.code == 2
-    assert f"--jobs is {jobs!r}: give a number of 1 or more" in told.err
+    assert f"--jobs: {jobs!r} is no number of 1 or more, as in --jobs=2" in told.err
 
 
 SMALL = {"model.prune.text_encoder.sparsity": {"value": 0}}
@@ -199,7 +197,7 @@ def test_dry_run_lists_the_commands_and_checks_them(sdprune, tmp_path):
     options = quick(tmp_path / "out")
     told = sdprune("sweep", path, "--dry-run", *options)
     assert (told.code, told.err) == (0, "")
-    expected = [["sdprune", *command(path, cell), *options] for cell in cells(path)]
+    expected = [["sdprune", *Grid(path).command(point), *options] for point in Grid(path).points]
     assert [shlex.split(line) for line in told.out.splitlines()] == expected
     assert not (tmp_path / "out").exists()
     told = sdprune("sweep", path, "--dry-run", *options, "--model.sede=1")
@@ -261,31 +259,62 @@ def test_a_table_shows_the_cells_by_score(sdprune, tmp_path, goal, reverse):
     assert [row[:2] for row in rows] == expected
 
 
-def test_a_worker_that_dies_fails_one_cell_only(tmp_path):
-    """Its successor goes on."""
-    with Runner(2, apart=False) as runner:
-        killer = threading.Timer(0.5, runner.workers[0].process.kill)
-        killer.start()
-        runner.workers[0].process.wait()
-        outcomes = list(runner.run([["predict", "--config=none.yaml"]] * 4))
-    (failure,) = {outcome.failure for outcome in outcomes}
-    assert failure.startswith("Unknown configuration 'none.yaml'.")
-    assert len(runner.workers) == 3
+def workers_of(sweep: "subprocess.Popen[str]") -> list[int]:
+    """The processes that run cells of a sweep."""
+    children = Path(f"/proc/{sweep.pid}/task/{sweep.pid}/children").read_text().split()
+    return [int(one) for one in children if b"runner import work" in Path(f"/proc/{one}/cmdline").read_bytes()]
 
 
-def test_an_interrupted_sweep_leaves_no_process(miniature, tmp_path):
-    path = write(tmp_path / "grid.yaml")
-    script = Path(sys.executable).parent / "sdprune"
-    words = [script, "sweep", path, "--jobs=2", *quick(tmp_path / "out"), "--model.sampling.steps=500"]
-    sweep = subprocess.Popen(
-        words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
-    )  # fmt: skip
+def when_it_draws(sweep: "subprocess.Popen[str]", output: Path, count: int = 1) -> None:
+    """Wait until cells of a sweep have begun to draw."""
     limit = time.monotonic() + 200
-    while not list((tmp_path / "out").glob("*/config.json")):
+    while len(list(output.glob("*/config.json"))) < count:
         assert sweep.poll() is None, sweep.stderr.read()
         assert time.monotonic() < limit
         time.sleep(0.2)
+
+
+def begin(path: Path, *options: str) -> "subprocess.Popen[str]":
+    """Start a sweep of two jobs in a process group of its own."""
+    words = [Path(sys.executable).parent / "sdprune", "sweep", path, "--jobs=2", *options]
+    return subprocess.Popen(
+        words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+    )  # fmt: skip
+
+
+def test_a_worker_that_dies_fails_one_cell_only(miniature, tmp_path):
+    """Its successor takes the next cell."""
+    parameters = SMALL | {"model.prune.unet.sparsity": {"values": [0.2, 0.4, 0.6]}}
+    parameters |= {"model.sampling.steps": {"value": 20}}
+    path = write(tmp_path / "grid.yaml", parameters=parameters)
+    sweep = begin(path, *(word for word in quick(tmp_path / "out") if "sampling.steps" not in word))
+    when_it_draws(sweep, tmp_path / "out")
+    os.kill(workers_of(sweep)[0], signal.SIGKILL)
+    out, err = sweep.communicate(timeout=300)
+    assert (sweep.returncode, err) == (1, "")
+    lines = [line for line in out.splitlines() if line.startswith("[")]
+    assert len(lines) == 3
+    assert sum("failed: its process died (exit code -9)" in line for line in lines) == 1
+    assert "2 of 3 cells done, 1 failed" in out
+
+
+def test_a_sweep_that_is_killed_takes_its_workers_with_it(miniature, tmp_path):
+    sweep = begin(write(tmp_path / "grid.yaml"), *quick(tmp_path / "out"), "--model.sampling.steps=500")
+    when_it_draws(sweep, tmp_path / "out")
+    workers = workers_of(sweep)
+    assert len(workers) == 2
+    sweep.kill()
+    sweep.communicate()
+    limit = time.monotonic() + 10
+    while any(Path(f"/proc/{one}/cmdline").exists() and Path(f"/proc/{one}/cmdline").read_bytes() for one in workers):
+        assert time.monotonic() < limit
+        time.sleep(0.1)
+
+
+def test_an_interrupted_sweep_leaves_no_process(miniature, tmp_path):
+    sweep = begin(write(tmp_path / "grid.yaml"), *quick(tmp_path / "out"), "--model.sampling.steps=500")
+    when_it_draws(sweep, tmp_path / "out")
     os.killpg(sweep.pid, signal.SIGINT)
     _, err = sweep.communicate(timeout=120)
     assert sweep.returncode == 130, err
@@ -294,11 +323,22 @@ def test_an_interrupted_sweep_leaves_no_process(miniature, tmp_path):
         os.killpg(sweep.pid, 0)
 
 
+def test_a_sweep_of_the_dense_model_alone_can_name_a_difference(sdprune, tmp_path):
+    """As the first cell of a sweep does: it is compared with nothing, so that its `metric:` cannot be judged."""
+    parameters = SMALL | {"model.prune.unet.sparsity": {"value": 0.0}}
+    path = write(tmp_path / "grid.yaml", parameters=parameters, metric={"name": "comparison/fid_diff"})
+    told = sdprune("sweep", path, *quick(tmp_path / "out"))
+    assert (told.code, told.err) == (0, "")
+    assert "1 of 1 cells done" in told.out
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
         ({"method": "bayes"}, "only `grid` has cells"),
         ({"parameters": {"a": {"min": 0, "max": 1}}}, "parameter a has neither"),
+        ({"parameters": {"a": {"values": []}}}, "parameter a has values []: give a list"),
+        ({"parameters": {"a": {"values": 3}}}, "parameter a has values 3: give a list"),
         ({"parameters": None}, "is no sweep"),
         ({"command": ["python", "${args}"]}, "must contain sdprune"),
     ],

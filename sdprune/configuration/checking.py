@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lightning.pytorch.cli import LightningArgumentParser
 
@@ -16,7 +16,17 @@ from sdprune.hub import offline
 from sdprune.identity import code_of
 from sdprune.modules import GenerationModule
 from sdprune.pruning import InfeasibleError
-from sdprune.study.worker import Checked
+
+
+class Checked(NamedTuple):
+    """What can be said of a command before it runs."""
+
+    fault: str | None = None
+    """One line on what is wrong with it."""
+    finished: bool = False
+    """Whether its record is there, as far as local files tell."""
+    numbers: list[str] = []  # noqa: RUF012 (never changed)
+    """Names of its results' numbers, as W&B has them; one that ends with a slash stands for all that begin so."""
 
 
 class _AllChecked(Exception):  # noqa: N818 (no error: it leaves LightningCLI's constructor before anything is run)

@@ -7,63 +7,62 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from sdprune.errors import InputError, unknown
 
 
-def cells(path: Path) -> list[dict[str, Any]]:
-    """The grid's points, the last parameter varying fastest.
+class Grid:
+    """A sweep file with `method: grid`.
+
+    Attributes:
+        path: of the file.
+        name: of the sweep.
+        points: values by parameter, the last parameter varying fastest.
+        metric: what the cells are ordered by, as W&B names it, if the file says so.
+        maximize: whether more of it is better.
 
     Raises:
-        InputError: the file is no grid sweep.
+        InputError: the file cannot be read, or is no grid sweep as W&B has it.
     """
-    sweep = read(path)
-    if sweep.get("method") != "grid":
-        raise InputError(f"{path} has method {sweep.get('method')!r}: only `grid` has cells; run it with wandb agent.")
-    values = {}
-    for name, given in sweep["parameters"].items():
-        if not isinstance(given, Mapping) or not {"value", "values"} & set(given):
-            raise InputError(f"{path}: parameter {name} has neither `value` nor `values`, which a grid needs.")
-        values[name] = given["values"] if "values" in given else [given["value"]]
-    return [dict(zip(values, point, strict=True)) for point in product(*values.values())]
+
+    def __init__(self, path: Path) -> None:
+        sweep = _read(path)
+        if sweep.get("method") != "grid":
+            method = sweep.get("method")
+            raise InputError(f"{path} has method {method!r}: only `grid` has cells; run it with wandb agent.")
+        values = {}
+        for name, given in sweep["parameters"].items():
+            if not isinstance(given, Mapping) or not {"value", "values"} & set(given):
+                raise InputError(f"{path}: parameter {name} has neither `value` nor `values`, which a grid needs.")
+            values[name] = given["values"] if "values" in given else [given["value"]]
+            if not isinstance(values[name], list) or not values[name]:
+                raise InputError(f"{path}: parameter {name} has values {values[name]!r}: give a list, as in [0.2].")
+        self.path, self.name = path, sweep.get("name", path.stem)
+        self.points = [dict(zip(values, point, strict=True)) for point in product(*values.values())]
+        self.words = [str(word) for word in sweep["command"]]
+        if "sdprune" not in self.words or "${args}" not in self.words:
+            raise InputError(f"{path}: its command must contain sdprune and ${{args}}, got {self.words}.")
+        metric = sweep.get("metric") or {}
+        if not isinstance(metric, Mapping) or not isinstance(metric.get("name"), (str, type(None))):
+            raise InputError(f"{path}: its metric is {metric!r}: give {{name: comparison/fid_diff, goal: minimize}}.")
+        goal = metric.get("goal", "minimize")
+        if goal not in ("minimize", "maximize"):
+            raise unknown(f"goal of the metric in {path}", goal, ("minimize", "maximize"))
+        self.metric, self.maximize = metric.get("name"), goal == "maximize"
+
+    def command(self, point: Mapping[str, Any]) -> list[str]:
+        """Return the arguments of `sdprune` that the agent would give for a point, without its W&B flag."""
+        arguments: list[str] = []
+        for word in self.words[self.words.index("sdprune") + 1 :]:
+            if word == "${args}":
+                arguments += [f"--{name}={value}" for name, value in point.items()]
+            elif not word.startswith("--wandb"):
+                arguments.append(word)
+        return arguments
 
 
-def command(path: Path, cell: Mapping[str, Any]) -> list[str]:
-    """The arguments of `sdprune` that the agent would give for a cell, without its W&B flag."""
-    words = [str(word) for word in read(path)["command"]]
-    if "sdprune" not in words or "${args}" not in words:
-        raise InputError(f"{path}: its command must contain sdprune and ${{args}}, got {words}.")
-    arguments: list[str] = []
-    for word in words[words.index("sdprune") + 1 :]:
-        if word == "${args}":
-            arguments += [f"--{name}={value}" for name, value in cell.items()]
-        elif not word.startswith("--wandb"):
-            arguments.append(word)
-    return arguments
-
-
-def metric(path: Path) -> tuple[str | None, bool]:
-    """What the cells are ordered by, as W&B names it, and whether more of it is better.
-
-    Raises:
-        InputError: it is not as W&B has it.
-    """
-    given = read(path).get("metric") or {}
-    if not isinstance(given, Mapping) or not isinstance(given.get("name"), (str, type(None))):
-        raise InputError(f"{path}: its metric is {given!r}: give {{name: comparison/fid_diff, goal: minimize}}.")
-    goal = given.get("goal", "minimize")
-    if goal not in ("minimize", "maximize"):
-        raise unknown(f"goal of the metric in {path}", goal, ("minimize", "maximize"))
-    return given.get("name"), goal == "maximize"
-
-
-def read(path: Path) -> dict[str, Any]:
-    """A sweep file's content.
-
-    Raises:
-        InputError: it cannot be read, or is no sweep.
-    """
-    import yaml
-
+def _read(path: Path) -> dict[str, Any]:
     try:
         sweep = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:

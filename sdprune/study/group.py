@@ -1,136 +1,114 @@
-"""Runs that may be compared with each other, told apart by everything that decides their masks."""
+"""Runs that may be compared with each other, and the cells of tables that they belong to."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import cached_property
-from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from sdprune.pruning import Budget, InfeasibleError, Size
-from sdprune.study.records import DENSE, Pruned, Run
+import pandas as pd
+
+from sdprune.study.methods import KINDS
 
 
-class Line(NamedTuple):
-    """Runs that pruned one component alone and differ in the sparsity only."""
+class Cell(NamedTuple):
+    """The methods and sparsities of both kinds of component; a dense one has no method."""
 
-    method: str
-    """Such as `owl_wanda`."""
-    name: str
-    """The method, and the choices by which several lines of this method differ: `owl_wanda, allocation m 5`."""
-    runs: list[Run]
-    """By sparsity."""
+    text_method: str = ""
+    text_sparsity: float = 0.0
+    image_method: str = ""
+    image_sparsity: float = 0.0
+
+    @classmethod
+    def of(cls, text_method: str, text: float, image: float, image_method: str = "magnitude") -> Cell:
+        """Make a cell; the method of a component that is left dense does not matter."""
+        return cls(text_method if text else "", text, image_method if image else "", image)
+
+
+DENSE = Cell()
+KEYS = list(Cell._fields)
 
 
 class Study:
     """Runs of the same prompts, noise, sampling and protocol.
 
     Args:
-        runs: of one kind.
+        runs: rows of one group, of what `records.read` found.
     """
 
-    def __init__(self, runs: Iterable[Run]) -> None:
-        self.runs = sorted(runs, key=lambda run: (run.key, str(run.directory)))
-        self._notes = dict.fromkeys(f"{run.name}: {note}" for run in self.runs for note in run.notes)
-        groups: dict[tuple[bool, str], list[Run]] = {}
-        same: dict[str, list[Run]] = {}
-        for run in self.runs:
-            same.setdefault(run.identity, []).append(run)
-            for text in (True, False):
-                groups.setdefault((text, run.component(text).pruned.method), []).append(run)
-        self.shown: set[Path] = set()
-        """Directories of the runs that tables of single cells show."""
-        self._varying = {group: _varying(found, group[0]) for group, found in groups.items()}
-        for found in same.values():
-            if len(found) > 1:
-                self.note(f"{_names(found)} have the same pruning; they differ in nothing that decides their scores")
-
-    def note(self, line: str) -> None:
-        """Keep a line that the report ends with."""
-        self._notes[line] = None
+    def __init__(self, runs: pd.DataFrame) -> None:
+        runs = runs.dropna(axis=1, how="all").sort_values([*KEYS, "directory"]).reset_index(drop=True)
+        for kind in KINDS:
+            runs[f"{kind}_choices"] = _varying_choices(runs, kind)
+            named = runs[f"{kind}_choices"].radd(", ").where(runs[f"{kind}_choices"] != "", "")
+            runs[f"{kind}_name"] = runs[f"{kind}_method"] + named
+        self.runs = runs
+        self.cells = {Cell(*key): same for key, same in runs.groupby(KEYS)}
+        """The runs of each cell, whatever their other choices."""
+        self.notes: list[str] = []
+        """What a reader should know of these runs; tables and figures add to it, also the same line again."""
+        self.shown: set[int] = set()
+        """Rows of the runs that tables of single cells show."""
+        for run, names in zip(runs["run"], runs["missing"], strict=True):
+            for name in names:
+                self.notes.append(f"{run}: {name} is not a finite number, it counts as missing")
+        for _, same in runs.groupby("masks", sort=False):
+            if len(same) > 1:
+                names = _shortened(same["run"])
+                self.notes.append(f"{names} have the same pruning; they differ in nothing that decides their scores")
 
     @property
-    def notes(self) -> list[str]:
-        """What a reader should know of these runs, each once; tables and figures add to it."""
-        return list(self._notes)
+    def dense(self) -> pd.Series | None:
+        """The run without pruning. Where there are several, they have the same scores."""
+        return self.cells[DENSE].iloc[0] if DENSE in self.cells else None
 
-    @cached_property
-    def dense(self) -> Run | None:
-        """The run without pruning; where there are several, they have the same scores."""
-        return next((run for run in self.runs if run.key == (DENSE, DENSE)), None)
+    def find(self, cell: Cell) -> pd.Series | None:
+        """Return the run of a cell.
 
-    def name(self, run: Run, text: bool) -> str:
-        """How a component was pruned: the method, and those of its other choices that vary among this method's runs."""
-        part = run.component(text)
-        varying = self._varying[text, part.pruned.method]
-        return ", ".join([part.pruned.method, *(f"{key} {part.choices.get(key, 'none')}" for key in varying)])
-
-    def candidates(self, text: Pruned, image: Pruned) -> list[Run]:
-        """The runs that were pruned by these methods to these sparsities, whatever their other choices."""
-        wanted = (text if text.sparsity else DENSE, image if image.sparsity else DENSE)
-        return [run for run in self.runs if run.key == wanted]
-
-    def find(self, text: Pruned, image: Pruned) -> Run | None:
-        """The run that was pruned so.
-
-        Of several with different masks it is the one that counts as the published code does; where that does not
-        decide, none. A note says so in both cases.
+        Of several runs with different masks it returns the one that counts as the published code does, or None where
+        that does not decide. A note says so in both cases.
         """
-        found = self.candidates(text, image)
-        if len({run.identity for run in found}) < 2:
-            return self._showing(found[0]) if found else None
-        original = [run for run in found if run.original]
-        told = f"{len(found)} runs have the methods and sparsities of one cell ({_names(found)})"
-        if len({run.identity for run in original}) == 1:
-            self.note(f"{told}: shown is {original[0].name}, which counts as published (mode original)")
-            return self._showing(original[0])
-        self.note(f"{told}: none is shown in tables of single runs; report them from directories of their own")
-        return None
-
-    def _showing(self, run: Run) -> Run:
-        self.shown.add(run.directory)
-        return run
-
-    def alone(self, text: bool) -> list[Line]:
-        """The runs that pruned one component alone."""
-        found: dict[str, Line] = {}
-        for run in self.runs:
-            if run.component(text).pruned != DENSE and run.component(not text).pruned == DENSE:
-                name = self.name(run, text)
-                found.setdefault(name, Line(run.component(text).pruned.method, name, [])).runs.append(run)
-        return sorted(found.values(), key=lambda line: line.name)
-
-    @property
-    def sizes(self) -> dict[str, Size]:
-        """Of the prunable components, as the first run counted."""
-        return {name: Size(parameters, 0) for name, parameters in self.runs[0].sizes.items()}
-
-    @property
-    def is_sd2(self) -> bool:
-        """Whether the model is of Stable Diffusion 2's size, so that published values may stand beside."""
-        return {size.parameters for size in self.sizes.values()} == {340_387_840, 865_910_724}
-
-    def split(self, total: float, text_share: float) -> tuple[float, float] | None:
-        """The sparsities of text encoder and U-Net by the study's Table 1; None where infeasible."""
-        text = self.runs[0].text_encoders
-        try:
-            found = Budget(total, text_share).sparsities(self.sizes, text)
-        except InfeasibleError:
+        if cell not in self.cells:
             return None
-        return found[text[0]], next(value for name, value in found.items() if name not in text)
+        found = self.cells[cell]
+        if found["masks"].nunique() > 1:
+            line = f"{len(found)} runs have the methods and sparsities of one cell ({_shortened(found['run'])})"
+            found = found[found["text_published"] & found["image_published"]]
+            if found["masks"].nunique() != 1:
+                self.notes.append(
+                    f"{line}: none is shown in tables of single runs; report them from directories of their own"
+                )
+                return None
+            self.notes.append(f"{line}: shown is {found['run'].iloc[0]}, which counts as published (mode original)")
+        self.shown.add(found.index[0])
+        return found.iloc[0]
 
-    @property
-    def title(self) -> str:
-        """One line on what all runs share."""
-        return self.runs[0].title
+    def alone(self, kind: str) -> dict[str, pd.DataFrame]:
+        """Return the runs that pruned one kind of component alone, by method and the choices that vary within it."""
+        (other,) = set(KINDS) - {kind}
+        dense = (self.runs[f"{other}_method"] == "") & (self.runs[f"{other}_sparsity"] == 0)
+        pruned = (self.runs[f"{kind}_method"] != "") | (self.runs[f"{kind}_sparsity"] != 0)
+        return dict(iter(self.runs[dense & pruned].groupby(f"{kind}_name")))
 
 
-def _varying(runs: Iterable[Run], text: bool) -> list[str]:
-    """Names of the choices that differ among runs."""
-    choices = [run.component(text).choices for run in runs]
-    names = sorted({name for one in choices for name in one})
-    return [name for name in names if len({one.get(name) for one in choices}) > 1]
+def number(run: pd.Series | None, name: str) -> float | None:
+    """Return a number of a run, such as `metrics/fid`; None where the run or the number is missing."""
+    value: Any = None if run is None else run.get(name)
+    return None if value is None or pd.isna(value) else value
 
 
-def _names(runs: list[Run]) -> str:
-    return ", ".join(run.name for run in runs[:3]) + (f" and {len(runs) - 3} more" if len(runs) > 3 else "")
+def _varying_choices(runs: pd.DataFrame, kind: str) -> pd.Series:
+    """Name the choices of each run that vary among the runs of its method: `allocation m 5, mode original`."""
+    choices = runs[sorted(column for column in runs if column.startswith(f"{kind}: "))]
+    found = pd.Series("", index=runs.index)
+    for _, same in choices.groupby(runs[f"{kind}_method"]):
+        varying = same.loc[:, same.nunique(dropna=False) > 1].fillna("none")
+        names = [column.removeprefix(f"{kind}: ") for column in varying]
+        found[same.index] = [
+            ", ".join(f"{name} {value}" for name, value in zip(names, values, strict=True)) for values in varying.values
+        ]
+    return found
+
+
+def _shortened(names: Iterable[str]) -> str:
+    names = list(names)
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

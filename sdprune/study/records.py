@@ -1,194 +1,186 @@
-"""Finished runs, read back: the only thing that tables and figures are made of."""
+"""Finished runs, read from their directories into one table; what cannot be used is left out, with the reason."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
-from functools import cached_property
-from hashlib import sha256
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
+from PIL import Image
 
-from sdprune.study.values import Value, printable
-
-
-class Difference(NamedTuple):
-    """Pruned minus dense, with the ends of its 95 % interval where there is one."""
-
-    value: float
-    low: float | None
-    high: float | None
-
-
-class Pruned(NamedTuple):
-    """How one component was pruned, as far as the study's tables tell methods apart."""
-
-    method: str
-    """Such as `magnitude`, `owl_wanda` or `wanda by layer`; empty where it was left dense."""
-    sparsity: float
+from sdprune.errors import InputError
+from sdprune.files import read_json
+from sdprune.identity import fingerprint
+from sdprune.pipelines.resolve import MINIATURE
+from sdprune.runs.comparison import COMPARED, protocol
+from sdprune.runs.png import read_png
+from sdprune.runs.record import is_whole
+from sdprune.study.methods import KINDS, pruned
+from sdprune.study.text import printable
 
 
-DENSE = Pruned("", 0.0)
+class Found(NamedTuple):
+    """What lies below some directories."""
+
+    runs: pd.DataFrame
+    """A row for each run; runs of the same `group` may be compared with each other."""
+    infeasible: list[str]
+    """Budgets that cannot be met, with the reasons that their records give."""
+    left_out: list[str]
+    """Damaged or unfinished records, each with the reason."""
 
 
-@dataclass(frozen=True)
-class Component:
-    """The pruning of the text encoders, or of what stands beside them: the U-Net.
+def read(directories: Iterable[str | Path]) -> Found:
+    """Read every record below these directories.
 
-    Args:
-        pruned: the method and the sparsity.
-        choices: all other choices that decide the masks, calibration included, as words by name.
-        original: whether weights were counted as in the published code.
+    Raises:
+        InputError: a directory that is not there, or no finished record at all.
     """
-
-    pruned: Pruned = DENSE
-    choices: Mapping[str, str] = field(default_factory=dict)
-    original: bool = True
-
-
-@dataclass(frozen=True)
-class Run:
-    """A finished record whose every part has been checked.
-
-    Args:
-        directory: where it lies.
-        identity: everything that decided its masks; equal for equal prunings only.
-        shared: the facts that runs must have in common to be compared.
-        protocols: how each score was measured.
-        title: one line on them.
-        text: the text encoders' pruning.
-        image: that of the U-Net, or what stands in its place.
-        samples: the prompts of samples/0.png, samples/1.png and so on.
-        n: images.
-        nominal: the sparsity as the study counts.
-        zeros: shares of weights that are zero, over `targets`, `prunable` and `pipeline`.
-        sizes: parameters by prunable component.
-        text_encoders: which of these are text encoders.
-        metrics: scores.
-        comparison: differences to the dense run, with the ends of their intervals.
-        images: how many are `black`, `not_finite` and `invalid`.
-        clip_scores: of every image [n]; None where the CLIP score was not measured.
-        notes: what is missing from it.
-    """
-
-    directory: Path
-    identity: str
-    shared: Mapping[str, Any]
-    protocols: Mapping[str, Any]
-    title: str
-    text: Component
-    image: Component
-    samples: tuple[str, ...]
-    n: int
-    nominal: float
-    zeros: Mapping[str, float]
-    sizes: Mapping[str, int]
-    text_encoders: tuple[str, ...]
-    metrics: Mapping[str, float]
-    comparison: Mapping[str, float]
-    images: Mapping[str, int]
-    clip_scores: np.ndarray | None
-    notes: tuple[str, ...] = ()
-
-    @cached_property
-    def name(self) -> str:
-        """Of the directory."""
-        return printable(self.directory.name)
-
-    @property
-    def key(self) -> tuple[Pruned, Pruned]:
-        """How both components were pruned."""
-        return self.text.pruned, self.image.pruned
-
-    @property
-    def original(self) -> bool:
-        """Whether every component was counted as in the published code."""
-        return self.text.original and self.image.original
-
-    def component(self, text: bool) -> Component:
-        """One of the two."""
-        return self.text if text else self.image
-
-    def difference(self, metric: str) -> Difference | None:
-        """A metric's difference to the dense model, None for the dense one itself and where it was not measured."""
-        value = self.comparison.get(f"{metric}_diff")
-        ends = [self.comparison.get(f"{metric}_diff_{end}") for end in ("low", "high")]
-        return None if value is None else Difference(value, *ends)
+    roots = [Path(directory) for directory in directories]
+    rows: list[dict[str, Any]] = []
+    infeasible: set[str] = set()
+    left_out: list[str] = []
+    groups: list[tuple[str, dict[str, Any]]] = []
+    for root in roots:
+        if not root.is_dir():
+            raise InputError(f"No directory {str(root)!r}: give one that `sdprune predict` wrote runs to.")
+    for directory in _walk(roots, left_out):
+        try:
+            results = read_json(directory / "results.json")
+            if not is_whole(results):
+                raise InputError("results.json is damaged or of another version: delete it and run again")
+            if "infeasible" in results:
+                infeasible.add(printable(f"{results['label'].rpartition('-')[0]}: {results['infeasible']}"))
+                continue
+            config = read_json(directory / "config.json")
+            if fingerprint(config) != results["fingerprint"]:
+                raise InputError("config.json is damaged or of another run: delete results.json and run again")
+            row = _row(directory, config, results)
+            shared = fingerprint({name: config[name] for name in COMPARED})
+            rows.append({"group": _group(groups, shared, protocol(results)), **row})
+        except InputError as error:
+            left_out.append(printable(f"{directory}: {error}"))
+        except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
+            reason = f"not as this version of sdprune writes it ({type(error).__name__}: {error}): run again"
+            left_out.append(printable(f"{directory}: {reason}"))
+    if not rows:
+        reason = "".join(f"; left out: {one}" for one in left_out[:1])
+        raise InputError(
+            f"No finished run below {', '.join(map(str, roots))}: run sdprune predict or sweep first{reason}."
+        )
+    return Found(pd.DataFrame(rows), sorted(infeasible), left_out)
 
 
-def component(prune: Value, calibration: Value, pruning: Value | None, names: Collection[str]) -> Component:
-    """Read the pruning of one of the two kinds of component.
-
-    Args:
-        prune: config.json's, by component.
-        calibration: config.json's, what each statistic depends on.
-        pruning: results.json's counts, by component.
-        names: of the components of this kind.
-    """
-    specs = {name: spec for name, spec in prune.items() if name in names}
-    if not specs:
-        return Component()
-    first, *others = specs
-    choices = _choices(specs[first])
-    for name in others:  # they usually are pruned alike
-        more = {f"{name} {key}": value for key, value in _choices(specs[name]).items() if value != choices.get(key)}
-        if _amount(specs[name], name, pruning) != _amount(specs[first], first, pruning):
-            more[f"{name} sparsity"] = f"{_amount(specs[name], name, pruning):g}"
-        choices |= more
-    for need in calibration.elements():
-        if need["component"].text() in specs:
-            skipped = ("component", "statistic", "layers", "version", "pipeline", "dtype", "prune", "allocation")
-            choices |= _words(need.mapping(), "calibration", skipped)
-    pruned = Pruned(_method(specs[first]), _amount(specs[first], first, pruning))
-    return Component(pruned, choices, all(spec.get("mode", "exact") == "original" for spec in specs.values()))
+def _group(groups: list[tuple[str, dict[str, Any]]], shared: str, protocols: Mapping[str, Any]) -> int:
+    """Return the number of the first group with these facts whose protocols agree; further scores do not matter."""
+    for number, (facts, known) in enumerate(groups):
+        if facts == shared and all(known.get(name, one) == one for name, one in protocols.items()):
+            known |= protocols
+            return number
+    groups.append((shared, dict(protocols)))
+    return len(groups) - 1
 
 
-def _amount(spec: Value, name: str, pruning: Value | None) -> float:
-    """The sparsity, or the width of the band; where the allocation or a pattern decides it, what was pruned."""
-    if spec.get("band") is not None:
-        low, high = (end.number(0, 1) for end in spec["band"].elements(2))
-        return round(high - low, 6)
-    given = spec["sparsity"].number(0, 1)
-    if given or pruning is None or name not in pruning.mapping():
-        return given
-    counts = pruning[name]
-    return round(counts["pruned"].number(0) / counts["weights"].number(1), 4)
+def _walk(roots: Iterable[Path], left_out: list[str]) -> Iterator[Path]:
+    """Yield each directory with results.json once, also behind symbolic links; add unusable ones to `left_out`."""
+
+    def unreadable(error: OSError) -> None:
+        left_out.append(printable(f"{error.filename}: {error.strerror}"))
+
+    seen = set()
+    for root in sorted(roots):
+        for directory, folders, files in os.walk(root, followlinks=True, onerror=unreadable):
+            folders.sort()
+            real = os.path.realpath(directory)
+            if real in seen or "model_index.json" in files:
+                folders.clear()
+                continue
+            seen.add(real)
+            if "results.json" in files:
+                folders.clear()
+                yield Path(directory)
+            elif "config.json" in files and "images" in folders:
+                folders.clear()
+                left_out.append(printable(f"{directory}: not finished, give its command again"))
 
 
-def _method(spec: Value) -> str:
-    criterion, allocation = (spec[part]["class"].identifier() for part in ("criterion", "allocation"))
-    granularity = spec["granularity"].text()
-    name = criterion.lower() if allocation == "Uniform" else f"{allocation.lower()}_{criterion.lower()}"
-    own = {"Magnitude": "layer", "Wanda": "row", "SparseGPT": "column_block"}.get(criterion)
-    parts = [name] if granularity == own else [name, f"by {granularity}"]
-    return " ".join([*parts, *(["band"] if spec.get("band") is not None else [])])
+def _row(directory: Path, config: Mapping[str, Any], results: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the columns of one run."""
+    roles, sparsity, images = results["roles"], results["sparsity"], results["images"]
+    names = {kind: [name for name in roles if (roles[name] == "text") == (kind == "text")] for kind in KINDS}
+    if not all(names.values()):
+        raise InputError(f"its components are {', '.join(roles)}: a report needs a text encoder and a denoiser")
+    numbers = {f"{part}/{name}": one for part in ("metrics", "comparison") for name, one in results[part].items()}
+    numbers.pop("comparison/dense", None)
+    missing = [name for name, number in numbers.items() if not math.isfinite(number)]
+    return {
+        "run": printable(directory.name),
+        "directory": str(directory),
+        "title": _title(config, results),
+        "masks": fingerprint({"prune": config["prune"], "calibration": config.get("calibration", [])}),
+        **{column: value for kind in KINDS for column, value in pruned(kind, config, results, names[kind]).items()},
+        "n": int(results["n"]),
+        "nominal": float(sparsity["nominal"]),
+        **{f"zeros of {name}": float(sparsity[name]["zero_fraction"]) for name in ("targets", "prunable", "pipeline")},
+        **numbers | dict.fromkeys(missing, math.nan),
+        "missing": [name.partition("/")[2] for name in missing],
+        "black": images["black"],
+        "not_finite": images["not_finite"],
+        "invalid": len(images["invalid"]),
+        "samples": [printable(prompt) for prompt in results["samples"]],
+        "clip_scores": _clip_scores(directory / "rows.npz", results["n"], results["metrics"].get("clip_score")),
+        "sizes": {name: sparsity["components"][name]["parameters"] for name in roles},
+        "text_encoders": names["text"],
+    }
 
 
-def _choices(spec: Value) -> dict[str, str]:
-    words = _words(spec.mapping(), "", ("sparsity", "band", "granularity", "class"))
-    if spec.get("band") is not None:
-        words["band from"] = f"{spec['band'].elements(2)[0].number(0, 1):g}"
-    return words
+def _title(config: Mapping[str, Any], results: Mapping[str, Any]) -> str:
+    """Write in one line what runs that may be compared have in common."""
+    model = config["pipeline"].get("model")  # a hub id; a local model has the name that its configuration gave it
+    name = results.get("model") or "a local model"
+    sampling = config["sampling"]
+    parts = [
+        model if model is not None else "the miniature" if name == MINIATURE else name,
+        f"{config['data']['n']} prompts",
+        f"{sampling['steps']} steps",
+        f"guidance {sampling['guidance']:g}",
+        f"seed {config['seed']:g}",
+        *sorted({part["protocol"] for part in results["protocols"].values() if "protocol" in part}),
+    ]
+    return ", ".join(map(printable, parts))
 
 
-def _words(values: Mapping[str, Any], prefix: str, skipped: tuple[str, ...] = ()) -> dict[str, str]:
-    """Nested values as words by name: `{"allocation m": "5", "mode": "original"}`."""
-    words: dict[str, str] = {}
-    for key, value in values.items():
-        name = prefix if key in ("options", "prompts") else f"{prefix} {printable(key)}".strip()
-        if key in skipped:
-            continue
-        if isinstance(value, Mapping):
-            words |= _words(value, name, skipped if key in ("criterion", "allocation") else ())
-        else:
-            words[name] = _word(value)
-    return words
+def _clip_scores(path: Path, n: int, score: float | None) -> np.ndarray | None:
+    """Return the cosines [n] of each image and its prompt, by the network whose mean cosine the score is."""
+    try:
+        with np.load(path, allow_pickle=False) as rows:
+            names = [name.removesuffix(".texts") for name in rows if name.endswith(".texts")]
+            found = [_cosines(rows[f"{name}.texts"], rows[f"{name}.features"]) for name in names]
+        if not found or score is None:
+            return None
+        cosines = min(found, key=lambda one: abs(one.mean() - score))
+    except Exception as error:  # zipfile, zlib and NumPy each have their own
+        raise InputError(f"rows.npz is missing or damaged ({printable(str(error))[:80]})") from error
+    if cosines.shape != (n,) or not np.isfinite(cosines).all():
+        raise InputError(f"rows.npz is damaged: its CLIP rows do not give {n} finite cosines")
+    return cosines
 
 
-def _word(value: Any) -> str:
-    if value is None:
-        return "none"
-    text = printable("+".join(map(str, value)) if isinstance(value, list) else str(value))
-    return text if len(text) <= 24 else "#" + sha256(text.encode()).hexdigest()[:8]
+def _cosines(texts: np.ndarray, images: np.ndarray) -> np.ndarray:
+    with np.errstate(all="ignore"):
+        units = [part.astype(float) / np.linalg.norm(part, axis=1, keepdims=True) for part in (texts, images)]
+        return np.asarray((units[0] * units[1]).sum(1))
+
+
+def sample(run: Any, number: int, side: int) -> np.ndarray | None:
+    """Read one of a run's sample pictures, uint8 [side, side, 3]; None where it is missing or damaged."""
+    try:
+        pixels = read_png(Path(run["directory"]) / "samples" / f"{number}.png").pixels
+        how = Image.Resampling.NEAREST if min(pixels.shape[:2]) < side else Image.Resampling.LANCZOS
+        return np.asarray(Image.fromarray(pixels).resize((side, side), how))
+    except (InputError, ValueError, Image.DecompressionBombError):
+        return None

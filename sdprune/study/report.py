@@ -4,98 +4,67 @@ from __future__ import annotations
 
 import base64
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from sdprune.errors import InputError
+from jinja2 import Environment
+
 from sdprune.files import replacing, require_writable
-from sdprune.study.figures import Figure, figures
+from sdprune.study.figures import Figure
 from sdprune.study.group import Study
-from sdprune.study.markdown import escape
-from sdprune.study.reading import Found, read
-from sdprune.study.tables import Reference, published, tables
-from sdprune.study.usage import Flags, path
+from sdprune.study.ramesh_zhao import Scores, load_reference, published, report_figures, report_tables
+from sdprune.study.records import read
+from sdprune.study.text import escape
+from sdprune.study.usage import REPORT
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Write the report.
-
-    Args:
-        arguments: of `sdprune report`.
-
-    Returns:
-        The exit code.
+    """Write the report that these arguments of `sdprune report` name, and return the exit code.
 
     Raises:
         InputError: unknown options, directories without finished runs, a reference that cannot be read.
     """
-    flags = Flags("report")
-    flags.add_argument("--out", type=path)
-    flags.add_argument("--reference", type=path)
-    options, directories = flags.read(arguments)
-    if not directories:
-        raise InputError("sdprune report wants a directory of runs, as in: sdprune report runs.")
-    given = [Reference.load(Path(options.reference), "reference")] if options.reference else []
-    out = Path(options.out or Path(directories[0]) / "report")
-    found = read(directories)
+    options = REPORT.parse(arguments)
+    references = {"reference": load_reference(Path(options.reference))} if options.reference else {}
+    out = Path(options.out or Path(options.directories[0]) / "report")
+    found = read(options.directories)
     require_writable(out, "--out")
-    sections = []
-    for number, study in enumerate(found.studies):
-        beside = [*([published()] if study.is_sd2 else []), *given]
-        sections.append(_section(study, beside, out, f"{number + 1}_" if number else ""))
-    _write(out / "report.md", _markdown(sections, found).encode())
-    _write(out / "report.html", _html(sections, found).encode())
-    runs, groups = sum(len(study.runs) for study in found.studies), len(found.studies)
-    for line in [f"left out: {one}" for one in found.left_out] + [line for one in found.studies for line in one.notes]:
+    groups = [Study(runs) for _, runs in found.runs.groupby("group")]
+    groups.sort(key=lambda study: -len(study.runs))
+    sections = [
+        _section(study, references, out, f"{number}_" if number > 1 else "") for number, study in enumerate(groups, 1)
+    ]
+    environment = Environment()
+    environment.filters |= {"uri": _uri, "escaped": escape}
+    for page in ("report.md", "report.html"):
+        environment.autoescape = page == "report.html"
+        template = environment.from_string((files("sdprune.study") / page).read_text())
+        _write(out / page, template.render(sections=sections, found=found).encode())
+    notes = [line for section in sections for line in section["notes"]]
+    for line in [*(f"left out: {one}" for one in found.left_out), *notes]:
         print(f"sdprune: {line}", file=sys.stderr)
-    print(f"{runs} runs in {groups} comparable group{'s' * (groups > 1)}: {out / 'report.html'}")
+    groups_of = f"{len(groups)} comparable group{'s' * (len(groups) > 1)}"
+    print(f"{len(found.runs)} runs in {groups_of}: {out / 'report.html'}")
     return 0
 
 
-def _section(study: Study, references: Sequence[Reference], out: Path, prefix: str) -> dict[str, Any]:
-    made = tables(study, references)
-    drawn = figures(study)
-    for table in made:
-        _write(out / "tables" / f"{prefix}{table.name}.csv", table.csv().encode())
-    for figure in drawn:
-        figure.name = f"{prefix}{figure.name}"
+def _section(study: Study, references: Mapping[str, Scores], out: Path, prefix: str) -> dict[str, Any]:
+    """Write a group's tables and figures, and return what the pages show of it."""
+    tables = report_tables(study, {**published(study), **references})
+    figures = [figure._replace(name=f"{prefix}{figure.name}") for figure in report_figures(study)]
+    for table in tables:
+        _write(
+            out / "tables" / f"{prefix}{table.name}.csv", table.cells.to_csv(index=False, lineterminator="\n").encode()
+        )
+    for figure in figures:
         _write(out / "figures" / figure.name, figure.content)
-    invalid = [(run.name, run.images) for run in study.runs if run.images["invalid"]]
     return {
-        "title": study.title, "runs": len(study.runs), "tables": made, "figures": drawn, "invalid": invalid,
-        "notes": study.notes, "prefix": prefix,
+        "title": study.runs["title"].iloc[0], "runs": len(study.runs), "tables": tables, "figures": figures,
+        "invalid": study.runs[study.runs["invalid"] > 0].to_dict("records"), "notes": list(dict.fromkeys(study.notes)),
+        "prefix": prefix,
     }  # fmt: skip
-
-
-def _markdown(sections: Sequence[dict[str, Any]], found: Found) -> str:
-    lines = ["# Report", ""]
-    for section in sections:
-        everything = f"All that was counted and measured of each is in tables/{section['prefix']}runs.csv."
-        lines += [f"## {escape(section['title'])}", "", f"{section['runs']} runs. {everything}", ""]
-        lines += [table.markdown() for table in section["tables"] if table.name != "runs"]
-        for figure in section["figures"]:
-            caption = escape(figure.caption)
-            lines += [f"### {caption}", "", f"![{caption}](figures/{figure.name})", ""]
-        lines += _list("### Notes", section["notes"])
-    lines += _list("## Infeasible budgets", found.infeasible)
-    lines += _list("## Left out", map(str, found.left_out))
-    return "\n".join(lines)
-
-
-def _list(title: str, items: Iterable[str]) -> list[str]:
-    lines = [f"- {escape(item)}" for item in items]
-    return [title, "", *lines, ""] if lines else []
-
-
-def _html(sections: Sequence[dict[str, Any]], found: Found) -> str:
-    from jinja2 import Environment
-
-    page = (files("sdprune.study") / "report.html").read_text()
-    environment = Environment(autoescape=True)
-    environment.filters["uri"] = _uri
-    return environment.from_string(page).render(sections=sections, found=found)
 
 
 def _uri(figure: Figure) -> str:

@@ -4,167 +4,151 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from sdprune.configuration.quiet import quiet
 from sdprune.configuration.shipped import located
-from sdprune.errors import InputError, unknown
-from sdprune.study.grid import cells, command, metric, read
-from sdprune.study.runner import Runner, several_processes
-from sdprune.study.usage import Flags, jobs
-from sdprune.study.worker import Checked, Outcome
+from sdprune.errors import unknown
+from sdprune.study.grid import Grid
+from sdprune.study.runner import Outcome, run_all
+from sdprune.study.usage import CELL_OPTIONS, SWEEP
+
+if TYPE_CHECKING:
+    from sdprune.configuration.checking import Checked
 
 _ALIKE = 3  # failures of the same kind, and nothing else, that stop a sweep
-_ROOTS = ("config", "seed_everything", "trainer", "model", "data", "wandb", "wandb_project", "wandb_group")
-"""Options of the cells' verbs without a dot; here, since importing those verbs takes seconds."""
 _INTERVAL = ("_low", "_high", "_se")
 
 
 class Cell(NamedTuple):
-    """A point of a grid."""
+    """A point of a grid: its number in the file from 1, the values that vary, the command without `sdprune`."""
 
-    file: Path
+    grid: Grid
     number: int
-    """In the file, from 1."""
     name: str
-    """The values that vary: `unet.sparsity=0.2`."""
     words: list[str]
-    """The command, without `sdprune`."""
 
 
-def run(arguments: Sequence[str], tell: Callable[[str], None] = print) -> int:
-    """Run all cells of the files named, and tell the scores of each.
-
-    Args:
-        arguments: of `sdprune sweep`.
-        tell: prints a line.
-
-    Returns:
-        The exit code.
+def run(arguments: Sequence[str]) -> int:
+    """Run all cells that these arguments of `sdprune sweep` name, print their scores, and return the exit code.
 
     Raises:
-        InputError: a flag that there is not, a file that is no grid sweep, a wrong number of jobs.
+        InputError: an unknown flag, a file that is no grid sweep, a wrong number of jobs.
     """
-    own, options = _split(arguments)
-    flags = Flags("sweep", ["--help", *(f"--{name}" for name in _ROOTS)])
-    flags.add_argument("--jobs", type=jobs, default=1)
-    flags.add_argument("--dry-run", action="store_true")
-    given, places = flags.read(own)
-    if not places:
-        raise InputError("sdprune sweep wants a file, as in: sdprune sweep mini_sparsity.")
-    todo, shared = _todo([located("sweep", "wandb_sweeps", place) for place in places], options)
-    with Runner(min(given.jobs, len(todo)), any(several_processes(cell.words) for cell in todo)) as runner:
-        checked = runner.check([cell.words for cell in todo])
-        faults = [*_faults(todo, checked), *_unrecorded(todo, checked)]
-        for line in faults:
-            print(f"sdprune: error: {line}", file=sys.stderr)
-        if faults:
-            return 2
-        if not given.dry_run:
-            return _run(todo, [one.finished for one in checked], shared, runner, tell)
-    for cell, one in zip(todo, checked, strict=True):
-        tell(shlex.join(["sdprune", *cell.words]) + ("  # finished already" if one.finished else ""))
+    flags, options = _split(arguments)
+    given = SWEEP.parse(flags, CELL_OPTIONS)
+    grids = [Grid(path) for path in dict.fromkeys(located("sweep", "wandb_sweeps", file) for file in given.files)]
+    cells, shared = _cells(grids, options)
+    quiet()
+    from sdprune.configuration.checking import check
+
+    checked = check([cell.words for cell in cells])
+    faults = [*_faults(cells, checked), *(line for grid in grids for line in _unrecorded(grid, cells, checked))]
+    for line in faults:
+        print(f"sdprune: error: {line}", file=sys.stderr)
+    if faults:
+        return 2
+    if not given.dry_run:
+        if shared:
+            print(f"In all cells: {shared}")
+        return _run(grids, cells, [one.finished for one in checked], min(given.jobs, len(cells)))
+    for cell, one in zip(cells, checked, strict=True):
+        print(shlex.join(["sdprune", *cell.words]) + ("  # finished already" if one.finished else ""))
     return 0
 
 
-def _split(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The sweep's own words, and the options of its cells, each with its value."""
-    own: list[str] = []
+def _split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Separate the arguments of the sweep itself from the options of its cells, each joined with its value."""
+    flags: list[str] = []
     options: list[str] = []
-    todo = list(words)
-    while todo:
-        word = todo.pop(0)
+    words = list(arguments)
+    while words:
+        word = words.pop(0)
         name, equals, _ = word.partition("=")
-        if not word.startswith("--") or not ("." in name or name.strip("-+") in _ROOTS):
-            own.append(word)
-        elif equals or not todo or todo[0].startswith("--"):
+        if not word.startswith("--") or not ("." in name or name.strip("-+") in CELL_OPTIONS):
+            flags.append(word)
+        elif equals or not words or words[0].startswith("--"):
             options.append(word)
         else:
-            options.append(f"{word}={todo.pop(0)}")
-    return own, options
+            options.append(f"{word}={words.pop(0)}")
+    return flags, options
 
 
-def _todo(files: Iterable[Path], options: Sequence[str]) -> tuple[list[Cell], str]:
-    """The cells, and what all of them have in common."""
-    grids = {file: cells(file) for file in files}
-    points = [point for grid in grids.values() for point in grid]
+def _cells(grids: Sequence[Grid], options: Sequence[str]) -> tuple[list[Cell], str]:
+    """List the cells of all grids, and write what all of them have in common."""
+    points = [point for grid in grids for point in grid.points]
     names = dict.fromkeys(name for point in points for name in point)
     varying = [name for name in names if len({str(point.get(name)) for point in points}) > 1]
-    todo = []
-    for file, grid in grids.items():
-        for number, point in enumerate(grid, 1):
-            name = _named((key, point[key]) for key in varying if key in point) or file.stem
-            todo.append(Cell(file, number, name, [*command(file, point), *_group(file, options), *options]))
+    logged = any(word.startswith("--wandb") for word in options)
+    cells = []
+    for grid in grids:
+        group = [f"--wandb_group={grid.name}"] if logged else []
+        for number, point in enumerate(grid.points, 1):
+            name = _named((key, point[key]) for key in varying if key in point) or grid.path.stem
+            cells.append(Cell(grid, number, name, [*grid.command(point), *group, *options]))
     fixed = [(key, value) for key, value in points[0].items() if key not in varying] if points else []
-    return todo, " ".join([_named(fixed), *(word.removeprefix("--") for word in options)]).strip()
+    return cells, " ".join([_named(fixed), *(word.removeprefix("--") for word in options)]).strip()
 
 
 def _named(values: Iterable[tuple[str, Any]]) -> str:
     return " ".join(f"{name}={value}".removeprefix("model.prune.") for name, value in values)
 
 
-def _faults(todo: Sequence[Cell], checked: Sequence[Checked]) -> list[str]:
-    """One line for each kind of fault, with the first cell that has it."""
-    by: dict[tuple[Path, str], list[Cell]] = {}
-    for cell, one in zip(todo, checked, strict=True):
+def _faults(cells: Sequence[Cell], checked: Sequence[Checked]) -> list[str]:
+    """Write one line for each kind of fault, with the first cell that has it."""
+    found: dict[tuple[Path, str], list[Cell]] = {}
+    for cell, one in zip(cells, checked, strict=True):
         if one.fault is not None:
-            by.setdefault((cell.file, one.fault), []).append(cell)
+            found.setdefault((cell.grid.path, one.fault), []).append(cell)
     lines = []
-    for (file, fault), same in by.items():
-        more = f" and {len(same) - 1} more" if len(same) > 1 else ""
-        lines.append(f"{file}, cell {same[0].number} ({same[0].name}){more}: {fault}")
+    for (path, fault), (first, *others) in found.items():
+        more = f" and {len(others)} more" if others else ""
+        lines.append(f"{path}, cell {first.number} ({first.name}){more}: {fault}")
     return lines
 
 
-def _unrecorded(todo: Sequence[Cell], checked: Sequence[Checked]) -> list[str]:
-    """One line for each file whose `metric:` is not among the numbers that its cells record."""
-    lines = []
-    for file in dict.fromkeys(cell.file for cell in todo):
-        name, _ = metric(file)
-        found = [one for cell, one in zip(todo, checked, strict=True) if cell.file == file]
-        known = dict.fromkeys(number for one in found for number in one.numbers)
-        if name is None or not known or any(one.fault for one in found):  # `fit` scores nothing
-            continue
-        plain = next((name.removesuffix(end) for end in _INTERVAL if name.endswith(end)), name)
-        if not {name, plain} & set(known) and not name.startswith(tuple(one for one in known if one.endswith("/"))):
-            choices = [number for number in known if not number.endswith("/")]
-            lines.append(f"{file}: {unknown('metric', name, choices)}")
-    return lines
+def _unrecorded(grid: Grid, cells: Sequence[Cell], checked: Sequence[Checked]) -> list[str]:
+    """Write one line where a file's `metric:` is not among the numbers that its cells record."""
+    found = [one for cell, one in zip(cells, checked, strict=True) if cell.grid is grid]
+    known = dict.fromkeys(number for one in found for number in one.numbers)
+    name = grid.metric
+    if name is None or not known or any(one.fault for one in found):  # `fit` scores nothing
+        return []
+    if name.startswith("comparison/") and not any(one.startswith("comparison/") for one in known):
+        return []  # where nothing is pruned, nothing is compared
+    plain = next((name.removesuffix(end) for end in _INTERVAL if name.endswith(end)), name)
+    if {name, plain} & set(known) or name.startswith(tuple(one for one in known if one.endswith("/"))):
+        return []
+    choices = [number for number in known if not number.endswith("/")]
+    return [f"{grid.path}: {unknown('metric', name, choices)}"]
 
 
-def _run(
-    todo: Sequence[Cell], finished: Sequence[bool], shared: str, runner: Runner, tell: Callable[[str], None]
-) -> int:
-    if shared:
-        tell(f"In all cells: {shared}")
+def _run(grids: Sequence[Grid], cells: Sequence[Cell], finished: Sequence[bool], jobs: int) -> int:
     outcomes: list[Outcome] = []
-    for cell, before, outcome in zip(todo, finished, runner.run([cell.words for cell in todo]), strict=False):
-        outcomes.append(outcome)
-        told = _scores(outcome.results) if outcome.failure is None else f"failed: {outcome.failure}"
-        already = "finished already, " if before and outcome.failure is None else ""
-        tell(f"[{len(outcomes)}/{len(todo)}] {cell.name}: {already}{told}, {outcome.seconds:.0f} s")
-        failures = [one.failure for one in outcomes]
-        if len(todo) > _ALIKE == len(failures) and failures[0] is not None and len(set(failures)) == 1:
-            tell(f"Stopped: the first {_ALIKE} cells failed alike. Mend the cause and run the same command again.")
-            return 1
-    for file in dict.fromkeys(cell.file for cell in todo):
-        table = _table(file, [(cell, one) for cell, one in zip(todo, outcomes, strict=True) if cell.file == file])
-        for line in table:
-            tell(line)
-    runs = dict.fromkeys(line.removeprefix("wandb sync ") for one in outcomes for line in one.wandb)
-    if any(line.startswith("wandb sync ") for one in outcomes for line in one.wandb):
-        tell(f"W&B        wandb sync {' '.join(map(shlex.quote, runs))}")
+    with closing(run_all([cell.words for cell in cells], jobs)) as running:
+        for cell, before, outcome in zip(cells, finished, running, strict=True):
+            outcomes.append(outcome)
+            line = _scores(outcome.results) if outcome.failure is None else f"failed: {outcome.failure}"
+            already = "finished already, " if before and outcome.failure is None else ""
+            print(f"[{len(outcomes)}/{len(cells)}] {cell.name}: {already}{line}, {outcome.seconds:.0f} s")
+            failures = [one.failure for one in outcomes]
+            if len(cells) > _ALIKE == len(failures) and failures[0] is not None and len(set(failures)) == 1:
+                print(f"Stopped: the first {_ALIKE} cells failed alike. Mend the cause and run the same command again.")
+                return 1
+    for grid in grids:
+        found = [(cell.name, one.results) for cell, one in zip(cells, outcomes, strict=True) if cell.grid is grid]
+        print(_table(grid, [(name, results) for name, results in found if results.get("metrics")]), end="")
+    offline = [line for one in outcomes for line in one.wandb if line.startswith("wandb sync ")]
+    if offline:
+        runs = dict.fromkeys(line.removeprefix("wandb sync ") for line in offline)
+        print(f"W&B        wandb sync {' '.join(map(shlex.quote, runs))}")
     failed = sum(outcome.failure is not None for outcome in outcomes)
     again = f", {failed} failed: run the same command again" if failed else ""
-    tell(f"{len(todo) - failed} of {len(todo)} cells done{again}")
+    print(f"{len(cells) - failed} of {len(cells)} cells done{again}")
     return 1 if failed else 0
-
-
-def _group(path: Path, options: Sequence[str]) -> list[str]:
-    """The cells of a file are a group in W&B, where they are logged there."""
-    wanted = any(word.startswith("--wandb") for word in options)
-    return [f"--wandb_group={read(path).get('name', path.stem)}"] if wanted else []
 
 
 def _scores(results: Mapping[str, Any]) -> str:
@@ -172,39 +156,28 @@ def _scores(results: Mapping[str, Any]) -> str:
         return f"infeasible, {results['infeasible']}"
     if "metrics" not in results:  # of `fit`
         return "done"
-    told = []
+    scores = []
     for name, value in results["metrics"].items():
         if name.endswith("_se"):
             continue
         difference = results["comparison"].get(f"{name}_diff")
-        told.append(f"{name} {value:.4f}" + (f" ({difference:+.4f})" if difference is not None else ""))
-    return ", ".join(told)
+        scores.append(f"{name} {value:.4f}" + (f" ({difference:+.4f})" if difference is not None else ""))
+    return ", ".join(scores)
 
 
-def _table(file: Path, found: Sequence[tuple[Cell, Outcome]]) -> list[str]:
-    """Lines of a table of one file's scored cells, the best first, by what the file's `metric:` names."""
-    rows = [(cell, one.results) for cell, one in found if one.results.get("metrics")]
-    if len(rows) < 2:
-        return []
-    given, more = metric(file)
-    name, sign = given or f"metrics/{next(iter(rows[0][1]['metrics']))}", -1 if more else 1
-    values = [_value(results, name) for _, results in rows]
-    order = sorted(range(len(rows)), key=lambda place: (values[place] is None, sign * (values[place] or 0.0)))
-    scores = [score for score in rows[0][1]["metrics"] if not score.endswith("_se")]
-    heads = list(dict.fromkeys([name, *(f"metrics/{score}" for score in scores)]))
-    lines = [[head.removeprefix("metrics/").removeprefix("comparison/") for head in heads] + ["cell"]]
-    for place in order:
-        cell, results = rows[place]
-        numbers = [_value(results, head) for head in heads]
-        lines.append([*("-" if number is None else f"{number:.4f}" for number in numbers), cell.name])
-    widths = [max(len(line[column]) for line in lines) for column in range(len(heads))]
-    shown = ["  ".join([*(f"{text:>{w}}" for text, w in zip(line, widths, strict=False)), line[-1]]) for line in lines]
-    return [f"{file.name}, by {name}, the best first", *shown]
+def _table(grid: Grid, scored: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
+    """Write a grid's scored cells, the best first, by what its `metric:` names; nothing for fewer than two."""
+    if len(scored) < 2:
+        return ""
+    import pandas as pd
 
-
-def _value(results: Mapping[str, Any], name: str) -> float | None:
-    """A number of the results by its name in W&B, such as `comparison/fid_diff`."""
-    value: Any = results
-    for part in name.split("/"):
-        value = value.get(part) if isinstance(value, Mapping) else None
-    return value if isinstance(value, (int, float)) else None
+    table = pd.json_normalize([results for _, results in scored], sep="/")
+    table["cell"] = [name for name, _ in scored]
+    scores = [name for name in table if name.startswith("metrics/") and not name.endswith("_se")]
+    name = grid.metric or scores[0]
+    table = table.reindex(columns=list(dict.fromkeys([name, *scores, "cell"])))
+    table = table.sort_values(name, ascending=not grid.maximize, kind="stable")
+    table.columns = [head.removeprefix("metrics/").removeprefix("comparison/") for head in table]
+    left = f"{{:<{max(map(len, table['cell']))}}}".format
+    text = table.to_string(index=False, na_rep="-", float_format="{:.4f}".format, formatters={"cell": left})
+    return f"{grid.path.name}, by {name}, the best first\n{text}\n"

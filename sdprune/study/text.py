@@ -1,14 +1,17 @@
-"""Text that Markdown shows as it is."""
+"""Text of others, such as captions and model names, shown as it is."""
 
 from __future__ import annotations
 
 import re
 
-from sdprune.study.values import printable
+
+def printable(text: str) -> str:
+    """Put the text on one line, with a space for what cannot be printed or written to a file."""
+    return " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
 
 
 def escape(text: str) -> str:
-    """A text of others for a line or a table cell of GitHub's Markdown: no markup, HTML, link, image or formula of it.
+    """Escape a text for a line or a table cell of GitHub's Markdown: no markup, HTML, link, image or formula of it.
 
     Entities stand where a backslash would not do: for HTML, and for the colon that makes an address a link.
     """

@@ -50,7 +50,7 @@ class Statistics(dict):
         inputs = {t.name: torch.rand(3, 20, t.matrix.shape[1]) for t in find_targets(net)}
         self["input_norm"] = {name: x.square().sum(1, keepdim=True) for name, x in inputs.items()}
         self["hessian"] = {name: (x[0].T @ x[0])[None] for name, x in inputs.items()}
-        self["pruned_error"] = {name: torch.rand(4, dtype=torch.float64).cumsum(0) ** 3 for name in inputs}
+        self["pruned_error"] = {name: torch.rand(5, dtype=torch.float64).cumsum(0) ** 3 for name in inputs}
 
 
 def test_everything_in_the_package_is_found():

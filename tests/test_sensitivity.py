@@ -98,7 +98,7 @@ def interpolated(levels, errors, sparsity):
     return ea * (sparsity / a) ** power
 
 
-@pytest.mark.parametrize("sparsity", [0.1, 0.4, 0.65, 0.9])
+@pytest.mark.parametrize("sparsity", [0.1, 0.4, 0.65, 0.75])
 @pytest.mark.parametrize("seed", range(3))
 def test_no_other_sparsities_have_a_smaller_sum_of_errors(sparsity, seed):
     """Every combination in steps of a twentieth with the same count of weights."""
@@ -121,11 +121,20 @@ def test_no_other_sparsities_have_a_smaller_sum_of_errors(sparsity, seed):
 
     rivals = [
         shares
-        for shares in itertools.product([step / 20 for step in range(21)], repeat=3)
+        for shares in itertools.product([step / 20 for step in range(17)], repeat=3)  # up to the highest level
         if abs(sum(share * size for share, size in zip(shares, sizes.values(), strict=True)) - total) < 1e-6
     ]
     assert len(rivals) > 5
     assert cost([float(chosen[name]) for name in sizes]) <= min(map(cost, rivals)) * 1.001  # in half per cents
+
+
+def test_nothing_is_pruned_beyond_what_was_measured():
+    net = nn.ModuleDict({name: nn.Linear(20, 10) for name in ("a", "b")})
+    statistics = {"pruned_error": {"a": torch.tensor([1e-9, 2e-9, 3e-9]), "b": torch.tensor([0.1, 0.5, 0.9])}}
+    targets = find_targets(net)
+    chosen = sensitivity("layer").sparsities(targets, 0.5, statistics)
+    assert (float(chosen["a"]), float(chosen["b"])) == (0.8, 0.2)
+    assert set(sensitivity("layer").sparsities(targets, 0.9, statistics).values()) == {0.9}
 
 
 def test_the_sum_of_errors_of_a_network_falls_with_it():

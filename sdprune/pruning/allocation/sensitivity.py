@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from itertools import pairwise
@@ -11,12 +12,12 @@ import numpy as np
 
 from sdprune.errors import InputError, as_share, unknown
 from sdprune.pruning.allocation.base import Allocation, Norms, Share
-from sdprune.pruning.selection import count
+from sdprune.pruning.selection import count, rational
 from sdprune.pruning.statistics.pruned_error import Probe, Unit
 from sdprune.pruning.targets import Target, by_block
 
 _STEPS = 200
-"""Sparsities at which errors are compared: every half per cent."""
+"""Sparsities at which errors are compared, up to the highest level."""
 _TINY, _HUGE = 1e-12, 1e12
 """Errors beyond are taken for these: logarithms of 0 and of infinity have no slope."""
 
@@ -27,7 +28,8 @@ class Sensitivity(Allocation):
     Each layer, or each block, is pruned alone to a few sparsities, by the specification's criterion. The error that
     this makes in the component's output (see `PrunedError`) is interpolated between these sparsities, in logarithms of
     both, and errors of several units are taken to add up. The chosen sparsities have the smallest sum of errors at the
-    overall sparsity: one multiplier (Everett 1963) on the lower convex hulls of the errors.
+    overall sparsity: one multiplier (Everett 1963) on the lower convex hulls of the errors. None exceeds the highest
+    level, since what is not measured is not known: an overall sparsity from there on is uniform.
 
     Args:
         unit: layer or block: what is pruned alone, and gets a sparsity of its own.
@@ -39,7 +41,7 @@ class Sensitivity(Allocation):
     statistics = frozenset({"pruned_error"})
 
     def __init__(
-        self, unit: Unit = "layer", levels: List[float] = [0.3, 0.5, 0.7, 0.85],  # noqa: B006 (not changed)
+        self, unit: Unit = "layer", levels: List[float] = [0.3, 0.5, 0.7, 0.85, 0.95],  # noqa: B006 (not changed)
         samples: int = 8, steps: int = 3,
     ) -> None:  # fmt: skip
         if unit not in get_args(Unit):
@@ -55,9 +57,12 @@ class Sensitivity(Allocation):
 
     def sparsities(self, targets: Sequence[Target], sparsity: float, statistics: Norms) -> Mapping[str, Share]:  # noqa: D102
         units = units_of(targets, self.unit)
+        if sparsity >= self.levels[-1]:
+            return {target.name: sparsity for target in targets}
         sizes = [sum(target.weight.numel() for target in members) for members in units.values()]
         errors = [statistics["pruned_error"][members[0].name].tolist() for members in units.values()]
-        counts = _least(sizes, [_curve(self.levels, error) for error in errors], count(sum(sizes), sparsity))
+        most = [math.ceil(size * rational(self.levels[-1])) for size in sizes]
+        counts = _least(most, [_curve(self.levels, error) for error in errors], count(sum(sizes), sparsity))
         shares = {name: Fraction(lost, size) for name, lost, size in zip(units, counts, sizes, strict=True)}
         return {target.name: shares[name] for name, members in units.items() for target in members}
 
@@ -68,28 +73,29 @@ def units_of(targets: Sequence[Target], unit: Unit) -> dict[str, list[Target]]:
 
 
 def _curve(levels: Sequence[float], errors: Sequence[float]) -> np.ndarray:
-    """The error at 0, 1 / _STEPS, ..., 1: a power law between neighbouring levels, and beyond them as within."""
+    """The error at _STEPS equal steps up to the highest level: a power law between neighbouring levels, and below the
+    lowest one as above it."""
     x = np.log(levels)
     y = np.log(np.clip(np.nan_to_num(errors, nan=_HUGE, posinf=_HUGE), _TINY, _HUGE))
     y = np.maximum.accumulate(y)  # more zeros do not lose less, but for noise
-    grid = np.log(np.arange(1, _STEPS + 1) / _STEPS)
+    grid = np.log(np.arange(1, _STEPS + 1) / _STEPS) + x[-1]
     part = np.clip(np.searchsorted(x, grid) - 1, 0, len(x) - 2)
     slope = np.diff(y) / np.diff(x)
     return np.concatenate([[0.0], np.exp(np.minimum(y[part] + slope[part] * (grid - x[part]), np.log(_HUGE)))])
 
 
-def _least(sizes: Sequence[int], curves: Sequence[np.ndarray], total: int) -> list[int]:
-    """How many weights each unit loses, `total` together, with the least sum of errors.
+def _least(most: Sequence[int], curves: Sequence[np.ndarray], total: int) -> list[int]:
+    """How many weights each unit loses, `total` together and none more than `most`, with the least sum of errors.
 
     Steps along the lower convex hulls are taken in the order of error by weight; the last one in part.
     """
     steps = []
-    for number, (size, curve) in enumerate(zip(sizes, curves, strict=True)):
+    for number, (size, curve) in enumerate(zip(most, curves, strict=True)):
         hull = _hull(curve)
         for a, b in pairwise(hull):
             weights = size * b // _STEPS - size * a // _STEPS
-            steps.append(((curve[b] - curve[a]) / max(weights, 1), number, b, weights))
-    counts, left = [0] * len(sizes), total
+            steps.append(((curve[b] - curve[a]) / ((b - a) * size), number, b, weights))
+    counts, left = [0] * len(most), total
     for _, number, _, weights in sorted(steps):
         taken = min(weights, left)
         counts[number] += taken

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from sdprune.calibration.calls import Call, calls_of, listed, tensors
-from sdprune.calibration.collect import Collector, Request
+from sdprune.calibration.collect import Collector
 from sdprune.calibration.observer import InputObserver
 from sdprune.calibration.pruned_error import alone_at
+from sdprune.calibration.requests import Request
 from sdprune.calibration.store import MemoryStore
 from sdprune.errors import InputError, unknown
 from sdprune.processes import Processes

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Optional, Protocol
+from typing import Any, Optional
 
 import torch
-from torch import Tensor, nn
 
 from sdprune.calibration.execution import order_of_calls
 from sdprune.calibration.gathering import Gathering
@@ -16,67 +14,14 @@ from sdprune.calibration.observer import BatchSums, InputObserver, Totals
 from sdprune.calibration.passes import MEMORY, Pass, plan_passes
 from sdprune.calibration.progress import CalibrationState, ProgressReport
 from sdprune.calibration.pruned_error import Measurement
+from sdprune.calibration.requests import Request, Subject
 from sdprune.calibration.store import Store
 from sdprune.errors import InputError
 from sdprune.processes import Processes
-from sdprune.pruning import PruneSpec, Statistics, Target, find_targets, statistic
+from sdprune.pruning import Statistics, Target, statistic
 from sdprune.pruning.statistics.pruned_error import Probe
 
 _SAVING = 0.05  # share of the time that may go into saving sums for the case of an interruption
-
-
-class Subject(Protocol):
-    """A component as calibration sees it, with what its batches hold."""
-
-    @property
-    def name(self) -> str:
-        """Name of the component."""
-
-    @property
-    def module(self) -> nn.Module:
-        """The component."""
-
-    @property
-    def is_chain(self) -> bool:
-        """Whether it is a plain chain of blocks."""
-
-    @property
-    def steps(self) -> int:
-        """Denoising steps that it runs for a batch."""
-
-    def run(self, batch: Any, before_step: Callable[[int], None]) -> None:
-        """Run it on a batch; `before_step` receives the number of each denoising step, from 0."""
-
-    def dense_inputs(self, batch: Any, steps: int) -> Callable[[], Tensor]:
-        """Keep its inputs in the dense model; what is returned runs it on them, [samples, n]."""
-
-    def try_out(self) -> None:
-        """Run it on any input, the same on every process."""
-
-    def set_up(self, observer: InputObserver, batch: Any) -> None:
-        """Set an observer to what of a batch counts."""
-
-
-@dataclass(frozen=True)
-class Request:
-    """One statistic of one component, and the facts that decide its values."""
-
-    component: str
-    statistic: str
-    spec: PruneSpec
-    """Says which layers, how much denoising steps count, and in sequential order how layers are pruned."""
-    facts: Mapping[str, Any]
-    sequential: bool = False
-    """Whether layers are pruned before those that run after them are looked at."""
-    before: tuple[Request, ...] = ()
-    """Statistics that have to be there first: in sequential order what the allocation of `spec` reads, for a probe what
-    its criterion reads."""
-    probe: Optional[Probe] = None
-    """How an error of pruning is measured; other statistics are sums over layer inputs."""
-
-    def targets(self, component: nn.Module) -> list[Target]:
-        """The layers that it is about."""
-        return find_targets(component, self.spec.layers, self.spec.include, self.spec.exclude, self.spec.blocks)
 
 
 class Collector:

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sdprune.calibration.collect import Request
 from sdprune.calibration.observer import InputObserver
 from sdprune.calibration.pruned_error import alone_at
+from sdprune.calibration.requests import Request
 from sdprune.calibration.settings import Calibration
 from sdprune.data import Batch
 from sdprune.identity import code_of

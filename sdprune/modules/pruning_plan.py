@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from sdprune.api import prune
-from sdprune.calibration.collect import Collector, Request
+from sdprune.calibration.collect import Collector
 from sdprune.calibration.progress import CalibrationState
+from sdprune.calibration.requests import Request
 from sdprune.calibration.settings import Calibration
 from sdprune.calibration.store import StatisticsStore
 from sdprune.errors import InputError

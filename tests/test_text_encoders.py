@@ -5,7 +5,8 @@ import torch
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
 from sdprune import gather, prune
-from sdprune.calibration.collect import Collector, Request
+from sdprune.calibration.collect import Collector
+from sdprune.calibration.requests import Request
 from sdprune.calibration.store import MemoryStore
 from sdprune.pruning import PruneSpec, find_targets
 

@@ -141,19 +141,17 @@ class GenerationModule(FrozenModule):
             )
         return found
 
-    # --- before anything costly ------------------------------------------------------------------------------
-
     def resolve(self, data: CocoDataModule, dtype: str) -> None:  # noqa: D102
         if self.plan is not None:
             return
         self.plan = self.options.resolve(self.pipeline, data, dtype)
         drawn = {"data": data.describe(), "sampling": self.sampling.describe(), "seed": self.seed}
-        name = self.pipeline.name if self.given_baseline is not None and not self.plan.specs else ""
-        self.record = Record(self.output, label(self.plan.specs, name or "dense"), {**self.plan.describe(), **drawn})
+        name = label(self.plan.specs, "dense" if self.given_baseline is None else self.pipeline.name)
+        self.record = Record(self.output, name, {**self.plan.describe(), **drawn})
         self.scoring = Scoring(self.scores, self.record, data)
 
     def directory(self) -> Path:
-        """The record's."""
+        """The directory of the record."""
         return self.record.directory
 
     def check(self, data: CocoDataModule) -> None:
@@ -167,11 +165,9 @@ class GenerationModule(FrozenModule):
         self.facts_of_data = data.check(calibration=self.calibrates, images=images)
 
     def infeasible_record(self) -> Record:
-        """The record of a budget that cannot be met; see `InfeasibleError`."""
+        """The record of a budget that cannot be met."""
         assert self.options.budget is not None
         return infeasible_record(self.output, self.pipeline, self.options.budget, self.options.prune)
-
-    # --- the run ---------------------------------------------------------------------------------------------
 
     def configure_callbacks(self) -> Sequence[Callback]:
         """Those that write the sample grid and the record."""

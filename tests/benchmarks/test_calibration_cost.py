@@ -15,8 +15,9 @@ import torch
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from sdprune.calibration.collect import Collector, Request
+from sdprune.calibration.collect import Collector
 from sdprune.calibration.observer import InputObserver
+from sdprune.calibration.requests import Request
 from sdprune.calibration.store import MemoryStore
 from sdprune.pruning import InputNorm, PruneSpec, apply, find_targets
 

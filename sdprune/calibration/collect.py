@@ -27,8 +27,8 @@ _SAVING = 0.05  # share of the time that may go into saving sums for the case of
 class Collector:
     """Gathers what a store lacks, pass by pass over the batches; all processes call every method together.
 
-    Statistics of the dense model are gathered in the same passes; whoever prunes its component between passes is
-    gathered by itself. A pass that was interrupted goes on where its sums were saved.
+    Statistics of the dense model are gathered in the same passes. Those that depend on pruning between the passes have
+    passes of their own; errors of pruning are measured without any. What was interrupted goes on where it was saved.
 
     Args:
         subjects: the components, by name.
@@ -36,7 +36,7 @@ class Collector:
         store: where they go.
         memory: bytes that the sums of one pass may take.
         processes: of this run.
-        report: is called in every denoising step.
+        report: is called in every denoising step, and for every unit that is measured.
         images: number of calibration samples in a pass; 0 if that is not known.
         first: a batch of the first n samples, the same on every process.
     """

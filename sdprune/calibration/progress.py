@@ -62,7 +62,7 @@ class ProgressReport:
         """More layers have been pruned by themselves, of so many."""
         self._over += more
         if self._report is not None:
-            self._report(CalibrationState(what, 1 + (self._over == layers), 1, layers, self._over, "layers"))
+            self._report(CalibrationState(what, 1 + (self._over >= layers), 1, layers, self._over, "layers"))
 
     def begin_measuring(self, done: int) -> None:
         """So many layers were measured before."""

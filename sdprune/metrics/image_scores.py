@@ -62,10 +62,6 @@ class ImageScores(PerImageRows):
         """Whether a column reads the dense model's images."""
         return any(column.needs_dense for column in self.columns.values())
 
-    def missing(self, rows: Collection[str]) -> list[str]:
-        """Keys of the columns that are not among the rows of a record: what is still to be computed."""
-        return [key for key in self.columns if key not in rows]
-
     def require(self, n: int) -> None:
         """Raise InputError for a score that needs more than n images."""
         for score in self.scores:

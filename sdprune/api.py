@@ -17,7 +17,7 @@ from sdprune.calibration.store import MemoryStore
 from sdprune.errors import InputError, unknown
 from sdprune.processes import Processes
 from sdprune.pruning import PruneReport, PruneSpec, Statistics, apply, targets_of
-from sdprune.pruning.statistics.pruned_error import PrunedError
+from sdprune.pruning.statistics.pruned_error import Probe, PrunedError
 
 
 def prune(
@@ -118,7 +118,10 @@ class _Module:
         counts = list(accumulate(call.samples for call in self.calls))
         return self.calls[: 1 + sum(count < samples for count in counts)]
 
-    def dense_inputs(self, calls: list[Call], steps: int) -> Callable[[], Tensor]:
+    def dense_inputs(self, calls: list[Call], probe: Probe) -> Callable[[], Tensor]:
+        if probe.read_at == "prediction":
+            raise InputError("read_at is prediction, and a module alone has no denoiser behind it: use output.")
+
         def run() -> Tensor:
             found = [next(tensors(self.module(*call.args, **call.kwargs))) for call in calls]
             return torch.cat([one.reshape(call.samples, -1) for call, one in zip(calls, found, strict=True)])

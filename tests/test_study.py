@@ -79,7 +79,9 @@ def test_a_budget_decides_sparsities_and_shares_records(sdprune, tmp_path):
     sizes = {name: results["sparsity"]["components"][name]["parameters"] for name in found}
     for name, size in sizes.items():
         assert found[name] == round(0.2 * 0.5 * sum(sizes.values()) / size, 2)
-    assert results["budget"] == {"total": 0.2, "text_share": 0.5, "counting": "nominal", "decimals": 2}
+    assert results["budget"] == {
+        "total": 0.2, "text_share": 0.5, "counting": "nominal", "decimals": 2, "split": "share"
+    }  # fmt: skip
     by_hand = [f"--model.prune.{name}.sparsity={sparsity}" for name, sparsity in found.items()]
     assert sdprune(*predict(tmp_path, *by_hand)).code == 0
     assert runs(tmp_path, "text_encoder") == [run]

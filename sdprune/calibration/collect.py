@@ -183,7 +183,7 @@ class Collector:
         """Measure errors of pruning; those that an interrupted run has stored stay."""
         subject = self._subject
         with torch.inference_mode(False), torch.no_grad():
-            run = subject.dense_inputs(self.first(probe.samples), probe.steps)
+            run = subject.dense_inputs(self.first(probe.samples), probe)
             targets = request.targets(subject.module)
             measurement = Measurement(subject.module, targets, request.spec, statistics, probe, run)
             done = self.processes.broadcast(frozenset(self.store.load(request.facts)))

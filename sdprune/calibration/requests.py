@@ -35,8 +35,9 @@ class Subject(Protocol):
     def run(self, batch: Any, before_step: Callable[[int], None]) -> None:
         """Run it on a batch; `before_step` receives the number of each denoising step, from 0."""
 
-    def dense_inputs(self, batch: Any, steps: int) -> Callable[[], Tensor]:
-        """Keep its inputs in the dense model; what is returned runs it on them, [samples, n]."""
+    def dense_inputs(self, batch: Any, probe: Probe) -> Callable[[], Tensor]:
+        """Keep its inputs in the dense model; what is returned runs it on them, [samples, n], and whatever the probe
+        reads behind it."""
 
     def try_out(self) -> None:
         """Run it on any input, the same on every process."""

@@ -27,7 +27,6 @@ from sdprune.pruning import Budget, PruneReport, PruneSpec
 from sdprune.runs.comparison import Comparison, require_comparable
 from sdprune.runs.infeasible import infeasible_record
 from sdprune.runs.invalid_images import InvalidImages
-from sdprune.runs.label import label
 from sdprune.runs.png import Picture, read_png, save_png, stacked
 from sdprune.runs.record import Record
 from sdprune.runs.record_writer import RecordWriter
@@ -146,7 +145,7 @@ class GenerationModule(FrozenModule):
             return
         self.plan = self.options.resolve(self.pipeline, data, dtype)
         drawn = {"data": data.describe(), "sampling": self.sampling.describe(), "seed": self.seed}
-        name = label(self.plan.specs, "dense" if self.given_baseline is None else self.pipeline.name)
+        name = self.plan.label("dense" if self.given_baseline is None else self.pipeline.name)
         self.record = Record(self.output, name, {**self.plan.describe(), **drawn})
         self.scoring = Scoring(self.scores, self.record, data)
 

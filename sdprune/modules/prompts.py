@@ -18,7 +18,7 @@ from sdprune.pipelines import Component, Sampling
 from sdprune.pipelines.sampling import image_seed
 from sdprune.pruning import PruneSpec
 from sdprune.pruning.statistics import statistic
-from sdprune.pruning.statistics.pruned_error import PrunedError
+from sdprune.pruning.statistics.pruned_error import Probe, PrunedError
 
 NAME = PrunedError.name
 
@@ -58,8 +58,14 @@ class PromptSubject:
     def run(self, batch: Batch, before_step: Callable[[int], None]) -> None:  # noqa: D102
         self.component.run(batch.prompts, self._seeds(batch), self.sampling, before_step)
 
-    def dense_inputs(self, batch: Batch, steps: int) -> Callable[[], Tensor]:  # noqa: D102
-        return self.component.dense_inputs(batch.prompts, self._seeds(batch), self.sampling, steps)
+    def dense_inputs(self, batch: Batch, probe: Probe) -> Callable[[], Tensor]:  # noqa: D102
+        if self.reads_prediction(probe):
+            return self.component.predictions(batch.prompts, self._seeds(batch), self.sampling, probe.steps)
+        return self.component.dense_inputs(batch.prompts, self._seeds(batch), self.sampling, probe.steps)
+
+    def reads_prediction(self, probe: Probe) -> bool:
+        """Whether an error is read behind the component; a denoiser's output is the prediction itself."""
+        return probe.read_at == "prediction" and self.component.role == "text"
 
     def _seeds(self, batch: Batch) -> list[int]:
         return [image_seed(self.seed, f"calibration:{position}") for position in batch.positions]
@@ -78,8 +84,11 @@ class PromptSubject:
         """What its statistics depend on beside model and prompts."""
         if self.component.role == "text":
             return {"padding": self.calibration.padding}
-        drawn = {"sampling": self.sampling.describe(), "seed": self.seed}
-        return drawn | {"unconditional": self.calibration.unconditional}
+        return self.drawing() | {"unconditional": self.calibration.unconditional}
+
+    def drawing(self) -> dict[str, Any]:
+        """What the latents depend on beside model and prompts."""
+        return {"sampling": self.sampling.describe(), "seed": self.seed}
 
 
 class Requests:
@@ -113,11 +122,13 @@ class Requests:
         if probe is None:
             return self.of_model(component, spec.allocation.statistics, spec)
         before = self.of_model(component, spec.criterion.statistics | spec.allocation.statistics - {NAME}, spec)
-        alone = alone_at(spec, probe.levels[0])
+        alone, subject = alone_at(spec, probe.levels[0]), self.subjects[component]
+        behind = subject.reads_prediction(probe)
         facts = {
             "component": component, "statistic": NAME, "prune": {**alone.describe(), "sparsity": None},
-            "probe": asdict(probe), "reads": [one.facts for one in before], **self.facts,
-            **self.subjects[component].facts(), "sampling": self.subjects[component].sampling.describe(),
+            "probe": asdict(probe) | {"read_at": "prediction" if behind else "output"},
+            "reads": [one.facts for one in before], **self.facts, **subject.facts(),
+            **(subject.drawing() if behind else {}),
         }  # fmt: skip
         return [*before, Request(component, NAME, alone, facts, before=tuple(before), probe=probe)]
 

@@ -19,8 +19,8 @@ from sdprune.modules.card import model_card, origin, records_of
 from sdprune.modules.pruning_plan import PruningOptions, PruningPlan
 from sdprune.pipelines import DiffusersFamily, Sampling
 from sdprune.pruning import Budget, PruneReport, PruneSpec, scopes
-from sdprune.runs.label import label
 from sdprune.runs.record import clock
+from sdprune.runs.summary import path_table
 from sdprune.runs.tracking import flat
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ class PruningModule(CalibratingModule):
         assert self.plan is not None
         if self.given is not None:
             return Path(self.given)
-        return Path(self.output) / f"pruned-{label(self.plan.specs)}-{fingerprint(self.facts)}"
+        return Path(self.output) / f"pruned-{self.plan.label()}-{fingerprint(self.facts)}"
 
     def _finished(self, directory: Path) -> bool:
         """Whether the result is there.
@@ -140,7 +140,9 @@ class PruningModule(CalibratingModule):
         (part / "README.md").write_text(card)
         layers = {name: [asdict(layer) for layer in report.layers] for name, report in reports.items()}
         pruning = {name: report.summary() for name, report in reports.items()}
-        report = {"sparsity": sparsity, "pruning": pruning, "layers": layers, "version": own_version()}
+        budget = plan.describe_budget()
+        report = {"sparsity": sparsity, "pruning": pruning, "layers": layers, "budget": budget}
+        report["version"] = own_version()
         write_json(part / "pruning_report.json", {**report, "fingerprint": fingerprint(self.facts)})
         if self.given is None:
             shutil.rmtree(directory, ignore_errors=True)
@@ -149,6 +151,8 @@ class PruningModule(CalibratingModule):
             logger.log_hyperparams({"model": self.pipeline.name, "prune": plan.describe()["prune"]})
             logger.log_metrics(flat({"sparsity": sparsity}), step=0)
         self.say(sparsity_table(sparsity))
+        if budget and "path" in budget:
+            self.say(path_table(budget))
         scored = f", with the scores of {', '.join(one.name for one in measured)}" if measured else ""
         if self.pipeline.unused:
             self.say(f"Not saved, since images are drawn without: {', '.join(self.pipeline.unused)}.")

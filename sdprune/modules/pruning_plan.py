@@ -21,8 +21,11 @@ from sdprune.modules.prompts import PromptSubject, Requests
 from sdprune.pipelines import DiffusersFamily, Sampling
 from sdprune.processes import Processes
 from sdprune.pruning import Budget, PruneReport, PruneSpec, Size, account, apply, targets_of
+from sdprune.pruning.allocation.sensitivity import Sensitivity
 from sdprune.pruning.allocation.uniform import Uniform
+from sdprune.pruning.budget import Split
 from sdprune.pruning.spec import AGREEMENT
+from sdprune.runs.label import label
 
 if TYPE_CHECKING:
     from sdprune.data import CocoDataModule
@@ -89,13 +92,24 @@ class PruningPlan:
     calibration: CalibrationPlan
     budget: Optional[Budget] = None
 
+    @property
+    def measured(self) -> Optional[Budget]:
+        """The budget, if it is shared out by measurement: then the specifications' sparsities are its total, and those
+        that are applied are known after calibration, see `split`."""
+        return self.budget if self.budget is not None and self.budget.measured else None
+
     def describe(self) -> dict[str, Any]:
         """What the pruned weights depend on, as JSON: for identities."""
+        shared = {} if self.measured is None else {"sparsity": None, "budget": self.measured.describe()}
         return {
             **model_facts(self.pipeline, self.dtype),
-            "prune": {name: spec.describe() for name, spec in sorted(self.specs.items())},
+            "prune": {name: {**spec.describe(), **shared} for name, spec in sorted(self.specs.items())},
             "calibration": [request.facts for request in self.calibration.requests],
         }
+
+    def label(self, unpruned: str = "dense") -> str:
+        """What is pruned and how, for names of directories."""
+        return label(self.specs, unpruned, self.measured and self.measured.total)
 
     def check(self, data: CocoDataModule) -> None:
         """Everything that can be found wrong before the model is loaded: layer patterns, captions, the store."""
@@ -105,16 +119,38 @@ class PruningPlan:
 
     def apply(self) -> dict[str, PruneReport]:
         """Prune every component of the loaded pipeline in place, with statistics from the store."""
-        store, reports = self.calibration.store, {}
+        store, reports, split = self.calibration.store, {}, self.split()
         self.pipeline.altered = self.pipeline.altered or bool(self.requests)
         for name, (allocation, criterion) in self.requests.items():
             dense = {one.statistic: store.load(one.facts) for one in allocation}
             own = {one.statistic: store.load(one.facts) for one in criterion}
-            reports[name] = apply(self.pipeline.components[name], self.specs[name], own, dense)
+            spec = self.specs[name] if split is None else replace(self.specs[name], sparsity=split.sparsities[name])
+            reports[name] = apply(self.pipeline.components[name], spec, own, dense)
         hashes = Processes().all_gather({name: report.mask_hash for name, report in reports.items()})
         if any(one != hashes[0] for one in hashes):
             raise RuntimeError(f"Processes made different masks: {hashes}.")
         return reports
+
+    def split(self) -> Optional[Split]:
+        """How the budget is shared out by measurement, if it is, once the errors are in the store; needs no weights."""
+        if self.measured is None or not self.specs:
+            return None
+        sizes, units = {}, []
+        for name, spec in self.specs.items():
+            assert isinstance(spec.allocation, Sensitivity)
+            module = self.pipeline.meta_module(name)
+            (errors,) = (one for one in self.requests[name][0] if one.probe is not None)
+            sizes[name] = _size(module, spec)
+            units += spec.allocation.units(targets_of(module, spec), self.calibration.store.load(errors.facts), name)
+        return self.measured.split_measured(sizes, units)
+
+    def describe_budget(self) -> Optional[dict[str, Any]]:
+        """The budget as records have it, with what measurement made of it; None without a budget."""
+        if self.budget is None:
+            return None
+        split = self.split()
+        found = {} if split is None else {"sparsities": split.sparsities, "path": [one._asdict() for one in split.path]}
+        return {**self.budget.describe(), **found}
 
     def account(self, reports: Mapping[str, PruneReport]) -> dict[str, Any]:
         """Requested and achieved sparsities of the pipeline as it is now."""
@@ -150,7 +186,8 @@ class PruningOptions:
     def calibrates(self) -> bool:
         """Whether calibration captions have to be there; needs no look at the model."""
         specs = [spec for spec in self.prune.values() if not spec.dense or self.budget is not None]
-        return any(spec.criterion.statistics or spec.allocation.statistics for spec in specs)
+        measured = self.budget is not None and self.budget.measured
+        return measured or any(spec.criterion.statistics or spec.allocation.statistics for spec in specs)
 
     def resolve(self, pipeline: DiffusersFamily, data: CocoDataModule, dtype: str) -> PruningPlan:
         """Decide everything that can be decided before the model is loaded.
@@ -189,23 +226,29 @@ class PruningOptions:
         return Requests(subjects, facts | ({"prompts": data.describe_calibration()} if wanted else {}))
 
     def _budgeted(self, budget: Budget, pipeline: DiffusersFamily) -> dict[str, PruneSpec]:
-        """All prunable components at the sparsities that the budget gives them."""
+        """All prunable components at the sparsities that the budget gives them, or to be measured for its total."""
         components = pipeline.prunable
         specs = {name: self.prune.get(name, PruneSpec()) for name in components}
         sizes = {name: _size(pipeline.meta_module(name), spec) for name, spec in specs.items()}
         text = [name for name, component in components.items() if component.role == "text"]
-        sparsities = budget.sparsities(sizes, text)
+        if budget.measured:
+            budget.zeros(sizes)  # before anything is measured
+        sparsities: Mapping[str, float | None] = (
+            dict.fromkeys(specs) if budget.measured else budget.sparsities(sizes, text)
+        )
         requested = {
             name: spec.pattern[0] / spec.pattern[1] if spec.pattern else spec.nominal for name, spec in specs.items()
         }
-        unlike = [name for name in specs if requested[name] and abs(requested[name] - sparsities[name]) > AGREEMENT]
+        unlike = [name for name in specs if requested[name] and not _agree(requested[name], sparsities[name])]
         if unlike:
             conflicts = ", and ".join(
-                f"{name} a sparsity of {sparsities[name]:g}, where --model.prune.{name} has {requested[name]:g}"
+                f"{name} {_words(sparsities[name])}, where --model.prune.{name} has {requested[name]:g}"
                 for name in unlike
             )
             free = " ".join(f"--model.prune.{name}.{_without_sparsity(specs[name])}" for name in unlike)
             raise InputError(f"--model.budget.total={budget.total:g} gives {conflicts}. Leave it to the budget: {free}")
+        if budget.measured:
+            return {name: _to_be_measured(name, spec, budget.total) for name, spec in specs.items()}
         return {
             name: spec if spec.nominal else replace(spec, sparsity=sparsities[name]) for name, spec in specs.items()
         }
@@ -219,6 +262,29 @@ def model_facts(pipeline: DiffusersFamily, dtype: str) -> dict[str, Any]:
 def _size(module: nn.Module, spec: PruneSpec) -> Size:
     weights = sum(target.weight.numel() for target in targets_of(module, spec))
     return Size(sum(parameter.numel() for parameter in module.parameters()), weights)
+
+
+def _agree(requested: float, given: float | None) -> bool:
+    return given is not None and abs(requested - given) <= AGREEMENT
+
+
+def _words(sparsity: float | None) -> str:
+    return "a measured sparsity" if sparsity is None else f"a sparsity of {sparsity:g}"
+
+
+def _to_be_measured(name: str, spec: PruneSpec, total: float) -> PruneSpec:
+    """A specification by which the component's layers are measured for a total: at its errors in the prediction."""
+    given = spec.allocation
+    option = f"--model.budget.split=sensitivity measures the dense model, and --model.prune.{name}"
+    if type(given) not in (Uniform, Sensitivity):
+        raise InputError(f"{option}.allocation is {type(given).__name__}: leave it out, or choose Sensitivity.")
+    if spec.ranked.whole_component:
+        raise InputError(f"{option}.granularity={spec.granularity} ranks all layers together: choose another one.")
+    for choice, needed in (("order", "one_pass"), ("mode", "exact")):
+        if getattr(spec, choice) != needed:
+            raise InputError(f"{option}.{choice} is {getattr(spec, choice)}: choose {needed}.")
+    options = (given.unit, given.levels, given.samples, given.steps) if isinstance(given, Sensitivity) else ()
+    return replace(spec, sparsity=total, allocation=Sensitivity(*options, read_at="prediction"))
 
 
 def _without_sparsity(spec: PruneSpec) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from inspect import signature
 from typing import TYPE_CHECKING, Any, ClassVar, Optional
 
 if TYPE_CHECKING:
@@ -77,6 +78,12 @@ class Component(ABC):
             Runs the component on these inputs, and returns what the pipeline makes of its output: [samples, n].
         """
 
+    def predictions(
+        self, prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling, steps: int
+    ) -> Callable[[], Tensor]:
+        """The same, of what the denoiser makes of the component's output, on the latents of the model as it is now."""
+        return self.family.prunable[self.family.denoiser].predictions(prompts, seeds, sampling, steps)
+
     @abstractmethod
     def tokens(self, prompts: Sequence[str]) -> Optional[Tensor]:
         """Which positions of its inputs are no padding: bool [b, length]; None where it reads no tokens."""
@@ -136,10 +143,27 @@ class Denoiser(Component):
     def dense_inputs(  # noqa: D102
         self, prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling, steps: int
     ) -> Callable[[], Tensor]:
-        import torch
+        calls = self._calls(prompts, seeds, sampling, steps)
+        return lambda: self._guided(calls, len(prompts), sampling.guidance)
 
+    def predictions(
+        self, prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling, steps: int
+    ) -> Callable[[], Tensor]:
+        """See Component; the text encoders run anew each time."""
+        calls = self._calls(prompts, seeds, sampling, steps)
+
+        def run() -> Tensor:
+            (first,) = self._calls(prompts, seeds, sampling, 1, first_alone=True)
+            return self._guided([_at_latents(first, call) for call in calls], len(prompts), sampling.guidance)
+
+        return run
+
+    def _calls(
+        self, prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling, steps: int, first_alone: bool = False
+    ) -> list[dict[str, Any]]:
+        """Arguments of the first call of each of so many denoising steps, or of the first step alone, by name."""
         wanted = {int((number + 0.5) * sampling.steps / steps) for number in range(min(steps, sampling.steps))}
-        calls: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+        calls: dict[int, dict[str, Any]] = {}
         now = 0
 
         def before_step(step: int) -> None:
@@ -147,29 +171,39 @@ class Denoiser(Component):
             now = step
 
         def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if now in wanted and now not in calls:  # the first call of a step
-                calls[now] = args, kwargs
+            if first_alone or (now in wanted and now not in calls):
+                calls[now] = signature(module.forward).bind(*args, **kwargs).arguments
+            if first_alone:
+                raise _Reached
 
         handle = self.module.register_forward_pre_hook(keep, with_kwargs=True)
         try:
-            self.run(prompts, seeds, sampling, before_step)
+            with suppress(_Reached):
+                self.run(prompts, seeds, sampling, before_step)
         finally:
             handle.remove()
+        return list(calls.values())
 
-        def run() -> Tensor:
+    def _guided(self, calls: Sequence[dict[str, Any]], items: int, guidance: float) -> Tensor:
+        """Guided predictions of a batch that holds each item twice, first without its prompt (Ho & Salimans 2022, eq.
+        6); without guidance it holds each once."""
+        import torch
+
+        found = []
+        for call in calls:
             with torch.no_grad():
-                found = [self.module(*args, **kwargs)[0] for args, kwargs in calls.values()]
-            return torch.cat([_guided(one, len(prompts), sampling.guidance).flatten(1) for one in found])
-
-        return run
+                prediction = self.module(**call)[0]
+            if len(prediction) != items:
+                without, with_prompt = prediction.chunk(2)
+                prediction = without + guidance * (with_prompt - without)
+            found.append(prediction.flatten(1))
+        return torch.cat(found)
 
     def tokens(self, prompts: Sequence[str]) -> Optional[Tensor]:  # noqa: D102
         return None
 
 
-def _guided(prediction: Tensor, items: int, guidance: float) -> Tensor:
-    """Guide a batch that holds each item twice, first without its prompt (Ho & Salimans 2022, eq. 6)."""
-    if len(prediction) == items:
-        return prediction
-    without, with_prompt = prediction.chunk(2)
-    return without + guidance * (with_prompt - without)
+def _at_latents(call: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """A denoiser's call with the latents of another one, its first argument in every family, and that one's step."""
+    latents = next(iter(other))
+    return {**call, latents: other[latents], "timestep": other["timestep"]}

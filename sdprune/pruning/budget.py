@@ -1,12 +1,17 @@
-"""One sparsity for a whole model, shared out between its text encoders and the rest."""
+"""One sparsity for a whole model, shared out among its components."""
 
-from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass
-from typing import Any, Dict, Literal, NamedTuple, get_args
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Dict, List, Literal, NamedTuple, get_args
 
 from sdprune.errors import InputError, as_share, unknown
+from sdprune.pruning.error_path import ErrorPath, Unit
+from sdprune.pruning.selection import count
 
 Counting = Literal["nominal", "actual"]
+SplitBy = Literal["share", "sensitivity"]
+_POINTS = 20
+"""Equal steps of the total that a path is told at."""
 
 
 class Size(NamedTuple):
@@ -19,14 +24,33 @@ class Size(NamedTuple):
 class InfeasibleError(InputError):
     """A component would have to lose more than it has; `reason` says which."""
 
-    def __init__(self, reason: str) -> None:
-        super().__init__(f"The budget is infeasible: {reason}. Choose another total or text_share.")
+    def __init__(self, reason: str, remedy: str) -> None:
+        super().__init__(f"The budget is infeasible: {reason}. Choose {remedy}.")
         self.reason = reason
+
+
+class PathPoint(NamedTuple):
+    """What measured errors say of a total, before anything is drawn."""
+
+    total: float
+    sparsities: Dict[str, float]
+    """By component, of its targeted weights."""
+    error: float
+    """The sum of the errors of all units: that of the denoiser's prediction, where errors add up."""
+
+
+class Split(NamedTuple):
+    """A budget that is shared out by measurement."""
+
+    sparsities: Dict[str, float]
+    """By component, of its targeted weights."""
+    path: List[PathPoint]
+    """Other totals in steps of 5 %, up to the most that was measured; the budget's own is among them."""
 
 
 @dataclass(frozen=True)
 class Budget:
-    """A total sparsity, and the share of the pruned weights that the text encoders lose.
+    """A total sparsity, shared out among the components: by a ratio, as in the study, or by measured errors.
 
     It decides the sparsity of every component; a component's specification leaves its own out (or at 0), or agrees.
 
@@ -36,6 +60,10 @@ class Budget:
         counting: nominal, as the study counts, takes a component's sparsity as the share of all its parameters; actual
             takes it as the share of the weights of the layers that are pruned, so that the total is really reached.
         decimals: places that the components' sparsities are rounded to; 2 gives the study's Table 1.
+        split: share goes by text_share; sensitivity by measurement: every layer of every component (with
+            `allocation.unit=block` every block) gets the sparsity at which the sum of the errors of the denoiser's
+            prediction is smallest, see the allocation Sensitivity. The total then is reached to the weight, and
+            text_share, counting and decimals have no effect.
 
     Source: Ramesh & Zhao, Table 1: s_text = total * share * (P_text + P_unet) / P_text, likewise the U-Net.
     """
@@ -44,14 +72,27 @@ class Budget:
     text_share: float = 0.5
     counting: Counting = "nominal"
     decimals: int = 2
+    split: SplitBy = "share"
 
     def __post_init__(self) -> None:
         for name in ("total", "text_share"):
             as_share(f"budget.{name}", getattr(self, name))
-        if self.counting not in get_args(Counting):
-            raise unknown("counting", self.counting, get_args(Counting))
+        for name, choices in (("counting", Counting), ("split", SplitBy)):
+            if getattr(self, name) not in get_args(choices):
+                raise unknown(name, getattr(self, name), get_args(choices))
         if self.decimals < 0:
             raise InputError(f"budget.decimals is {self.decimals}: give 0 or more.")
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if self.measured and field.name not in ("total", "split") and value != field.default:
+                raise InputError(
+                    f"budget.{field.name} is {value}, which has no effect with budget.split=sensitivity: leave it out."
+                )
+
+    @property
+    def measured(self) -> bool:
+        """Whether measured errors decide, so that the sparsities are known only after calibration."""
+        return self.split == "sensitivity"
 
     def sparsities(self, sizes: Mapping[str, Size], text: Collection[str]) -> Dict[str, float]:
         """The sparsity of each component.
@@ -75,11 +116,58 @@ class Budget:
             if sparsity > 1 or (zeros and not own):
                 raise InfeasibleError(
                     f"a total of {self.total:g} with {share:.0%} of it in {', '.join(names) or 'nothing'} would prune "
-                    f"{zeros:,.0f} of {own:,} weights there"
+                    f"{zeros:,.0f} of {own:,} weights there",
+                    "another total or text_share",
                 )
             result |= dict.fromkeys(names, sparsity)
         return result
 
+    def zeros(self, sizes: Mapping[str, Size]) -> int:
+        """How many weights the total means.
+
+        Args:
+            sizes: of all prunable components, by name.
+
+        Raises:
+            InfeasibleError: more than the layers that are pruned have.
+        """
+        zeros, own = _zeros(sizes, self.total), sum(size.targets for size in sizes.values())
+        if zeros > own:
+            raise InfeasibleError(
+                f"a total of {self.total:g} would prune {zeros:,} weights, and the layers that are pruned have {own:,}",
+                "a smaller total, or more kinds of layers",
+            )
+        return zeros
+
+    def split_measured(self, sizes: Mapping[str, Size], units: Sequence[Unit]) -> Split:
+        """Share the total out by measured errors; beyond what was measured, all components get the same sparsity.
+
+        Args:
+            sizes: of all prunable components, by name.
+            units: of all of them, grouped by these names.
+
+        Raises:
+            InfeasibleError: see `zeros`.
+        """
+        path = ErrorPath(units)
+
+        def shares(zeros: int) -> Dict[str, float]:
+            lost = path.groups(zeros)
+            return {name: lost[name] / size.targets for name, size in sizes.items()}
+
+        totals = sorted({self.total, *(number / _POINTS for number in range(_POINTS + 1))})
+        zeros = {total: _zeros(sizes, total) for total in totals}
+        points = [PathPoint(one, shares(lost), path.error(lost)) for one, lost in zeros.items() if lost <= path.most]
+        own = self.zeros(sizes)
+        if own > path.most:
+            return Split(dict.fromkeys(sizes, own / sum(size.targets for size in sizes.values())), points)
+        return Split(shares(own), points)
+
     def describe(self) -> Dict[str, Any]:
-        """All of it, as JSON."""
-        return asdict(self)
+        """What has an effect, as JSON."""
+        names = {"total", "split"} if self.measured else {field.name for field in fields(self)}
+        return {name: value for name, value in asdict(self).items() if name in names}
+
+
+def _zeros(sizes: Mapping[str, Size], total: float) -> int:
+    return count(sum(size.parameters for size in sizes.values()), total)

@@ -10,7 +10,7 @@ from typing import Any
 _LABEL = 79  # characters: with "pruned-" before and "-<fingerprint>" behind, 99
 
 
-def label(prune: Mapping[str, Any], unpruned: str = "dense") -> str:
+def label(prune: Mapping[str, Any], unpruned: str = "dense", total: float | None = None) -> str:
     """What is pruned and how: `text_encoder-magnitude-layer-0.475-unet-owl-m5-wanda-row-0.35-original`.
 
     Options of a criterion or an allocation, order, timesteps, blocks and mode stand there where they are not the
@@ -23,9 +23,9 @@ def label(prune: Mapping[str, Any], unpruned: str = "dense") -> str:
     settings = [_settings(spec) for spec in prune.values()]
     shared = settings[0] if settings and all(one == settings[0] for one in settings) else []
     for granularity, options in ((True, True), (False, True), (False, False)):
-        parts = []
+        parts = [] if total is None else [f"total-{total:g}"]
         for component, spec in sorted(prune.items()):
-            parts += [component, *_pruned(spec, granularity, options)]
+            parts += [component, *_pruned(spec, granularity, options, total is None)]
             parts += _settings(spec) if options and not shared else []
         name = "-".join(parts + (shared if options else []))
         name = re.sub(r"[^\w.-]", "_", name, flags=re.ASCII)
@@ -34,14 +34,14 @@ def label(prune: Mapping[str, Any], unpruned: str = "dense") -> str:
     return name[:_LABEL]
 
 
-def _pruned(spec: Any, granularity: bool, options: bool) -> list[str]:
+def _pruned(spec: Any, granularity: bool, options: bool, sparsity: bool) -> list[str]:
     parts = _named(spec.allocation, options) if type(spec.allocation).__name__ != "Uniform" else []
     parts += _named(spec.criterion, options)
     if granularity or spec.granularity != spec.criterion.granularities[0]:
         parts.append(str(spec.granularity))
     if spec.band is not None:
         parts.append("band-{:g}-{:g}".format(*spec.band))
-    elif spec.sparsity and not spec.pattern:  # else a pattern or the allocation says how much
+    elif sparsity and spec.sparsity and not spec.pattern:  # else a pattern or the allocation says how much
         parts.append(f"{spec.sparsity:g}")
     return parts
 

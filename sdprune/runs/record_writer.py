@@ -52,7 +52,7 @@ class RecordWriter(Callback):
             "verdicts": {},
             "compared": {},
             "images": module.invalid.summary(list(examples["id"])),
-            "budget": None if plan.budget is None else plan.budget.describe(),
+            "budget": plan.describe_budget(),
             "roles": {name: component.role for name, component in module.pipeline.prunable.items()},
             "sparsity": plan.account(module.reports),
             "pruning": {name: report.summary() for name, report in module.reports.items()},

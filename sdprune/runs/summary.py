@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
@@ -33,6 +34,8 @@ def show(record: Record, console: Console | None = None, already: bool = False) 
     console.print(_scores(results))
     if results["pruning"] or results["sparsity"]["pipeline"]["zero_fraction"] > _ZEROS:
         console.print(_sparsities(results["sparsity"]))
+    if "path" in (results.get("budget") or {}):
+        print(path_table(results["budget"]))
     if distances := _distances(results):
         console.print(f"distance to the dense model's images: {distances}", highlight=False)
     for remark in (line for lines in results["remarks"].values() for line in lines):
@@ -80,6 +83,20 @@ def _scores(results: dict[str, Any]) -> Table:
             row.append(_verdict(results["verdicts"].get(name)))
         table.add_row(*row)
     return table
+
+
+def path_table(budget: Mapping[str, Any]) -> str:
+    """Plain lines: what measured errors say of each total; the budget's own one is marked."""
+    rows = [["total", *budget["sparsities"], "error"]]
+    for one in budget["path"]:
+        shares = (one["total"], *one["sparsities"].values())
+        rows.append([*(f"{100 * share:.2f} %" for share in shares), f"{one['error']:.3g}"])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    marks = [" ", *(">" if one["total"] == budget["total"] else " " for one in budget["path"])]
+    lines = ["measured: the error of the denoiser's prediction, by total and sparsity of the targeted weights"]
+    for mark, row in zip(marks, rows, strict=True):
+        lines.append("  ".join([mark + " " + row[0].rjust(widths[0]), *map(str.rjust, row[1:], widths[1:])]))
+    return "\n".join(lines)
 
 
 def _verdict(found: dict[str, Any] | None) -> str:

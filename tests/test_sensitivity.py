@@ -41,8 +41,9 @@ def network():
 def lowest(weight, share):
     """The weights without the share of lowest magnitude, by sorting."""
     flat = weight.flatten().tolist()
-    gone = sorted(range(len(flat)), key=lambda place: (abs(flat[place]), place))[: math.floor(share * len(flat) + 0.5)]
-    return torch.tensor([0 if place in set(gone) else value for place, value in enumerate(flat)]).view_as(weight)
+    ranked = sorted(range(len(flat)), key=lambda place: (abs(flat[place]), place))
+    gone = set(ranked[: math.floor(share * len(flat) + 0.5)])
+    return torch.tensor([0 if place in gone else value for place, value in enumerate(flat)]).view_as(weight)
 
 
 def errors_by_hand(net, inputs, names, levels=LEVELS):

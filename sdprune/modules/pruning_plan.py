@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Optional
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sdprune.api import prune
 from sdprune.calibration.collect import Collector
+from sdprune.calibration.execution import order_of_calls
 from sdprune.calibration.progress import CalibrationState
 from sdprune.calibration.requests import Request
 from sdprune.calibration.settings import Calibration
@@ -21,7 +22,7 @@ from sdprune.modules.prompts import PromptSubject, Requests
 from sdprune.pipelines import DiffusersFamily, Sampling
 from sdprune.processes import Processes
 from sdprune.pruning import Budget, PruneReport, PruneSpec, Size, account, apply, targets_of
-from sdprune.pruning.allocation.sensitivity import Sensitivity
+from sdprune.pruning.allocation.sensitivity import Sensitivity, units_of
 from sdprune.pruning.allocation.uniform import Uniform
 from sdprune.pruning.budget import Split
 from sdprune.pruning.spec import AGREEMENT
@@ -125,7 +126,10 @@ class PruningPlan:
             dense = {one.statistic: store.load(one.facts) for one in allocation}
             own = {one.statistic: store.load(one.facts) for one in criterion}
             spec = self.specs[name] if split is None else replace(self.specs[name], sparsity=split.sparsities[name])
+            order = self._order(name) if isinstance(spec.allocation, Sensitivity) else []
             reports[name] = apply(self.pipeline.components[name], spec, own, dense)
+            if isinstance(spec.allocation, Sensitivity):
+                reports[name].sensitivity = self._sensitivity(name, spec.allocation, order, reports[name])
         hashes = Processes().all_gather({name: report.mask_hash for name, report in reports.items()})
         if any(one != hashes[0] for one in hashes):
             raise RuntimeError(f"Processes made different masks: {hashes}.")
@@ -139,9 +143,8 @@ class PruningPlan:
         for name, spec in self.specs.items():
             assert isinstance(spec.allocation, Sensitivity)
             module = self.pipeline.meta_module(name)
-            (errors,) = (one for one in self.requests[name][0] if one.probe is not None)
             sizes[name] = _size(module, spec)
-            units += spec.allocation.units(targets_of(module, spec), self.calibration.store.load(errors.facts), name)
+            units += spec.allocation.units(targets_of(module, spec), self._errors(name), name)
         return self.measured.split_measured(sizes, units)
 
     def describe_budget(self) -> Optional[dict[str, Any]]:
@@ -151,6 +154,39 @@ class PruningPlan:
         split = self.split()
         found = {} if split is None else {"sparsities": split.sparsities, "path": [one._asdict() for one in split.path]}
         return {**self.budget.describe(), **found}
+
+    def _errors(self, name: str) -> Mapping[str, Tensor]:
+        """The measured errors of a component's layers."""
+        (request,) = (one for one in self.requests[name][0] if one.probe is not None)
+        return self.calibration.store.load(request.facts)
+
+    def _order(self, name: str) -> list[str]:
+        """In which order the layers of a component run."""
+        subject = self.calibration.subjects[name]
+        return order_of_calls(subject.module, targets_of(subject.module, self.specs[name]), subject.try_out)
+
+    def _sensitivity(
+        self, name: str, allocation: Sensitivity, order: Sequence[str], report: PruneReport
+    ) -> dict[str, Any]:
+        """What was measured of a component, for records: its units in the order in which they run."""
+        errors, place = self._errors(name), {layer: number for number, layer in enumerate(order)}
+        targets = targets_of(self.pipeline.meta_module(name), self.specs[name])
+        lost = {layer.name: layer.pruned for layer in report.layers}
+        units = sorted(
+            units_of(targets, allocation.unit).items(),
+            key=lambda unit: min(place.get(target.name, len(place)) for target in unit[1]),
+        )
+        found = [
+            {
+                "name": unit, "block": members[0].block, "weights": sum(one.weight.numel() for one in members),
+                "pruned": sum(lost[one.name] for one in members), "errors": errors[members[0].name].tolist(),
+            }
+            for unit, members in units
+        ]  # fmt: skip
+        behind = self.calibration.subjects[name].reads_prediction(allocation.probe)
+        denoises = self.calibration.subjects[name].component.role == "denoiser"
+        read_at = "prediction" if behind or denoises else "output"
+        return {"unit": allocation.unit, "read_at": read_at, "levels": allocation.levels, "units": found}
 
     def account(self, reports: Mapping[str, PruneReport]) -> dict[str, Any]:
         """Requested and achieved sparsities of the pipeline as it is now."""

@@ -44,6 +44,8 @@ class PruneReport:
     nominal: float
     layers: List[LayerReport] = field(default_factory=list)
     mask_hash: str = ""
+    sensitivity: Optional[Dict[str, Any]] = None
+    """What was measured of its units, where that decided how much each lost."""
 
     @property
     def weights(self) -> int:
@@ -63,7 +65,8 @@ class PruneReport:
     def summary(self) -> dict[str, Any]:
         """The report without its layers, as JSON."""
         counts = {name: getattr(self, name) for name in ("weights", "pruned", "zeros")}
-        return {"spec": self.spec, "mask_hash": self.mask_hash, **counts}
+        measured = {} if self.sensitivity is None else {"sensitivity": self.sensitivity}
+        return {"spec": self.spec, "mask_hash": self.mask_hash, **counts, **measured}
 
 
 def apply(

@@ -14,7 +14,7 @@ import pandas as pd
 
 from sdprune.errors import InputError
 from sdprune.pruning import Budget, InfeasibleError, Size
-from sdprune.study import figures, tables
+from sdprune.study import figures, sensitivity, tables
 from sdprune.study.figures import Figure
 from sdprune.study.group import Cell, Study, number
 from sdprune.study.tables import MISSING, Table, difference, percent, rounded
@@ -85,6 +85,7 @@ def report_tables(study: Study, references: Mapping[str, Scores]) -> list[Table]
         made.append(_list(study, references, str(first + 3), title, cells))
     other = tables.others(study)  # before the claims look for pairs
     made += [other] if other else []
+    made += sensitivity.tables(study)
     return [*made, tables.drop_offs(study), _findings(study, splits), tables.everything(study)]
 
 
@@ -212,7 +213,7 @@ def report_figures(study: Study) -> list[Figure]:
     lines = {name: runs for name, runs in image.items() if runs["image_method"].iloc[0] == "magnitude"}
     lines = {name.removeprefix("magnitude"): runs for name, runs in lines.items()}
     made += strips("Figure 14. Pruning the U-Net: quality falls gradually", lines, "image_sparsity")
-    return figures.distinct([one for one in made if one is not None])
+    return figures.distinct([*(one for one in made if one is not None), *sensitivity.strips(study)])
 
 
 def _steps(study: Study, method: str) -> pd.DataFrame:

@@ -135,6 +135,7 @@ def _row(directory: Path, config: Mapping[str, Any], results: Mapping[str, Any])
         "clip_scores": _clip_scores(directory / "rows.npz", results["n"], results["metrics"].get("clip_score")),
         "sizes": {name: sparsity["components"][name]["parameters"] for name in roles},
         "text_encoders": names["text"],
+        "sensitivity": _sensitivity(results["pruning"]),
     }
 
 
@@ -152,6 +153,16 @@ def _title(config: Mapping[str, Any], results: Mapping[str, Any]) -> str:
         *sorted({part["protocol"] for part in results["protocols"].values() if "protocol" in part}),
     ]
     return ", ".join(map(printable, parts))
+
+
+def _sensitivity(pruning: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return what was measured of each component, with its criterion; None where nothing was."""
+    found = {
+        printable(name): {**one["sensitivity"], "criterion": printable(one["spec"]["criterion"]["class"])}
+        for name, one in pruning.items()
+        if "sensitivity" in one
+    }
+    return found or None
 
 
 def _clip_scores(path: Path, n: int, score: float | None) -> np.ndarray | None:

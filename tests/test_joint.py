@@ -60,7 +60,7 @@ def test_the_path_goes_up_to_what_was_measured_and_beyond_it_all_are_alike():
     assert split.path[0] == (0.0, {"text_encoder": 0.0, "unet": 0.0}, 0.0)
     assert split.sparsities == dict.fromkeys(sizes, 1240 / 1400)
     with pytest.raises(
-        InfeasibleError, match=r"a total of 0\.71 would prune 14,200 weights, .* have 14,000\. Choose a"
+        InfeasibleError, match=r"total of 0\.71 would prune 14,200 weights, .* have 14,000\. Choose a"
     ):
         Budget(0.71, split="sensitivity").split_measured(sizes, units)
 

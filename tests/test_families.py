@@ -132,6 +132,26 @@ def test_a_budget_predict_and_report(family, sdprune, tmp_path):
     assert all(component in table for component in components_of(name) if component != "vae")
 
 
+def test_a_measured_budget_reads_every_component_at_the_prediction(family, sdprune, tmp_path):
+    name, _ = family
+    unit = "{class_path: Sensitivity, init_args: {unit: block, levels: [0.3, 0.8], samples: 2, steps: 2}}"
+    options = ["--model.budget.total=0.1", "--model.budget.split=sensitivity", *each(name, "sparsity=0")]
+    told = sdprune(*small("fit", "prune.yaml", family, tmp_path, *options, *each(name, f"allocation={unit}")))
+    assert (told.code, told.err) == (0, "")
+    (saved,) = tmp_path.glob("pruned-*")
+    report = json.loads((saved / "pruning_report.json").read_text())
+    assert list(report["budget"]["sparsities"]) == components_of(name)
+    whole = report["sparsity"]["prunable"]
+    assert whole["pruned"] == int(0.1 * whole["parameters"] + 0.5)
+    for component in components_of(name):
+        measured = report["pruning"][component]["sensitivity"]
+        assert measured["read_at"] == "prediction"
+        unread = {unit["name"] for unit in measured["units"] if not any(unit["errors"])}
+        # Of its first encoder Stable Diffusion XL reads the layer before the last one.
+        last = name == "StableDiffusionXL" and component == "text_encoder"
+        assert [one.rpartition(".")[2] for one in unread] == ["2"] * last
+
+
 def test_another_familys_model_names_the_family(family, tmp_path):
     name, directory = family
     (other,) = tiny_families.FAMILIES.keys() - {name}

@@ -59,9 +59,7 @@ def test_the_path_goes_up_to_what_was_measured_and_beyond_it_all_are_alike():
     assert [point.error for point in split.path] == sorted(point.error for point in split.path)
     assert split.path[0] == (0.0, {"text_encoder": 0.0, "unet": 0.0}, 0.0)
     assert split.sparsities == dict.fromkeys(sizes, 1240 / 1400)
-    with pytest.raises(
-        InfeasibleError, match=r"total of 0\.71 would prune 14,200 weights, .* have 14,000\. Choose a"
-    ):
+    with pytest.raises(InfeasibleError, match=r"total of 0\.71 would prune 14,200 weights, .* have 14,000\. Choose a"):
         Budget(0.71, split="sensitivity").split_measured(sizes, units)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from inspect import signature
+from inspect import BoundArguments, signature
 from typing import TYPE_CHECKING, Any, ClassVar, Optional
 
 if TYPE_CHECKING:
@@ -160,10 +160,10 @@ class Denoiser(Component):
 
     def _calls(
         self, prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling, steps: int, first_alone: bool = False
-    ) -> list[dict[str, Any]]:
-        """Arguments of the first call of each of so many denoising steps, or of the first step alone, by name."""
+    ) -> list[BoundArguments]:
+        """Arguments of the first call in each of so many denoising steps, or in the first step alone."""
         wanted = {int((number + 0.5) * sampling.steps / steps) for number in range(min(steps, sampling.steps))}
-        calls: dict[int, dict[str, Any]] = {}
+        calls: dict[int, BoundArguments] = {}
         now = 0
 
         def before_step(step: int) -> None:
@@ -172,7 +172,7 @@ class Denoiser(Component):
 
         def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if first_alone or (now in wanted and now not in calls):
-                calls[now] = signature(module.forward).bind(*args, **kwargs).arguments
+                calls[now] = signature(module.forward).bind(*args, **kwargs)
             if first_alone:
                 raise _Reached
 
@@ -184,7 +184,7 @@ class Denoiser(Component):
             handle.remove()
         return list(calls.values())
 
-    def _guided(self, calls: Sequence[dict[str, Any]], items: int, guidance: float) -> Tensor:
+    def _guided(self, calls: Sequence[BoundArguments], items: int, guidance: float) -> Tensor:
         """Guided predictions of a batch that holds each item twice, first without its prompt (Ho & Salimans 2022, eq.
         6); without guidance it holds each once."""
         import torch
@@ -192,7 +192,7 @@ class Denoiser(Component):
         found = []
         for call in calls:
             with torch.no_grad():
-                prediction = self.module(**call)[0]
+                prediction = self.module(*call.args, **call.kwargs)[0]
             if len(prediction) != items:
                 without, with_prompt = prediction.chunk(2)
                 prediction = without + guidance * (with_prompt - without)
@@ -203,7 +203,7 @@ class Denoiser(Component):
         return None
 
 
-def _at_latents(call: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+def _at_latents(call: BoundArguments, other: BoundArguments) -> BoundArguments:
     """A denoiser's call with the latents of another one, its first argument in every family, and that one's step."""
-    latents = next(iter(other))
-    return {**call, latents: other[latents], "timestep": other["timestep"]}
+    taken = {name: other.arguments[name] for name in (next(iter(other.arguments)), "timestep")}
+    return BoundArguments(call.signature, {**call.arguments, **taken})  # type: ignore[arg-type]  # any mapping will do

@@ -17,9 +17,6 @@ from sdprune.study.tables import Table, percent
 
 _SHOWN = 15
 """Rows of a table; the others are one row together."""
-_FLOOR = 1e-12
-"""An error of 0 has no logarithm."""
-
 Measured = Mapping[str, Any]
 """What a record says of one component: its criterion, levels, and units in the order in which they run."""
 
@@ -64,7 +61,7 @@ def _errors(one: Measured) -> np.ndarray:
 def _shares(one: Measured) -> np.ndarray:
     """Each unit's share of the sum of errors at the middle level."""
     errors = _errors(one)[:, len(one["levels"]) // 2]
-    return errors / max(errors.sum(), _FLOOR)
+    return errors / (errors.sum() or 1)
 
 
 def _title(name: str, one: Measured) -> str:
@@ -99,9 +96,9 @@ def _strip(file: str, parts: Mapping[str, Measured]) -> Figure:
     from matplotlib.colors import LogNorm
     from matplotlib.figure import Figure as Canvas
 
-    errors = {name: np.maximum(_errors(one), _FLOOR) for name, one in parts.items()}
-    low, high = min(one.min() for one in errors.values()), max(one.max() for one in errors.values())
-    norm = LogNorm(low, max(high, 2 * low))
+    errors = {name: _errors(one) for name, one in parts.items()}
+    low = min(one.min(where=one > 0, initial=1) for one in errors.values())  # what changes nothing is as light as that
+    norm = LogNorm(low, max(2 * low, *(one.max() for one in errors.values())))
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "sdprune", "font.size": 9, "text.parse_math": False}):
         canvas = Canvas(figsize=(10, 3.1 * len(parts)), layout="constrained")
         axes = canvas.subplots(2 * len(parts), 1, height_ratios=[1, 1.3] * len(parts), squeeze=False)[:, 0]
@@ -112,11 +109,13 @@ def _strip(file: str, parts: Mapping[str, Measured]) -> Figure:
             bars.set(xlim=(-0.5, count - 0.5), xticks=[], ylabel=f"% of error\nat {100 * middle:g} %")
             bars.set_title(_title(name, one), loc="left", fontsize=9)
             bars.spines[["top", "right"]].set_visible(False)
-            image = strip.imshow(errors[name].T, aspect="auto", origin="lower", cmap="magma_r", norm=norm)
+            image = strip.imshow(
+                np.maximum(errors[name], low).T, aspect="auto", origin="lower", cmap="magma_r", norm=norm
+            )
             strip.set(ylabel="pruned alone to", yticks=range(len(one["levels"])))
             strip.set_yticklabels([f"{100 * level:g} %" for level in one["levels"]])
             _name_blocks(strip, one["units"])
-        canvas.colorbar(image, ax=list(axes), label="relative squared error", shrink=0.8)
+        canvas.colorbar(image, ax=list(axes), label="relative squared error", shrink=0.8, format=_power)
         content = io.BytesIO()
         canvas.savefig(content, format="svg", metadata={"Date": None})
     names = " and ".join(parts)
@@ -124,6 +123,10 @@ def _strip(file: str, parts: Mapping[str, Measured]) -> Figure:
         f"Where the meaning sits: {names}, one {next(iter(parts.values()))['unit']} pruned alone, in order of depth"
     )
     return Figure(file, caption, content.getvalue())
+
+
+def _power(value: float, _: Any) -> str:
+    return f"{value:.0e}"
 
 
 def _name_blocks(axes: Any, units: Sequence[Mapping[str, Any]]) -> None:

@@ -18,7 +18,7 @@ from sdprune.pipelines import Component, Sampling
 from sdprune.pipelines.sampling import image_seed
 from sdprune.pruning import PruneSpec
 from sdprune.pruning.statistics import statistic
-from sdprune.pruning.statistics.pruned_error import Probe, PrunedError
+from sdprune.pruning.statistics.pruned_error import Probe, PrunedError, ReadAt
 
 NAME = PrunedError.name
 
@@ -59,13 +59,12 @@ class PromptSubject:
         self.component.run(batch.prompts, self._seeds(batch), self.sampling, before_step)
 
     def dense_inputs(self, batch: Batch, probe: Probe) -> Callable[[], Tensor]:  # noqa: D102
-        if self.reads_prediction(probe):
-            return self.component.predictions(batch.prompts, self._seeds(batch), self.sampling, probe.steps)
-        return self.component.dense_inputs(batch.prompts, self._seeds(batch), self.sampling, probe.steps)
+        keep = self.component.predictions if probe.read_at == "prediction" else self.component.dense_inputs
+        return keep(batch.prompts, self._seeds(batch), self.sampling, probe.steps)
 
-    def reads_prediction(self, probe: Probe) -> bool:
-        """Whether an error is read behind the component; a denoiser's output is the prediction itself."""
-        return probe.read_at == "prediction" and self.component.role == "text"
+    def read_at(self, probe: Probe) -> ReadAt:
+        """Where an error is read: a denoiser's output is the prediction."""
+        return "prediction" if self.component.role == "denoiser" else probe.read_at
 
     def _seeds(self, batch: Batch) -> list[int]:
         return [image_seed(self.seed, f"calibration:{position}") for position in batch.positions]
@@ -123,12 +122,12 @@ class Requests:
             return self.of_model(component, spec.allocation.statistics, spec)
         before = self.of_model(component, spec.criterion.statistics | spec.allocation.statistics - {NAME}, spec)
         alone, subject = alone_at(spec, probe.levels[0]), self.subjects[component]
-        behind = subject.reads_prediction(probe)
+        read_at = subject.read_at(probe)
         facts = {
             "component": component, "statistic": NAME, "prune": {**alone.describe(), "sparsity": None},
-            "probe": asdict(probe) | {"read_at": "prediction" if behind else "output"},
+            "probe": asdict(probe) | {"read_at": read_at},
             "reads": [one.facts for one in before], **self.facts, **subject.facts(),
-            **(subject.drawing() if behind else {}),
+            **(subject.drawing() if read_at == "prediction" else {}),
         }  # fmt: skip
         return [*before, Request(component, NAME, alone, facts, before=tuple(before), probe=probe)]
 

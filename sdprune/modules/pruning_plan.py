@@ -110,7 +110,7 @@ class PruningPlan:
 
     def label(self, unpruned: str = "dense") -> str:
         """What is pruned and how, for names of directories."""
-        return label(self.specs, unpruned, self.measured and self.measured.total)
+        return label(self.specs, unpruned, None if self.measured is None else self.measured.total)
 
     def check(self, data: CocoDataModule) -> None:
         """Everything that can be found wrong before the model is loaded: layer patterns, captions, the store."""
@@ -183,9 +183,7 @@ class PruningPlan:
             }
             for unit, members in units
         ]  # fmt: skip
-        behind = self.calibration.subjects[name].reads_prediction(allocation.probe)
-        denoises = self.calibration.subjects[name].component.role == "denoiser"
-        read_at = "prediction" if behind or denoises else "output"
+        read_at = self.calibration.subjects[name].read_at(allocation.probe)
         return {"unit": allocation.unit, "read_at": read_at, "levels": allocation.levels, "units": found}
 
     def account(self, reports: Mapping[str, PruneReport]) -> dict[str, Any]:

@@ -78,11 +78,12 @@ class Component(ABC):
             Runs the component on these inputs, and returns what the pipeline makes of its output: [samples, n].
         """
 
+    @abstractmethod
     def predictions(
         self, prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling, steps: int
     ) -> Callable[[], Tensor]:
-        """The same, of what the denoiser makes of the component's output, on the latents of the model as it is now."""
-        return self.family.prunable[self.family.denoiser].predictions(prompts, seeds, sampling, steps)
+        """The same, but what is returned gives the guided prediction that the denoiser makes of the component's output,
+        on the latents of the model as it is now: [samples * steps, n]."""
 
     @abstractmethod
     def tokens(self, prompts: Sequence[str]) -> Optional[Tensor]:
@@ -119,6 +120,13 @@ class TextEncoder(Component):
 
         return lambda: torch.cat([one.flatten(1) for one in self.family.encode(prompts)], 1)
 
+    def predictions(  # noqa: D102
+        self, prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling, steps: int
+    ) -> Callable[[], Tensor]:
+        denoiser = self.family.prunable[self.family.denoiser]
+        assert isinstance(denoiser, Denoiser)
+        return denoiser.from_text(prompts, seeds, sampling, steps)
+
     def tokens(self, prompts: Sequence[str]) -> Optional[Tensor]:  # noqa: D102
         tokenizer = self.family.tokenizers[self.name.replace("text_encoder", "tokenizer")]
         kept = {"padding": "max_length", "truncation": True, "max_length": tokenizer.model_max_length}
@@ -146,10 +154,15 @@ class Denoiser(Component):
         calls = self._calls(prompts, seeds, sampling, steps)
         return lambda: self._guided(calls, len(prompts), sampling.guidance)
 
-    def predictions(
+    def predictions(  # noqa: D102
         self, prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling, steps: int
     ) -> Callable[[], Tensor]:
-        """See Component; the text encoders run anew each time."""
+        return self.dense_inputs(prompts, seeds, sampling, steps)
+
+    def from_text(
+        self, prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling, steps: int
+    ) -> Callable[[], Tensor]:
+        """The same, but the text encoders run anew each time."""
         calls = self._calls(prompts, seeds, sampling, steps)
 
         def run() -> Tensor:

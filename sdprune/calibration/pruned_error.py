@@ -53,7 +53,8 @@ class Measurement:
         for start in range(0, len(left), processes.world_size):
             found = {}
             for members in left[start + processes.rank : start + processes.rank + 1]:
-                found = dict.fromkeys([target.name for target in members], self._of(members, dense))
+                errors = self._of(members, dense)
+                found = {target.name: errors.clone() for target in members}  # a file holds no tensor twice
             yield {name: errors for part in processes.all_gather(found) for name, errors in part.items()}
 
     def _of(self, members: Sequence[Target], dense: Tensor) -> Tensor:

@@ -219,4 +219,4 @@ class Denoiser(Component):
 def _at_latents(call: BoundArguments, other: BoundArguments) -> BoundArguments:
     """A denoiser's call with the latents of another one, its first argument in every family, and that one's step."""
     taken = {name: other.arguments[name] for name in (next(iter(other.arguments)), "timestep")}
-    return BoundArguments(call.signature, {**call.arguments, **taken})  # type: ignore[arg-type]  # any mapping will do
+    return BoundArguments(call.signature, {**call.arguments, **taken})

@@ -141,9 +141,9 @@ class PruningModule(CalibratingModule):
         layers = {name: [asdict(layer) for layer in report.layers] for name, report in reports.items()}
         pruning = {name: report.summary() for name, report in reports.items()}
         budget = plan.describe_budget()
-        report = {"sparsity": sparsity, "pruning": pruning, "layers": layers, "budget": budget}
-        report["version"] = own_version()
-        write_json(part / "pruning_report.json", {**report, "fingerprint": fingerprint(self.facts)})
+        counts = {"sparsity": sparsity, "budget": budget, "pruning": pruning, "layers": layers}
+        identity = {"version": own_version(), "fingerprint": fingerprint(self.facts)}
+        write_json(part / "pruning_report.json", {**counts, **identity})
         if self.given is None:
             shutil.rmtree(directory, ignore_errors=True)
         os.replace(part, directory)

@@ -317,8 +317,10 @@ def _to_be_measured(name: str, spec: PruneSpec, total: float) -> PruneSpec:
     for choice, needed in (("order", "one_pass"), ("mode", "exact")):
         if getattr(spec, choice) != needed:
             raise InputError(f"{option}.{choice} is {getattr(spec, choice)}: choose {needed}.")
-    options = (given.unit, given.levels, given.samples, given.steps) if isinstance(given, Sensitivity) else ()
-    return replace(spec, sparsity=total, allocation=Sensitivity(*options, read_at="prediction"))
+    measured = Sensitivity(read_at="prediction")
+    if isinstance(given, Sensitivity):
+        measured = Sensitivity(given.unit, given.levels, given.samples, given.steps, measured.read_at)
+    return replace(spec, sparsity=total, allocation=measured)
 
 
 def _without_sparsity(spec: PruneSpec) -> str:

@@ -50,7 +50,7 @@ class Sensitivity(Allocation):
             if value < 1:
                 raise InputError(f"{name} is {value}: give 1 or more.")
         self.unit, self.levels, self.samples, self.steps, self.read_at = unit, shares, samples, steps, read_at
-        self.probe = Probe(self.unit, tuple(self.levels), self.samples, self.steps, self.read_at)
+        self.probe: Probe = Probe(self.unit, tuple(self.levels), self.samples, self.steps, self.read_at)
 
     def sparsities(self, targets: Sequence[Target], sparsity: float, statistics: Norms) -> Mapping[str, Share]:  # noqa: D102
         if sparsity >= self.levels[-1]:

@@ -135,7 +135,7 @@ def _row(directory: Path, config: Mapping[str, Any], results: Mapping[str, Any])
         "clip_scores": _clip_scores(directory / "rows.npz", results["n"], results["metrics"].get("clip_score")),
         "sizes": {name: sparsity["components"][name]["parameters"] for name in roles},
         "text_encoders": names["text"],
-        "sensitivity": _sensitivity(results["pruning"]),
+        "sensitivity": _sensitivity(results.get("pruning") or {}),
     }
 
 
@@ -157,12 +157,27 @@ def _title(config: Mapping[str, Any], results: Mapping[str, Any]) -> str:
 
 def _sensitivity(pruning: Mapping[str, Any]) -> dict[str, Any] | None:
     """Return what was measured of each component, with its criterion; None where nothing was."""
-    found = {
-        printable(name): {**one["sensitivity"], "criterion": printable(one["spec"]["criterion"]["class"])}
-        for name, one in pruning.items()
-        if "sensitivity" in one
-    }
+    found = {}
+    for name, one in pruning.items():
+        if "sensitivity" in one:
+            measured, criterion = one["sensitivity"], one["spec"]["criterion"]["class"]
+            levels = [float(level) for level in measured["levels"]]
+            words = {"criterion": criterion, "unit": measured["unit"], "read_at": measured["read_at"]}
+            units = [_unit(unit, len(levels)) for unit in measured["units"]]
+            if not levels or not units:
+                raise ValueError("nothing was measured")
+            found[printable(name)] = {key: printable(word) for key, word in words.items()} | {
+                "levels": levels, "units": units,
+            }  # fmt: skip
     return found or None
+
+
+def _unit(unit: Mapping[str, Any], levels: int) -> dict[str, Any]:
+    errors = [float(error) for error in unit["errors"]]
+    if len(errors) != levels:
+        raise ValueError(f"{len(errors)} errors at {levels} levels")
+    names = {key: printable(unit[key]) for key in ("name", "block")}
+    return {**names, "weights": int(unit["weights"]), "errors": errors}
 
 
 def _clip_scores(path: Path, n: int, score: float | None) -> np.ndarray | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -157,6 +158,12 @@ def decide(excess: np.ndarray, cap: float, alpha: float, n_max: int) -> Decision
             if mean - sd / math.sqrt(n) > -sd * math.sqrt(2 * math.log(1 / alpha) / n_max):
                 return Decision("futile", n, e_value)
     return None
+
+
+def fewest(alpha: float) -> int:
+    """How many images certify a level that loses nothing."""
+    losses = itertools.repeat(-1 / CAP)
+    return next(n for n, e_value in enumerate(wealth(losses, 1.0), 1) if n >= FIRST and e_value >= 1 / alpha)
 
 
 def upper_bound(losses: np.ndarray, shares: np.ndarray, cap: float, tolerance: float, alpha: float) -> float | None:

@@ -426,7 +426,8 @@ def _check_spec(name: str, spec: PruneSpec) -> None:
         raise InputError(f"{given}.band cannot be searched: leave it out.")
     if spec.allocation.prunes:
         raise InputError(
-            f"{given}.allocation is {type(spec.allocation).__name__}, which sets sparsities: choose another."
+            f"{given}.allocation is {type(spec.allocation).__name__}, which prunes layers at any sparsity, so that the "
+            "model is never dense: choose another."
         )
     if spec.sparsity:
         raise InputError(

@@ -282,7 +282,7 @@ def test_pictures_without_numbers_lose_all_that_can_be_lost(sdprune, tmp_path, m
 BAD = {
     "tolerance 0": (["--model.tolerance=0"], ["--model.tolerance is 0", "no number of images shows"]),
     "tolerance in per cent": ([*CLIP_SCORE[:2], "--model.tolerance=2"], ["--model.tolerance is 2", "at most 1"]),
-    "levels upside down": (["--model.levels={low: 0.5, high: 0.3}"], ["levels.low", "0.5, 0.3 and 0.025"]),
+    "levels upside down": (["--model.levels={low: 0.5, high: 0.3}"], ["levels.low", "0.5, 0.3 and 0.39"]),
     "levels beyond 1": (["--model.levels.high=80"], ["levels.high is 80", "for 80 %, write 0.8"]),
     "a score of all images": (
         ["--model.score=FrechetInceptionDistance", "--model.score.extractor=ClipImageFeatures",
@@ -294,7 +294,7 @@ BAD = {
     "a share of no distance": (["--model.absolute=false"], ["dense_mse is a distance", "--model.absolute=true"]),
     "nothing to search": (["--model.prune={}", "--model.also={}"], ["prune is {}", "nothing to search"]),
     "a sparsity": (["--model.prune.unet.sparsity=0.3"], ["--model.prune.unet.sparsity is 0.3", "--model.levels"]),
-    "a pattern": (["--model.prune.unet.granularity='2:4'"], ["--model.prune.unet.granularity is 2:4"]),
+    "a pattern": (["--model.prune.unet.granularity=2:4"], ["--model.prune.unet.granularity is 2:4", "nothing to search"]),
     "sparsities by layer": (
         ["--model.prune.unet.allocation=PerLayer", "--model.prune.unet.allocation.layers={'*': 0.3}"],
         ["allocation is PerLayer", "never dense"],
@@ -353,6 +353,6 @@ def test_help_shows_what_can_be_searched(sdprune):
     assert told.out.startswith("usage: sdprune search --config FILE [options]")
     for words in (
         "SearchModule: ", "--model.tolerance FLOAT  (default: 0.02)", "--model.levels.step FLOAT  (default: 0.025)",
-        "--model.prune.COMPONENT.criterion CLASS", "--model.score CLASS", "the sparsities that are tried",
+        "--model.prune.COMPONENT.criterion CLASS", "--model.score CLASS", "from one to the next",
     ):  # fmt: skip
         assert words in told.out, words

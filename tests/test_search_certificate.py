@@ -167,11 +167,11 @@ class World:
         }
 
     def level(self, chance, level, broken, spread):
-        """Losses [n] whose mean, once capped, is (level / boundary)^3 tolerances."""
+        """Losses [n] whose mean, once capped, is (level / boundary)^3 tolerances, and no more than 8."""
         loss = chance.normal(0, spread, self.n)
         loss[chance.permutation(self.n)[: int(broken * self.n * level / self.boundary)]] = self.cap
         for _ in range(60):
-            loss += self.size * (level / self.boundary) ** 3 - np.clip(loss, -self.cap, self.cap).mean()
+            loss += self.size * min((level / self.boundary) ** 3, 8) - np.clip(loss, -self.cap, self.cap).mean()
         return loss
 
     def scores_of(self, model):

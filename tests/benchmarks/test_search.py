@@ -58,7 +58,8 @@ def test_stored_scores_of_a_grid():
             truth = max((level for level in sound if not beyond or level < min(beyond)), default=0.0)
             steps, false, images = Counter(), 0, []
             for search in simulate(
-                tolerance, [name], levels, lambda model, name=name, scores=scores: scores[model.sparsities.get(name, 0.0)],
+                tolerance, [name], levels,
+                lambda model, name=name, scores=scores: scores[model.sparsities.get(name, 0.0)],
                 len(dense), SEARCHES, chunk=8,
             ):  # fmt: skip
                 level = search.thresholds[name].sparsities.get(name, 0.0)

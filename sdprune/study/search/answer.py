@@ -17,12 +17,11 @@ from sdprune.files import replacing
 from sdprune.metrics import mean, paired_bootstrap
 from sdprune.runs.record import Record, clock, versions
 from sdprune.study.search.certificate import ALPHA, CAP
+from sdprune.study.search.figure import draw
 from sdprune.study.search.search import CERTIFICATE, DENSE, VERDICTS, Model, Probe, Search
 
 if TYPE_CHECKING:
     from sdprune.study.search.module import SearchModule
-
-_COLOURS = {"certified": "#009E73", "futile": "#D55E00", "undecided": "#E69F00", "": "grey"}
 
 
 def write_answer(module: SearchModule, generated: int) -> None:
@@ -44,9 +43,7 @@ def write_answer(module: SearchModule, generated: int) -> None:
         "answer": None if search.answer is None else _described(search, search.answer, scored, facts),
         "also": None if search.reference is None else _described(search, search.reference, scored, facts),
         "thresholds": {name: dict(one.sparsities) or one.total for name, one in search.thresholds.items()},
-        "claims": [
-            _claim(search, probe, scored) for probe in [*_thresholds(search), search.answer] if probe is not None
-        ],
+        "claims": [_claim(search, probe, scored) for probe in _certified(search)],
         "shapes": {name: search.shape(name) for name in search.paths},
         "probes": [_probe(search, probe) for probe in search.probes],
         "images": search.images(),
@@ -60,15 +57,14 @@ def write_answer(module: SearchModule, generated: int) -> None:
     record.finish({**name, "search": content, "versions": versions(), "speed": speed})
 
 
-def _thresholds(search: Search) -> list[Probe]:
-    """The tests by which the paths' thresholds were certified."""
-    return [
-        probe
-        for probe in search.probes
-        if probe.path in search.paths
-        and probe.model == search.thresholds.get(probe.path)
-        and probe is not search.answer
+def _certified(search: Search) -> list[Probe]:
+    """The tests that a claim rests on: those of the paths' thresholds, and last the answer's."""
+    found = [
+        one
+        for one in search.probes
+        if one.model == search.thresholds.get(one.path) and not search.falls(one.path) and one is not search.answer
     ]
+    return found if search.answer is None else [*found, search.answer]
 
 
 def _probe(search: Search, probe: Probe) -> dict[str, Any]:
@@ -117,8 +113,8 @@ def _remarks(search: Search) -> list[str]:
             found.append(f"{name}: the highest level was certified; the limit may lie above {models[-1]}.")
         if search.falls(name):
             found.append(
-                f"{name}: the loss is seen to fall from one level to a sparser one, where the claim of its threshold "
-                "supposes that it does not; only a certificate on fresh prompts holds."
+                f"{name}: the loss is seen to fall from one level to a sparser one, so nothing is claimed of its "
+                "threshold; only a certificate on fresh prompts holds."
             )
     failed = sum(one.part == CERTIFICATE and one is not search.answer and one.path != "also" for one in search.probes)
     if failed:
@@ -222,60 +218,6 @@ def _show_model(console: Console, search: Mapping[str, Any], which: str) -> None
     if "sparsity" in one:
         zeros = one["sparsity"]["prunable"]["zero_fraction"]
         console.print(f"  zeros among all parameters of the prunable components: {zeros:.2%}", highlight=False)
-
-
-def draw(search: Search, scored: str, facts: Mapping[str, Any]) -> bytes:
-    """The search as an SVG: for each path loss against sparsity with plain intervals, and the images of each test."""
-    import io
-
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
-    factor, unit = (100, ", %") if search.tolerance.relative else (1, "")
-    joint = [one for one in search.probes if one.path not in search.paths]
-    panels = {name: [one for one in search.probes if one.path == name] for name in search.paths}
-    panels |= {"together": joint} if any(one.path != "also" or len(panels) > 1 for one in joint) else {}
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "sdprune", "font.size": 9, "text.parse_math": False}):
-        canvas = Figure(figsize=(3.6 * (len(panels) + 1), 3.4), layout="constrained")
-        *axes, last = canvas.subplots(1, len(panels) + 1)
-        for ax, (name, probes) in zip(axes, panels.items(), strict=True):
-            by_zeros = any(len(one.model.sparsities) != 1 for one in probes)
-            for one in probes:
-                if math.isnan(one.loss):
-                    continue
-                x = _place(one, by_zeros, facts)
-                half = [[factor * (one.loss - one.low)], [factor * (one.high - one.loss)]]
-                marker = {CERTIFICATE: "s"}.get(one.part, "o")
-                ax.errorbar(x, factor * one.loss, yerr=half, fmt=marker, ms=4, lw=1, color=_COLOURS[one.verdict])
-                ax.annotate(str(one.n), (x, factor * one.loss), (4, 4), textcoords="offset points", fontsize=7)
-            shape = search.shape(name) if name in search.paths else None
-            if shape:
-                s = np.linspace(*ax.get_xlim(), 200) / 100
-                s = s[(s > 0) & (s < 1)]
-                fitted = factor * shape["a"] * (s / (1 - s)) ** shape["b"]
-                top = ax.get_ylim()[1]
-                ax.plot(100 * s[fitted <= top], fitted[fitted <= top], color="grey", linewidth=1, linestyle=":")
-            ax.axhline(factor * search.tolerance.value, color="black", linestyle="--", linewidth=1)
-            axis = "zeros of the prunable components" if by_zeros else "sparsity"
-            ax.set(title=name, xlabel=f"{axis}, %", ylabel=f"loss in {scored}{unit}")
-        heights = [one.n for one in search.probes]
-        last.bar(range(1, len(heights) + 1), heights, color=[_COLOURS[one.verdict] for one in search.probes])
-        last.axhline(search.n_max, color="black", linestyle="--", linewidth=1)
-        last.set(title="images", xlabel="test, in order")
-        for ax in (*axes, last):
-            ax.grid(alpha=0.3)
-            ax.spines[["top", "right"]].set_visible(False)
-        handles = [last.bar(0, 0, color=_COLOURS[name], label=label) for name, label in VERDICTS.items()]
-        last.legend(handles=handles, frameon=False, fontsize=7)
-        content = io.BytesIO()
-        canvas.savefig(content, format="svg", metadata={"Date": None})
-    return content.getvalue()
-
-
-def _place(probe: Probe, by_zeros: bool, facts: Mapping[str, Any]) -> float:
-    if by_zeros:
-        return 100 * float(facts[probe.model.name]["sparsity"]["prunable"]["zero_fraction"])
-    return 100 * next(iter(probe.model.sparsities.values()))
 
 
 def write_configurations(record: Record, given: str) -> None:

@@ -373,12 +373,12 @@ class SearchModule(DrawingModule):
 
     def _write(self) -> None:
         assert self.search is not None
+        write_json(self.directory() / "models.json", self.facts_of_models)  # first: scores end a model
         with replacing(self.directory() / "scores.csv") as temporary, temporary.open("w", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(_COLUMNS)
             for (model, part), scores in self.search.scores.items():
                 writer.writerows([part, model, place, repr(score)] for place, score in enumerate(scores))
-        write_json(self.directory() / "models.json", self.facts_of_models)
 
     def on_predict_epoch_end(self) -> None:
         """Write what was found."""

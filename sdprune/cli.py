@@ -35,9 +35,9 @@ from sdprune.runs.record import Record
 from sdprune.runs.summary import show
 from sdprune.runs.tracking import connect, finish_all, log_record, log_search, wandb_logger
 from sdprune.schema import bases_of, class_named
-from sdprune.study.search.answer import show as show_search
-from sdprune.study.search.answer import write_configurations
-from sdprune.study.search.module import SearchModule
+from sdprune.search.answer import show as show_search
+from sdprune.search.answer import write_configurations
+from sdprune.search.module import SearchModule
 
 TRAINER_DEFAULTS: dict[str, Any] = {
     "use_distributed_sampler": False,  # the data module deals whole batches to processes

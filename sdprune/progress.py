@@ -13,8 +13,8 @@ from rich.text import Text
 
 from sdprune.calibration.progress import CalibrationState
 from sdprune.modules import FrozenModule, GenerationModule
-from sdprune.study.search.module import SearchModule
-from sdprune.study.search.search import Search
+from sdprune.search.module import SearchModule
+from sdprune.search.search import Search
 
 _SILENCE = 60.0  # seconds; after so long a line is printed whatever was done
 

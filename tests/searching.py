@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from sdprune.study.search.certificate import FIRST
-from sdprune.study.search.search import CERTIFICATE, SCALE, SEARCH, Model, Search
+from sdprune.search.certificate import FIRST
+from sdprune.search.search import CERTIFICATE, SCALE, SEARCH, Model, Search
 
 
 def run(search, scores_of, order, chunk=64):

@@ -8,8 +8,8 @@ import pytest
 from searching import run, simulate
 
 from sdprune.errors import InputError
-from sdprune.study.search.certificate import ALPHA, Bisection, Tolerance, decide, share_bound, upper_bound, wealth
-from sdprune.study.search.search import CERTIFICATE, Model, Search
+from sdprune.search.certificate import ALPHA, Bisection, Tolerance, decide, share_bound, upper_bound, wealth
+from sdprune.search.search import CERTIFICATE, Model, Search
 
 
 def wealth_by_fractions(excess, cap):

@@ -22,7 +22,7 @@ import pytest
 from command_lines import CONFIGS
 from searching import simulate
 
-from sdprune.study.search.certificate import FIRST, Tolerance
+from sdprune.search.certificate import FIRST, Tolerance
 
 SEARCHES = 200
 
@@ -103,6 +103,6 @@ def test_ten_real_searches(tmp_path):
 
 def test_the_least_that_certifies():
     """Images that lose nothing are certified within a fifth of the largest number, at any depth of the usual tree."""
-    from sdprune.study.search.certificate import ALPHA, fewest
+    from sdprune.search.certificate import ALPHA, fewest
 
     assert FIRST < fewest(ALPHA) < fewest(ALPHA / 5) < 256 / 4

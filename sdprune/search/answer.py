@@ -16,12 +16,12 @@ from rich.table import Table
 from sdprune.files import replacing
 from sdprune.metrics import mean, paired_bootstrap
 from sdprune.runs.record import Record, clock, versions
-from sdprune.study.search.certificate import ALPHA, CAP
-from sdprune.study.search.figure import draw
-from sdprune.study.search.search import CERTIFICATE, DENSE, VERDICTS, Model, Probe, Search
+from sdprune.search.certificate import ALPHA, CAP
+from sdprune.search.figure import draw
+from sdprune.search.search import CERTIFICATE, DENSE, VERDICTS, Model, Probe, Search
 
 if TYPE_CHECKING:
-    from sdprune.study.search.module import SearchModule
+    from sdprune.search.module import SearchModule
 
 
 def write_answer(module: SearchModule, generated: int) -> None:

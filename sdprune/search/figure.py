@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from sdprune.study.search.search import CERTIFICATE, VERDICTS, Probe, Search
+from sdprune.search.search import CERTIFICATE, VERDICTS, Probe, Search
 
 _COLOURS = {"certified": "#009E73", "futile": "#D55E00", "undecided": "#E69F00", "": "grey"}
 # Colours that people with colour blindness tell apart (Okabe & Ito, 2008).
@@ -83,6 +83,8 @@ def _images(ax: Any, search: Search) -> None:
     heights, colours = zip(*((one.n, _COLOURS[one.verdict]) for one in search.probes), strict=True)
     ax.bar(range(1, len(heights) + 1), heights, color=colours)
     ax.axhline(search.n_max, color="black", linestyle="--", linewidth=1)
-    ax.set(title="images", xlabel="test, in order")
-    handles = [ax.bar(0, 0, color=_COLOURS[name], label=label) for name, label in VERDICTS.items()]
-    ax.legend(handles=handles, frameon=False, fontsize=7)
+    ax.set(title="images", xlabel="test, in order", ylim=(0, 1.5 * search.n_max))
+    ax.xaxis.get_major_locator().set_params(integer=True)
+    handles = [ax.bar(1, 0, color=_COLOURS[name], label=label) for name, label in VERDICTS.items()]
+    handles += ax.plot([], [], "ks", markersize=4, label="fresh prompts")
+    ax.legend(handles=handles, frameon=False, fontsize=7, ncols=2, loc="upper left")

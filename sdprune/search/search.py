@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sdprune.study.search.certificate import (
+from sdprune.search.certificate import (
     ALPHA,
     FIRST,
     Bisection,

@@ -26,9 +26,9 @@ from sdprune.processes import Processes
 from sdprune.pruning import Budget, InfeasibleError, PruneSpec, targets_of
 from sdprune.runs.png import stacked
 from sdprune.runs.record import Record
-from sdprune.study.search.answer import write_answer
-from sdprune.study.search.certificate import ALPHA, FIRST, Bisection, Tolerance, fewest
-from sdprune.study.search.search import CERTIFICATE, DENSE, SCALE, SEARCH, Model, Search
+from sdprune.search.answer import write_answer
+from sdprune.search.certificate import ALPHA, FIRST, Bisection, Tolerance, fewest
+from sdprune.search.search import CERTIFICATE, DENSE, SCALE, SEARCH, Model, Search
 
 if TYPE_CHECKING:
     from sdprune.data import CocoDataModule
@@ -189,7 +189,7 @@ class SearchModule(DrawingModule):
             "paths": {name: [model.name for model in models] for name, models in paths.items()},
             "also": None if self.also is None else self.also.name,
             "tolerance": [self.tolerance.value, self.tolerance.relative],
-            "score": {**facts_of(self.score), "scored": self.scored, "code": package_code(*SCORING, "study/search")},
+            "score": {**facts_of(self.score), "scored": self.scored, "code": package_code(*SCORING, "search")},
             "data": {name: described[name] for name in ("source", "n", "seed", "batch_size")},
             "sampling": self.sampling.describe(),
             "seed": self.seed,

@@ -13,12 +13,13 @@ from types import TracebackType
 from sdprune.errors import InputError, unknown
 from sdprune.errors import cause as _cause
 
-HELP = """usage: sdprune [--help] [--version] {fit,predict,sweep,report} ...
+HELP = """usage: sdprune [--help] [--version] {fit,predict,search,sweep,report} ...
 
 Find out how much of a text-to-image model can be pruned away before the pictures suffer.
 
   fit      --config FILE   prune a model and save it as a diffusers directory, or gather calibration statistics
   predict  --config FILE   prune in memory, draw images from captions, score them, write the record
+  search   --config FILE   find and certify the sparsest model that is still as good as the dense one
   sweep    FILE ...        run every cell of W&B sweep files here, without a server
   report   DIR ...         make the study's tables and figures from the runs in these directories
 
@@ -30,7 +31,7 @@ Any value of a configuration can be given as an option after it:
 
 Exit codes: 0 done, 1 failed, 2 bad input, 130 interrupted.
 """
-VERBS = ("fit", "predict", "sweep", "report")
+VERBS = ("fit", "predict", "search", "sweep", "report")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""`fit` and `predict` on LightningCLI."""
+"""`fit`, `predict` and `search` on LightningCLI."""
 
 from __future__ import annotations
 
@@ -28,13 +28,16 @@ from sdprune.locks import release_all
 from sdprune.mini.training import Stage
 from sdprune.modules import FrozenModule, GenerationModule
 from sdprune.processes import announce_machines, leave_group, report_lost_processes
-from sdprune.progress import CalibrationProgress, ImageProgress
+from sdprune.progress import CalibrationProgress, ImageProgress, SearchProgress
 from sdprune.pruning import InfeasibleError
 from sdprune.runs.infeasible import write_infeasible
 from sdprune.runs.record import Record
 from sdprune.runs.summary import show
-from sdprune.runs.tracking import connect, finish_all, log_record, wandb_logger
+from sdprune.runs.tracking import connect, finish_all, log_record, log_search, wandb_logger
 from sdprune.schema import bases_of, class_named
+from sdprune.search.answer import show as show_search
+from sdprune.search.answer import write_configurations
+from sdprune.search.module import SearchModule
 
 TRAINER_DEFAULTS: dict[str, Any] = {
     "use_distributed_sampler": False,  # the data module deals whole batches to processes
@@ -52,12 +55,23 @@ DESCRIPTIONS = {
     "(CalibrationModule: --model.help CalibrationModule).",
     "predict": "Prune in memory, draw images from captions, score them, write the record; the same command again goes "
     "on where it stopped.",
+    "search": "Find the sparsest model whose images are still as good as the dense model's, and certify it; the same "
+    "command again goes on where it stopped.",
 }
 MAIN = {
     "fit": {"model": "PruningModule", "data": "CocoDataModule"},
     "predict": {"model": "GenerationModule", "data": "CocoDataModule"},
+    "search": {"model": "SearchModule", "data": "CocoDataModule"},
 }
 """The classes whose options the help of a verb shows."""
+
+
+class StudyTrainer(Trainer):
+    """The trainer, with the study's own verb."""
+
+    def search(self, model: SearchModule, datamodule: CocoDataModule) -> None:
+        """Search in the predict loop, where what is drawn next depends on what was drawn before."""
+        self.predict(model, datamodule=datamodule, return_predictions=False)
 
 
 class SdpruneCLI(LightningCLI):
@@ -79,9 +93,13 @@ class SdpruneCLI(LightningCLI):
             LightningModule,
             LightningDataModule,
             args=args,
+            trainer_class=StudyTrainer,
             save_config_callback=None,
             seed_everything_default=0,
-            trainer_defaults={**TRAINER_DEFAULTS, "callbacks": [CalibrationProgress(), ImageProgress()]},
+            trainer_defaults={
+                **TRAINER_DEFAULTS,
+                "callbacks": [CalibrationProgress(), ImageProgress(), SearchProgress()],
+            },
             parser_class=Parser,
             parser_kwargs={verb: {"usage": f"sdprune {verb} --config FILE [options]"} for verb in MAIN},
             subclass_mode_model=True,
@@ -97,6 +115,7 @@ class SdpruneCLI(LightningCLI):
         return {
             "fit": {*taken, "train_dataloaders", "val_dataloaders", "weights_only"},
             "predict": {*taken, "dataloaders", "return_predictions", "ckpt_path", "weights_only"},
+            "search": taken,
         }
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -172,8 +191,11 @@ class SdpruneCLI(LightningCLI):
 
     def before_fit(self) -> None:
         """Find what can be found wrong before anything costly starts."""
-        if isinstance(self.model, GenerationModule):
-            raise InputError("fit runs PruningModule or CalibrationModule, got GenerationModule: use sdprune predict.")
+        for kind, verb in ((GenerationModule, "predict"), (SearchModule, "search")):
+            if isinstance(self.model, kind):
+                raise InputError(
+                    f"fit runs PruningModule or CalibrationModule, got {kind.__name__}: use sdprune {verb}."
+                )
         if isinstance(self.model, FrozenModule):
             self._attach()
             self.model.resolve(self.datamodule, str(self.trainer.precision))
@@ -193,7 +215,8 @@ class SdpruneCLI(LightningCLI):
         """Check, then make the dense record if the pruned run wants it and it is not there."""
         model = self.model
         if not isinstance(model, GenerationModule):
-            raise InputError(f"predict runs GenerationModule, got {type(model).__name__}: use sdprune fit.")
+            verb = "search" if isinstance(model, SearchModule) else "fit"
+            raise InputError(f"predict runs GenerationModule, got {type(model).__name__}: use sdprune {verb}.")
         self._attach()
         precision = str(self.trainer.precision)
         try:
@@ -233,6 +256,30 @@ class SdpruneCLI(LightningCLI):
             if self.summary:
                 show(self.model.record, already=self.already)
 
+    def before_search(self) -> None:
+        """Find what can be found wrong before anything costly starts."""
+        model = self.model
+        if not isinstance(model, SearchModule):
+            verb = "predict" if isinstance(model, GenerationModule) else "fit"
+            raise InputError(f"search runs SearchModule, got {type(model).__name__}: use sdprune {verb}.")
+        self._attach()
+        model.resolve(self.datamodule, str(self.trainer.precision))
+        self.already = model.record.finished
+        self._track()
+        if not self.already:
+            model.record.start()
+        announce_machines(self.trainer)
+
+    def after_search(self) -> None:
+        """Write the answer's configurations, log and print, on the first process alone."""
+        leave_group()
+        if self.trainer.is_global_zero:
+            record = self.model.record
+            write_configurations(record, self._subcommand_parsers["search"].dump(self.given, skip_validation=True))
+            log_search(self.trainer.loggers, record)
+            if self.summary:
+                show_search(record, already=self.already)
+
     def _write_configurations(self) -> None:
         """Keep the configuration in the records: `sdprune predict --config RUN/config.yaml` is the run again."""
         for run in self.runs:
@@ -270,7 +317,7 @@ def run(arguments: Sequence[str], summary: bool = True) -> dict[str, Any]:
         summary: whether a finished run is printed in full.
 
     Returns:
-        The results of `predict`; nothing of other verbs.
+        The results of `predict` and `search`; nothing of other verbs.
     """
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
@@ -288,5 +335,5 @@ def run(arguments: Sequence[str], summary: bool = True) -> dict[str, Any]:
         if summary:
             print(f"W&B        {line}")
     leave_group()
-    done = isinstance(cli.model, GenerationModule) and cli.model.record.finished
+    done = isinstance(cli.model, (GenerationModule, SearchModule)) and cli.model.record.finished
     return cli.model.record.results if done else {}

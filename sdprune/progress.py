@@ -13,6 +13,8 @@ from rich.text import Text
 
 from sdprune.calibration.progress import CalibrationState
 from sdprune.modules import FrozenModule, GenerationModule
+from sdprune.search.module import SearchModule
+from sdprune.search.search import Search
 
 _SILENCE = 60.0  # seconds; after so long a line is printed whatever was done
 
@@ -136,6 +138,46 @@ class ImageProgress(MeterCallback):
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remove the bar."""
         self.close()
+
+
+class SearchProgress(MeterCallback):
+    """Shows which model a search tests, with how many images, what it lost so far, and what is left at most.
+
+    Where no bar can be drawn, a line is printed for each test that is over.
+    """
+
+    def on_predict_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, *args: Any) -> None:
+        """Show the test that the next batch is for."""
+        if not isinstance(pl_module, SearchModule) or not trainer.is_global_zero:
+            return
+        assert pl_module.search is not None
+        search, current = pl_module.search, pl_module.search.probes[-1:]
+        if self.meter is None:
+            self.meter, self.over = Meter("scale of the loss", search.n_max, 0), 0
+        self._tell(search)
+        for one in current:
+            self.meter.title = f"{search.told(one)}, at most {search.left} images left"
+            for logger in trainer.loggers:
+                numbers = {"search/test": len(search.probes), "search/images": one.n, "search/loss": one.loss}
+                logger.log_metrics(numbers, step=sum(map(len, search.scores.values())))
+        if self.meter.bar is not None:
+            self.meter.update(current[0].n if current else 0)
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Tell of the last test, and remove the bar."""
+        if self.meter is not None and isinstance(pl_module, SearchModule) and pl_module.search is not None:
+            self._tell(pl_module.search)
+        self.close()
+
+    def _tell(self, search: Search) -> None:
+        over = [one for one in search.probes if one.decision is not None]
+        assert self.meter is not None
+        if self.meter.bar is None:
+            for one in over[self.over :]:
+                last = one is search.probes[-2:][0]  # the next one has begun
+                left = f"; {search.probes[-1].path}: at most {search.left} images left" if last and search.left else ""
+                print(f"{search.told(one)}, {self.meter.seconds:.0f} s{left}", flush=True)
+        self.over = len(over)
 
 
 class CalibrationProgress(MeterCallback):

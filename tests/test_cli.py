@@ -35,7 +35,7 @@ sys.exit(f"imported {heavy}" if heavy else 0)
     assert done.stdout.count("usage: sdprune report DIR") == 2
     assert (
         done.stderr
-        == "sdprune: error: Unknown verb 'predct'. Did you mean 'predict'? Choices: fit, predict, sweep, report.\n"
+        == "sdprune: error: Unknown verb 'predct'. Did you mean 'predict'? Choices: fit, predict, search, sweep, report.\n"
     )
 
 

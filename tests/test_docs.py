@@ -27,7 +27,7 @@ def commands(text):
     lines = [line for block in blocks(text, "bash") for line in block.replace("\\\n", " ").splitlines()]
     inline = re.findall(r"`([^`]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
     lines += [" ".join(code.split()) for code in inline]
-    found = [re.search(r"\bsdprune (?:fit|predict|sweep|report) .*", line) for line in lines]
+    found = [re.search(r"\bsdprune (?:fit|predict|search|sweep|report) .*", line) for line in lines]
     return [shlex.split(one[0], comments=True)[1:] for one in found if one]
 
 
@@ -112,7 +112,7 @@ def smaller(word, directory):
 
 def test_the_commands_are_found():
     assert len(COMMANDS) > 30
-    assert {words[0] for _, words in COMMANDS} == {"fit", "predict", "sweep", "report"}
+    assert {words[0] for _, words in COMMANDS} == {"fit", "predict", "search", "sweep", "report"}
     assert {"shifted.py", "brightness.py"} <= FILES.keys()
 
 

@@ -1,4 +1,5 @@
-"""Imports run one way: pruning <- calibration; pipelines, data, metrics <- runs <- modules <- configuration, cli."""
+"""Imports run one way: pruning <- calibration; pipelines, data, metrics <- runs <- modules <- search <-
+configuration, cli."""
 
 import ast
 from pathlib import Path
@@ -16,6 +17,7 @@ ALLOWED = {
     "metrics": {"metrics", "pipelines"},  # of pipelines only `resolve`
     "runs": {"runs", "data", "metrics", "pictures", "pruning"},
     "modules": {"modules", "api", "calibration", "data", "metrics", "pipelines", "pruning", "runs"},
+    "search": {"search", "calibration", "data", "metrics", "modules", "pipelines", "pruning", "runs"},
     # It reads records, and runs commands; of pipelines only `resolve`, for the name of the miniature.
     "study": {"study", "cli", "configuration", "metrics", "pipelines", "pruning", "runs", "pictures"},
     "mini": {"mini", "data", "pipelines"},

@@ -1,7 +1,7 @@
 """The data of a run: which captions become images, which calibrate, and which real images they are compared with."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Optional, cast
@@ -77,6 +77,8 @@ class CocoDataModule(LightningDataModule):
         """Whether the run needs calibration captions; without, their source is left alone."""
         self.passes: Optional[int] = None
         """Over the calibration captions, for a module that calibrates in the predict loop; others draw images."""
+        self.work: Optional[Iterable[Any]] = None
+        """Deals the batches of a module that decides by itself what is drawn next."""
 
     def on_exception(self, exception: BaseException) -> None:
         """Let go of what the run had locked, so that it can be tried again in the same process."""
@@ -93,7 +95,16 @@ class CocoDataModule(LightningDataModule):
     def examples(self) -> "Dataset":
         """The drawn rows (`id`, `file_name`, `caption`, `path`), in drawn order."""
         require_images(len(self._table), self.n, "--data.n")
-        return self._table.select(draw(len(self._table), self.n, self.seed))
+        return self.drawn(self.n)
+
+    def drawn(self, n: int) -> "Dataset":
+        """Return the rows of a draw of n, in drawn order; a draw of more begins with those of a draw of less."""
+        return self._table.select(draw(len(self._table), n, self.seed))
+
+    @property
+    def captions(self) -> int:
+        """Number of captions that the source has."""
+        return len(self._table)
 
     @cached_property
     def calibration_examples(self) -> "Dataset":
@@ -104,13 +115,16 @@ class CocoDataModule(LightningDataModule):
             return table.select(draw(len(table), self.calibration_n, self.seed + 1))
         return table.select(range(self.calibration_n))
 
-    def predict_dataloader(self) -> "DataLoader[Batch] | list[DataLoader[Batch]]":
+    def predict_dataloader(self) -> "Iterable[Any]":
         """Return this process's batches of drawn prompts, each a `Batch` of `batch_size`; or, for a module that
-        calibrates, a loader of calibration batches for each of its passes, at least one.
+        calibrates, a loader of calibration batches for each of its passes, at least one; or the work of a module that
+        deals it.
 
         Raises:
             InputError: More processes than batches.
         """
+        if self.work is not None:
+            return self.work
         if self.passes is not None:
             return [self.calibration_loader() for _ in range(self.passes)] or [self.calibration_loader(empty=True)]
         sampler = BatchSampler(self.n, self.batch_size, *self._place())

@@ -40,7 +40,55 @@ if TYPE_CHECKING:
 SAMPLES = ["A dog in a field", "A treehouse at night", "An ocean sunset", "The Eiffel Tower"]
 
 
-class GenerationModule(FrozenModule):
+class DrawingModule(FrozenModule):
+    """Draws pictures into a record.
+
+    Args:
+        pipeline: the model.
+        sampling: how images are drawn.
+        seed: every image's noise comes from this and its id.
+    """
+
+    record: Record
+
+    def __init__(self, pipeline: DiffusersFamily, sampling: Sampling, seed: int) -> None:
+        super().__init__(pipeline)
+        self.sampling, self.seed = sampling, seed
+        self.seconds = {"preparation": 0.0, "generation": 0.0, "files": 0.0, "scoring": 0.0}
+        self.generated = 0
+        """How many pictures this process has drawn."""
+
+    def pictures(self, batch: Batch, paths: Sequence[Path]) -> list[Picture]:
+        """A batch's pictures as they lie in their files; those that are missing are drawn first."""
+        if not all(path.exists() for path in paths):
+            with self.timing("generation"):
+                drawn = self.draw(batch.prompts, batch.ids)
+            with self.timing("files"):
+                for path, picture in zip(paths, drawn, strict=False):
+                    if not path.exists():
+                        save_png(path, *picture)
+                        self.generated += 1
+        with self.timing("files"):
+            return [read_png(path) for path in paths]  # what is scored is what lies there
+
+    def draw(self, prompts: Sequence[str], ids: Sequence[object]) -> list[tuple[np.ndarray, bool]]:
+        """Pictures, uint8 [h, w, 3], from noise that the run's seed and the ids decide, and whether each is finite."""
+        seeds = [image_seed(self.seed, one) for one in ids]
+        with self.trainer.precision_plugin.forward_context():
+            drawn = self.pipeline.generate(prompts, seeds, self.sampling)
+        return list(zip(drawn.images.permute(0, 2, 3, 1).numpy(), drawn.finite, strict=True))
+
+    @contextmanager
+    def timing(self, what: str) -> Iterator[None]:
+        """Add the seconds that a block takes to the record's account."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[what] += time.perf_counter() - start
+
+
+class GenerationModule(DrawingModule):
     """Draw an image for every prompt, score them and write a record: `sdprune predict`.
 
     Pruning happens in memory before the first batch. Running the same command again goes on where it stopped; with
@@ -79,9 +127,9 @@ class GenerationModule(FrozenModule):
         budget: Optional[Budget] = None,
         baseline: Optional[str] = None,
     ):
-        super().__init__(pipeline)
+        super().__init__(pipeline, sampling, seed)
         self.options = PruningOptions(prune, sampling, calibration, seed, store, budget)
-        self.sampling, self.seed, self.samples, self.output = sampling, seed, list(samples), output
+        self.samples, self.output = list(samples), output
         self.compares = compare_dense and (self.options.wanted or baseline is not None)
         """Whether this run is compared with another one."""
         if self.options.wanted and not self.compares:
@@ -204,8 +252,7 @@ class GenerationModule(FrozenModule):
     def on_predict_start(self) -> None:
         """Load, calibrate what is missing, prune, and load the networks that measure."""
         device = self.trainer.strategy.root_device
-        self.seconds = {"preparation": 0.0, "generation": 0.0, "files": 0.0, "scoring": 0.0}
-        self.generated = 0
+        self.seconds, self.generated = dict.fromkeys(self.seconds, 0.0), 0
         with self.timing("preparation"):
             if self.todo & {"images", "samples"}:
                 self._prepare_pipeline(device)
@@ -233,7 +280,7 @@ class GenerationModule(FrozenModule):
             raise RuntimeError("The process that started this one has died.")
         if "images" not in self.todo and not self.scoring.keys:
             return []
-        pictures = self._pictures(batch)
+        pictures = self.pictures(batch, self.record.image_paths(batch))
         with self.timing("scoring"):
             dense = None
             if self.baseline is not None and self.scoring.reads_dense:
@@ -242,27 +289,6 @@ class GenerationModule(FrozenModule):
             self.scoring.update(batch, images, dense)
             self.invalid.update(images, pictures, batch.positions[: batch.valid])
         return batch.ids[: batch.valid]
-
-    def _pictures(self, batch: Batch) -> list[Picture]:
-        """The batch's images as they lie in their files; those that are missing are drawn first."""
-        paths = self.record.image_paths(batch)
-        if not all(path.exists() for path in paths):
-            with self.timing("generation"):
-                drawn = self.draw(batch.prompts, batch.ids)
-            with self.timing("files"):
-                for path, picture in zip(paths, drawn, strict=False):
-                    if not path.exists():
-                        save_png(path, *picture)
-                        self.generated += 1
-        with self.timing("files"):
-            return [read_png(path) for path in paths]  # what is scored is what lies there
-
-    def draw(self, prompts: Sequence[str], ids: Sequence[object]) -> list[tuple[np.ndarray, bool]]:
-        """Pictures, uint8 [h, w, 3], from noise that the run's seed and the ids decide, and whether each is finite."""
-        seeds = [image_seed(self.seed, one) for one in ids]
-        with self.trainer.precision_plugin.forward_context():
-            drawn = self.pipeline.generate(prompts, seeds, self.sampling)
-        return list(zip(drawn.images.permute(0, 2, 3, 1).numpy(), drawn.finite, strict=True))
 
     def on_predict_epoch_end(self) -> None:
         """Gather what was measured, and compute the scores; collective."""
@@ -285,12 +311,3 @@ class GenerationModule(FrozenModule):
                 self.references.set(self.data, lock.processes)
                 self.scores.to(self.trainer.strategy.root_device)
                 comparison.write()
-
-    @contextmanager
-    def timing(self, what: str) -> Iterator[None]:
-        """Add the seconds that a block takes to the record's account."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[what] += time.perf_counter() - start

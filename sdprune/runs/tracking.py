@@ -91,6 +91,16 @@ def log_record(loggers: Iterable[Logger], record: Record, baseline: Record | Non
         logger.save()
 
 
+def log_search(loggers: Iterable[Logger], record: Record) -> None:
+    """What a finished search came to, to every logger."""
+    search = record.results["search"]
+    kept = {name: search[name] or {} for name in ("answer", "also", "images")}
+    for logger in loggers:
+        logger.log_hyperparams({"record": record.facts, "directory": record.directory.name})
+        logger.log_metrics(flat({"search": kept}), step=0)
+        logger.save()
+
+
 def _numbers(results: Mapping[str, Any]) -> dict[str, float]:
     if "infeasible" in results:
         return {"infeasible": 1.0}

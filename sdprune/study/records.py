@@ -53,6 +53,8 @@ def read(directories: Iterable[str | Path]) -> Found:
             results = read_json(directory / "results.json")
             if not is_whole(results):
                 raise InputError("results.json is damaged or of another version: delete it and run again")
+            if "search" in results:  # it has tests of many models, none of them a run
+                continue
             if "infeasible" in results:
                 infeasible.add(printable(f"{results['label'].rpartition('-')[0]}: {results['infeasible']}"))
                 continue

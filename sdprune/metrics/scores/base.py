@@ -67,6 +67,13 @@ class Score(ABC):
         """Scores of single images by name, [n] each, where there are any: for people who look at pictures."""
         return {}
 
+    @property
+    def paired(self) -> dict[str, bool]:
+        """Names of what `per_image` gives that depends on no other image than the dense model's of the same prompt, and
+        whether more of it is better."""
+        has = type(self).per_image is not Score.per_image
+        return {self.name: bool(self.higher_is_better)} if has else {}
+
     def describe(self) -> dict[str, Any]:
         """JSON-able facts that the score depends on, for identities; needs no loaded weights."""
         columns = {column.key: dict(column.facts) for column in self.columns}

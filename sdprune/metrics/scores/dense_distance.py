@@ -78,9 +78,16 @@ class DenseDistance(Score):
         return result
 
     def per_image(self, rows: Rows) -> dict[str, Tensor]:
-        """Mean squared error and SSIM of each image, to the dense model's."""
-        _, error, ssim, *_ = self.read(rows)
-        return {f"{self.name}_mse": error, f"{self.name}_ssim": ssim}
+        """Mean squared error, SSIM and LPIPS of each image, to the dense model's."""
+        _, error, ssim, *lpips = self.read(rows)
+        values = {f"{self.name}_mse": error, f"{self.name}_ssim": ssim}
+        return values | ({f"{self.name}_lpips": lpips[0]} if lpips else {})
+
+    @property
+    def paired(self) -> dict[str, bool]:
+        """All of `per_image`."""
+        kinds = {"mse": False, "ssim": True} | ({"lpips": False} if self.lpips else {})
+        return {f"{self.name}_{kind}": higher for kind, higher in kinds.items()}
 
     def describe(self) -> dict[str, Any]:
         """Extractor, and whether LPIPS is among the distances."""

@@ -1,0 +1,443 @@
+"""The search as a LightningModule: draws what the search wants next, in one predict loop."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Dict, List, Optional
+
+from torch import Tensor
+
+from sdprune.calibration.settings import Calibration
+from sdprune.data import Batch
+from sdprune.data.batches import FILLER, Batches
+from sdprune.errors import InputError, as_share, unknown
+from sdprune.files import read_json, replacing, write_json
+from sdprune.identity import SCORING, facts_of, package_code
+from sdprune.locks import RunLock
+from sdprune.metrics import Column, ImageBatch, Score
+from sdprune.modules.generation import DrawingModule
+from sdprune.modules.pruning_plan import PruningOptions, PruningPlan
+from sdprune.pipelines import DiffusersFamily, Sampling
+from sdprune.processes import Processes
+from sdprune.pruning import Budget, InfeasibleError, PruneSpec, targets_of
+from sdprune.runs.png import stacked
+from sdprune.runs.record import Record
+from sdprune.search.answer import write_answer
+from sdprune.search.certificate import ALPHA, FIRST, Bisection, Tolerance, fewest
+from sdprune.search.search import CERTIFICATE, DENSE, SCALE, SEARCH, Model, Search
+
+if TYPE_CHECKING:
+    from sdprune.data import CocoDataModule
+
+_COLUMNS = ("prompts", "model", "position", "score")
+
+
+@dataclass(frozen=True)
+class Levels:
+    """The sparsities, or totals of a budget, that a search chooses from.
+
+    Args:
+        low: the lowest one.
+        high: the highest one.
+        step: from one to the next.
+    """
+
+    low: float = 0.05
+    high: float = 0.8
+    step: float = 0.025
+
+    def __post_init__(self) -> None:
+        for name in ("low", "high", "step"):
+            as_share(f"levels.{name}", getattr(self, name))
+        if not 0 < self.low <= self.high or not self.step > 0:
+            raise InputError(
+                f"levels.low, high and step are {self.low:g}, {self.high:g} and {self.step:g}: nothing lies between "
+                "these; give shares above 0, as in 0.05, 0.8 and 0.025."
+            )
+
+    def values(self) -> list[float]:
+        """All of them, ascending."""
+        count = int((self.high - self.low) / self.step + 1e-9) + 1
+        return [round(self.low + number * self.step, 6) for number in range(count)]
+
+
+class Work:
+    """A batch of prompts that a model draws; an empty one where other processes have something to do.
+
+    No tuple and no dataclass: the trainer would take it apart, and look for tensors.
+    """
+
+    def __init__(self, model: Model, part: str, batch: Batch) -> None:
+        self.model, self.part, self.batch = model, part, batch
+
+
+class SearchModule(DrawingModule):
+    """Find and certify the sparsest model whose images are as good as the dense model's: `sdprune search`.
+
+    Each component of `prune` is searched by itself, by bisection over the levels, and then all together, back from
+    their thresholds by equal steps. The test of a level draws images until it can decide, `--data.n` at most. The same
+    command again goes on where it stopped.
+
+    Args:
+        pipeline: the model.
+        prune: the components that are searched and how they are pruned, without sparsities:
+            `--model.prune.unet.criterion=Wanda`.
+        score: the metric whose loss is tested. It needs a number for each image.
+        scored: which of its numbers, where it has several.
+        tolerance: how much of the dense model's score may be lost, in the mean over prompts.
+        absolute: whether the tolerance is in units of the score instead of a share.
+        levels: the sparsities that are tried.
+        path: sparsities of the components, ascending, as in [{text_encoder: 0.3, unet: 0.2}, ...], to be searched
+            instead.
+        also: sparsities by component of one more model, which is tested on the same prompts as the answer.
+        sampling: how images are drawn.
+        calibration: what counts when a criterion needs calibration, and how much memory it may take.
+        seed: every image's noise comes from this and its id.
+        output: directory of all runs.
+        store: directory of calibration statistics.
+        budget: searches its totals instead, one sparsity for the whole model; the total given with it does not matter.
+    """
+
+    def __init__(
+        self,
+        pipeline: DiffusersFamily,
+        prune: Dict[str, PruneSpec],
+        score: Score,
+        scored: Optional[str] = None,
+        tolerance: float = 0.02,
+        absolute: bool = False,
+        levels: Levels = Levels(),
+        path: Optional[List[Dict[str, float]]] = None,
+        also: Dict[str, float] = {},  # noqa: B006 (not changed)
+        sampling: Sampling = Sampling(),  # noqa: B008
+        calibration: Calibration = Calibration(),  # noqa: B008
+        seed: int = 0,
+        output: str = "runs",
+        store: str = "runs/statistics",
+        budget: Optional[Budget] = None,
+    ):
+        super().__init__(pipeline, sampling, seed)
+        self.prune, self.budget, self.levels, self.output = dict(prune), budget, levels, output
+        self.options = PruningOptions({}, sampling, calibration, seed, store)
+        self.score, self.scored, higher = score, *_number_of(score, scored)
+        self.tolerance = Tolerance(tolerance, not absolute, higher)
+        if not absolute and any(column.needs_dense for column in score.columns):
+            raise InputError(
+                f"absolute is false, and {self.scored} is a distance to the dense model's image, which has none of its "
+                "own: give a distance that is tolerated and --model.absolute=true."
+            )
+        for name, spec in self.prune.items():
+            _check_spec(name, spec)
+        self.given_path = [_model(f"path[{number}]", one) for number, one in enumerate(path or [])]
+        self.also = _model("also", also) if also else None
+        self._check_path()
+        self.search: Search | None = None
+        self.facts_of_models: dict[str, Any] = {}
+        """What pruning came to, by the name of the model."""
+        self._dense: dict[tuple[str, str], Tensor] = {}
+        self._pruned: dict[tuple[str, str], Tensor] = {}
+        self._kept: Model | None = None
+        self._active: Model | None = None
+
+    def _check_path(self) -> None:
+        if not self.prune and self.budget is None:
+            raise InputError("prune is {}: there is nothing to search; name components, as in {unet: {}}.")
+        for less, more in zip(self.given_path, self.given_path[1:], strict=False):
+            names = {*less.sparsities, *more.sparsities}
+            if less == more or any(less.sparsities.get(n, 0) > more.sparsities.get(n, 0) for n in names):
+                raise InputError(f"path goes from {less} to {more}: give models of rising sparsity.")
+        if self.given_path and self.budget is not None:
+            raise InputError("path and budget exclude each other: leave one of them out.")
+        for model in [*self.given_path, *([self.also] if self.also else [])]:
+            if self.budget is None and (extra := sorted({*model.sparsities} - {*self.prune})):
+                raise InputError(
+                    f"path and also name {extra[0]!r}, which prune does not: add --model.prune.{extra[0]}={{}}."
+                )
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether calibration captions are needed."""
+        specs = self.prune.values() if self.prune else [PruneSpec()]
+        return any(spec.criterion.statistics or spec.allocation.statistics for spec in specs)
+
+    # --- before anything is loaded ---------------------------------------------------------------------------------
+
+    def resolve(self, data: CocoDataModule, dtype: str) -> None:  # noqa: D102
+        if self.search is not None:
+            return
+        self.pipeline.require([*self.prune])
+        self.pipeline.check(self.sampling)
+        paths = self._paths(data, dtype)
+        first = self._plan(next(iter(paths.values()))[0], data, dtype)
+        for models in paths.values():
+            self._plan(models[-1], data, dtype).check(data)
+        prompts = self._cut(data)
+        self.parts = {part: Batches(rows, data.batch_size) for part, rows in prompts.items()}
+        self.search = Search(self.tolerance, paths, data.n, bool(self.given_path or self.budget), self.also)
+        least = fewest(ALPHA / max(Bisection.depth(len(models)) for models in paths.values()))
+        if data.n < least:
+            raise InputError(f"--data.n={data.n} is too small: images without any loss take {least} to certify that.")
+        described = data.describe()
+        facts = {
+            **first.describe(),
+            "prune": {name: {**spec.describe(), "sparsity": None} for name, spec in sorted(self.prune.items())},
+            "budget": None if self.budget is None else {**self.budget.describe(), "total": None},
+            "paths": {name: [model.name for model in models] for name, models in paths.items()},
+            "also": None if self.also is None else self.also.name,
+            "tolerance": [self.tolerance.value, self.tolerance.relative],
+            "score": {**facts_of(self.score), "scored": self.scored, "code": package_code(*SCORING, "search")},
+            "data": {name: described[name] for name in ("source", "n", "seed", "batch_size")},
+            "sampling": self.sampling.describe(),
+            "seed": self.seed,
+        }
+        name = "-".join(["search", *(self.prune if self.budget is None else ["budget"]), self.scored])
+        self.record = Record(self.output, f"{name}-{self.tolerance.value:g}", facts)
+
+    def directory(self) -> Path:
+        """The directory of the search."""
+        return self.record.directory
+
+    def _paths(self, data: CocoDataModule, dtype: str) -> dict[str, list[Model]]:
+        if self.given_path:
+            return {"path": self.given_path}
+        values = self.levels.values()
+        if self.budget is None:
+            return {name: [Model({name: share}) for share in values] for name in self.prune}
+        feasible = []
+        for total in values:
+            try:
+                self._plan(model := Model(total=total), data, dtype)
+            except InfeasibleError:
+                break
+            feasible.append(model)
+        if not feasible:
+            raise InputError(f"--model.levels.low is {self.levels.low:g}: no such budget can be met, give a lower one.")
+        return {"budget": feasible}
+
+    def _plan(self, model: Model, data: CocoDataModule, dtype: str) -> PruningPlan:
+        specs, budget = self.prune, None
+        if model.total is not None:
+            assert self.budget is not None
+            budget = replace(self.budget, total=model.total)
+        else:
+            specs = {
+                name: replace(specs.get(name, PruneSpec()), sparsity=model.sparsities.get(name, 0.0))
+                for name in {**specs, **model.sparsities}
+            }
+        return replace(self.options, prune=specs, budget=budget).resolve(self.pipeline, data, dtype)
+
+    def _cut(self, data: CocoDataModule) -> dict[str, Any]:
+        """The rows of each part: the first n drawn for the search, n more for the certificate, a few for the scale."""
+        few, there = FIRST, data.captions
+        wanted = 2 * data.n + few
+        if wanted > there:
+            raise InputError(
+                f"--data.n={data.n} needs {wanted} captions, {data.n} for the search, {data.n} for the certificate and "
+                f"{few} for the scale of the loss, and its source has {there}: choose at most {(there - few) // 2}."
+            )
+        rows = data.drawn(wanted)
+        places = {SEARCH: (0, data.n), CERTIFICATE: (data.n, 2 * data.n), SCALE: (2 * data.n, wanted)}
+        return {part: rows.select(range(*place)) for part, place in places.items()}
+
+    # --- the loop --------------------------------------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        """Take up what an interrupted search has, or wait while another run makes it."""
+        self.require_all_batches()
+        self.resolve(self.data, self.precision_name)
+        self._parent = os.getppid()
+        self._lock = RunLock(self.output, self.record.directory.name)
+        self.mine = self._lock.acquire(lambda: self.record.finished)
+        self.data.work = _Loader(self)
+        if self.mine and self.trainer.is_global_zero:
+            self.record.start()
+            self.record.tidy()
+        scores, facts = Processes().broadcast(self._read() if self.trainer.is_global_zero else None)
+        assert self.search is not None
+        self.search.scores, self.facts_of_models = scores, facts
+
+    def teardown(self, stage: str) -> None:
+        """Let other runs have the search."""
+        self.data.work = None
+        self._lock.release()
+
+    def deal(self) -> Iterator[Work]:
+        """This process's batches, as the search wants them; the processes take one after another."""
+        assert self.search is not None
+        for wanted in self.search.work() if self.mine else ():
+            batches = self.parts[wanted.part]
+            done = len(self.search.scores.get((wanted.model.name, wanted.part), ()))
+            number = -(-done // batches.batch_size) + self.trainer.global_rank
+            yield Work(*wanted, batches[number if number < len(batches) else FILLER])
+
+    @property
+    def most_batches(self) -> int:
+        """No search takes more."""
+        models = sum(map(len, self.search.paths.values())) + 2 if self.search else 0
+        return 1 + 2 * (models + 1) * sum(map(len, self.parts.values()))
+
+    def predict_step(self, work: Work) -> list[int]:
+        """Draw a batch by the model that is wanted, score it, and hand the scores of all processes to the search."""
+        if self.global_rank and os.getppid() != self._parent:
+            raise RuntimeError("The process that started this one has died.")
+        assert self.search is not None
+        self._become(work.model)
+        found = self._scores(work) if work.batch.valid else []
+        for scores in Processes().all_gather(found):
+            self.search.add(work.model, work.part, scores)
+        if self.trainer.is_global_zero:
+            self._write()
+        return work.batch.ids[: work.batch.valid]
+
+    def _scores(self, work: Work) -> list[float]:
+        batch = work.batch
+        pictures = self.pictures(batch, self._images(work.model, batch))
+        dense = None
+        if work.model != DENSE and any(column.needs_dense for column in self.score.columns):
+            dense = stacked(self.pictures(batch, self._images(DENSE, batch)))
+        device = self.trainer.strategy.root_device
+        positions = batch.positions[: batch.valid]
+        images = ImageBatch(stacked(pictures).to(device), batch.prompts[: batch.valid], positions, dense)
+        rows = {key: column.values(images) for key, column in self._columns.items()}
+        scores = self.score.per_image(rows)[self.scored].double().tolist()
+        return [score if picture.finite else float("nan") for score, picture in zip(scores, pictures, strict=True)]
+
+    def _images(self, model: Model, batch: Batch) -> list[Path]:
+        return [self.record.image_path(f"{model.name}/{name}") for name in batch.file_names[: batch.valid]]
+
+    # --- models ----------------------------------------------------------------------------------------------------
+
+    def _become(self, model: Model) -> None:
+        """Give the pipeline the weights of a model; of pruned ones those of the last are kept."""
+        if self._active is None:
+            self._prepare()
+        if model == self._active:
+            return
+        for (name, layer), weight in self._layers.items():
+            kept = self._pruned if model == self._kept and (name, layer) in self._pruned else self._dense
+            weight.detach().copy_(kept[name, layer])
+        if model not in (DENSE, self._kept):
+            plan = self._plan(model, self.data, self.precision_name)
+            self.gather(plan.calibration)
+            reports = plan.apply()
+            self._kept = model
+            self._pruned = {
+                key: weight.detach().clone() for key, weight in self._layers.items() if key[0] in plan.specs
+            }
+            masks = {name: report.mask_hash for name, report in reports.items()}
+            self.facts_of_models[model.name] = {
+                "sparsity": plan.account(reports),
+                "masks": masks,
+                "prune": {name: spec.nominal for name, spec in plan.specs.items()},
+            }
+        self._active = model
+
+    def _prepare(self) -> None:
+        """Load the model and the networks that measure; keep the dense weights of all layers that may be pruned."""
+        self.load()
+        columns: dict[str, Column] = {column.key: column for column in self.score.columns}
+        for column in columns.values():
+            column.prepare(self.trainer.strategy.root_device)
+        self._columns = columns
+        names = self.prune if self.budget is None else self.pipeline.prunable
+        self._layers = {
+            (name, target.name): target.weight
+            for name in names
+            for target in targets_of(self.pipeline.components[name], self.prune.get(name, PruneSpec()))
+        }
+        self._dense = {key: weight.detach().clone() for key, weight in self._layers.items()}
+        self._active = DENSE
+
+    # --- files -----------------------------------------------------------------------------------------------------
+
+    def _read(self) -> tuple[dict[tuple[str, str], list[float]], dict[str, Any]]:
+        """The scores that lie there, and what pruning came to."""
+        table, models = self.directory() / "scores.csv", self.directory() / "models.json"
+        scores: dict[tuple[str, str], list[float]] = {}
+        if not table.exists():
+            return scores, {}
+        try:
+            with table.open(newline="") as file:
+                for row in csv.DictReader(file):
+                    own = scores.setdefault((row["model"], row["prompts"]), [])
+                    if int(row["position"]) != len(own):
+                        raise ValueError(f"position {row['position']} in place of {len(own)}")
+                    own.append(float(row["score"]))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{table} is damaged ({error}): delete it and run again; images are kept.") from error
+        return scores, read_json(models) if models.exists() else {}
+
+    def _write(self) -> None:
+        assert self.search is not None
+        write_json(self.directory() / "models.json", self.facts_of_models)  # first: scores end a model
+        with replacing(self.directory() / "scores.csv") as temporary, temporary.open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(_COLUMNS)
+            for (model, part), scores in self.search.scores.items():
+                writer.writerows([part, model, place, repr(score)] for place, score in enumerate(scores))
+
+    def on_predict_epoch_end(self) -> None:
+        """Write what was found."""
+        generated = sum(Processes().all_gather(self.generated))
+        if self.mine and self.trainer.is_global_zero:
+            write_answer(self, generated)
+        Processes().barrier()
+
+
+class _Loader:
+    """The batches of a search, which are known one by one: what is drawn next depends on the scores before."""
+
+    def __init__(self, module: SearchModule) -> None:
+        self.module = module
+
+    def __iter__(self) -> Iterator[Work]:
+        return self.module.deal()
+
+    def __len__(self) -> int:
+        return self.module.most_batches  # known lengths keep the trainer from looking a batch ahead
+
+
+def _number_of(score: Score, scored: str | None) -> tuple[str, bool]:
+    """The number of each image that is tested, and whether more of it is better."""
+    numbers = score.paired
+    if not numbers:
+        raise InputError(
+            f"score is {type(score).__name__}, which gives no number for single images: choose one that does, such as "
+            "CLIPScore."
+        )
+    if scored is None:
+        scored = next(iter(numbers))
+    if scored not in numbers:
+        raise unknown("scored", scored, numbers)
+    return scored, numbers[scored]
+
+
+def _check_spec(name: str, spec: PruneSpec) -> None:
+    given = f"--model.prune.{name}"
+    if spec.pattern:
+        raise InputError(
+            f"{given}.granularity is {spec.granularity}, which sets the sparsity: there is nothing to search."
+        )
+    if spec.band is not None:
+        raise InputError(f"{given}.band cannot be searched: leave it out.")
+    if spec.allocation.prunes:
+        raise InputError(
+            f"{given}.allocation is {type(spec.allocation).__name__}, which prunes layers at any sparsity, so that the "
+            "model is never dense: choose another."
+        )
+    if spec.sparsity:
+        raise InputError(
+            f"{given}.sparsity is {spec.sparsity:g}, and the search chooses it: leave it out (=0), or narrow "
+            "--model.levels; a model to be tested beside goes to --model.also."
+        )
+
+
+def _model(option: str, sparsities: Mapping[str, float]) -> Model:
+    found = {name: as_share(f"{option}.{name}", share) for name, share in sparsities.items()}
+    if not any(found.values()):
+        raise InputError(f"{option} is {dict(sparsities)}: give sparsities above 0, as in {{unet: 0.35}}.")
+    return Model(found)

@@ -1,0 +1,108 @@
+"""How often `sdprune search` is wrong, how close it comes, and how many images it takes.
+
+    SDPRUNE_RUNS=runs pytest -n 0 -s tests/benchmarks/test_search.py -k stored
+
+simulates 200 searches by the scores of a grid of finished runs below `runs`, prompts drawn anew with replacement: for
+each component and method whose runs prune it alone at eight sparsities or more. Such a grid is, for instance,
+
+    sdprune sweep mini_sparsity
+
+    SDPRUNE_BENCHMARK=1 pytest -n 0 -s tests/benchmarks/test_search.py -k real
+
+runs ten real searches of the miniature, each on other prompts and noise.
+"""
+
+import json
+import os
+import time
+from collections import Counter
+
+import numpy as np
+import pytest
+from command_lines import CONFIGS
+from searching import simulate
+
+from sdprune.search.certificate import FIRST, Tolerance
+
+SEARCHES = 200
+
+
+def grids(directory):
+    """(name, sparsities, scores by sparsity with 0 for dense) of every component and method."""
+    from sdprune.study.group import Study
+    from sdprune.study.records import read
+
+    for _, runs in read([directory]).runs.groupby("group"):
+        study = Study(runs)
+        for kind in ("text", "image"):
+            for method, alone in study.alone(kind).items():
+                alone = alone.drop_duplicates(f"{kind}_sparsity").sort_values(f"{kind}_sparsity")
+                levels = [float(level) for level in alone[f"{kind}_sparsity"] if level]
+                if study.dense is None or len(levels) < 8:
+                    continue
+                scores = dict(zip(alone[f"{kind}_sparsity"], alone["clip_scores"], strict=True))
+                yield f"{kind}, {method}", levels, {**scores, 0.0: study.dense["clip_scores"]}
+
+
+@pytest.mark.skipif("SDPRUNE_RUNS" not in os.environ, reason="set SDPRUNE_RUNS to a directory of runs")
+def test_stored_scores_of_a_grid():
+    found = 0
+    for name, levels, scores in grids(os.environ["SDPRUNE_RUNS"]):
+        found += 1
+        for value in (0.01, 0.02, 0.05):
+            tolerance, dense = Tolerance(value), scores[0.0]
+            cap = tolerance.cap(dense)
+            losses = {level: tolerance.losses(dense, scores[level], cap)[0].mean() for level in levels}
+            sound = [level for level in levels if losses[level] <= value * dense.mean()]
+            beyond = [level for level in levels if level not in sound]
+            truth = max((level for level in sound if not beyond or level < min(beyond)), default=0.0)
+            steps, false, images = Counter(), 0, []
+            for search in simulate(
+                tolerance, [name], levels,
+                lambda model, name=name, scores=scores: scores[model.sparsities.get(name, 0.0)],
+                len(dense), SEARCHES, chunk=8,
+            ):  # fmt: skip
+                level = search.thresholds[name].sparsities.get(name, 0.0)
+                false += losses.get(level, 0.0) > value * dense.mean()
+                steps[sum(level < one <= truth for one in levels)] += 1
+                images.append(search.images())
+            pruned, all_dense = (np.mean([one[kind] for one in images]) for kind in ("pruned", "dense"))
+            print(
+                f"\n{name}, tolerance {value:g}: truth {truth:g}; wrong {false / SEARCHES:.1%}; steps below "
+                f"{dict(sorted(steps.items()))}; {pruned:.0f} pruned and {all_dense:.0f} dense images, "
+                f"{(pruned + all_dense) / images[0]['grid']:.1%} of the grid",
+                flush=True,
+            )
+            assert false <= 0.1 * SEARCHES
+    assert found, "no grid of eight sparsities of one component alone, with its dense run"
+
+
+@pytest.mark.skipif(os.environ.get("SDPRUNE_BENCHMARK") != "1", reason="ten searches take an hour")
+def test_ten_real_searches(tmp_path):
+    """With other prompts, noise and seeds; at least nine of ten agree within a step of each component's median."""
+    from sdprune.__main__ import main
+
+    answers, thresholds = [], []
+    for seed in range(10):
+        started, output = time.monotonic(), tmp_path / str(seed)
+        words = [f"--data.seed={seed}", f"--model.seed={seed}", f"--model.output={output}"]
+        assert main(["search", "--config", str(CONFIGS / "search.yaml"), *words]) == 0
+        (path,) = output.glob("search-*/results.json")
+        found = json.loads(path.read_text())["search"]
+        answers.append(found["answer"] and found["answer"]["sparsities"])
+        thresholds.append({name: (one or {}).get(name, 0.0) for name, one in found["thresholds"].items()})
+        print(
+            f"\nseed {seed}: {answers[-1]}, alone {thresholds[-1]}, also {found['also']['verdict']}, "
+            f"{found['images']}, {time.monotonic() - started:.0f} s",
+            flush=True,
+        )
+    for name in thresholds[0]:
+        values = np.array([one[name] for one in thresholds])
+        assert (np.abs(values - np.median(values)) < 0.0251).sum() >= 9, (name, values)
+
+
+def test_the_least_that_certifies():
+    """Images that lose nothing are certified within a fifth of the largest number, at any depth of the usual tree."""
+    from sdprune.search.certificate import ALPHA, fewest
+
+    assert FIRST < fewest(ALPHA) < fewest(ALPHA / 5) < 256 / 4

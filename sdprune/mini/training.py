@@ -29,7 +29,9 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from sdprune.errors import InputError
 from sdprune.files import require_writable, write_json
+from sdprune.mini.captions import parse
 from sdprune.mini.models import (
+    TEXT_WIDTH,
     build_clip,
     build_scheduler,
     build_unet,
@@ -62,6 +64,7 @@ class WorldTrainingData(LightningDataModule):
         drawn = list(scenes("train", self.n, self.seed))
         self.pictures = torch.stack([torch.tensor(scene.render()).permute(2, 0, 1) for scene in drawn])
         self.captions = [scene.captions for scene in drawn]
+        self.contents = [scene.content for scene in drawn]
 
     def train_dataloader(self) -> DataLoader:
         """One epoch of `steps` batches."""
@@ -247,52 +250,127 @@ class VaeStage(Stage):
         return self.weights / "parts" / "vae"
 
 
+class Reader(nn.Module):
+    """A CLIP, and, where its text encoder is to guide a U-Net, a head that draws the layout from the text's states.
+
+    The head attends to the states as a U-Net does, from fixed places. It is thrown away after training: it makes the
+    states say where each object stands, which the contrastive loss alone asks of the caption's end only.
+    """
+
+    def __init__(self, clip: nn.Module, layout: bool):
+        super().__init__()
+        self.clip = clip
+        clip.set_attn_implementation("eager")  # on CPUs the backward pass takes half the time
+        self.layout = LayoutHead(TEXT_WIDTH) if layout else None
+
+    def forward(self, pictures: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Similarities [b, t] of pictures and texts [t, length], and layouts of the first b texts."""
+        output = self.clip(input_ids=tokens, pixel_values=pictures)
+        states = output.text_model_output.last_hidden_state[: len(pictures)]
+        return output.logits_per_image, self.layout(states) if self.layout else None
+
+
+class LayoutHead(nn.Module):
+    """Texts' states [b, length, width] to pictures of 16 x 16 pixels, as 8 x 8 places of 4 colours: [b, 64, 12]."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.places = nn.Parameter(torch.randn(64, width))
+        self.attention = nn.MultiheadAttention(width, 6, batch_first=True)
+        self.colours = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.GELU(), nn.Linear(width, 12))
+
+    def forward(self, states: Tensor) -> Tensor:
+        """One cross-attention from every place."""
+        places = self.places.expand(len(states), -1, -1)
+        return self.colours(self.attention(places, states, states, need_weights=False)[0])
+
+
+def layout(pictures: Tensor) -> Tensor:
+    """What LayoutHead is to draw of pictures [b, 3, 64, 64]."""
+    return F.pixel_unshuffle(F.avg_pool2d(pictures, 4), 2).flatten(2).transpose(1, 2)
+
+
 class ContrastiveStage(Stage):
     """A CLIP trained on (picture, caption) pairs by the symmetric contrastive loss (Radford et al. 2021).
 
+    Each caption brings some of its twins, texts of the same words in another order, as further texts that its picture
+    does not show (Yuksekgonul et al. 2023): without them a CLIP reads a bag of words.
+
     Args:
         keep: `text_encoder` saves the text tower and the tokenizer for the pipeline; `evaluator` saves all.
+        twins: of each caption.
     """
 
     def __init__(
         self, keep: str = "text_encoder", text_layers: int = 6, image_layers: int = 4, image_width: int = 128,
-        **options: Any,
+        twins: int = 2, **options: Any,
     ):  # fmt: skip
         super().__init__(**options)
         self.name = self.keep = keep
         self.text_layers, self.image_layers, self.image_width = text_layers, image_layers, image_width
+        self.twins = twins
 
     def configure_model(self) -> None:
         """Build both towers and the tokenizer, or read those to resume."""
-        from transformers import CLIPModel
+        from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
         if hasattr(self, "model"):
             return
         self.tokenizer = train_tokenizer()
-        if self.resume and self.keep == "evaluator":
-            return self.build(CLIPModel.from_pretrained(self.part("evaluator")).float())
-        self.build(build_clip(self.tokenizer, self.text_layers, self.image_layers, self.image_width))
+        evaluator = self.keep == "evaluator"
+        clip = build_clip(self.tokenizer, self.text_layers, self.image_layers, self.image_width)
+        if self.resume:
+            before = self.part("evaluator") if evaluator else self.part("parts", "text_encoder")
+            known = CLIPTokenizer.from_pretrained(before if evaluator else self.part("parts", "tokenizer"))
+            state = (CLIPModel if evaluator else CLIPTextModel).from_pretrained(before).float().state_dict()
+            state = {name if evaluator else f"text_model.{name}": value for name, value in state.items()}
+            table = "text_model.embeddings.token_embedding.weight"
+            state[table] = renumbered(state[table], known, clip.state_dict()[table], self.tokenizer)
+            clip.load_state_dict(state, strict=evaluator)
+        self.build(Reader(clip, layout=not evaluator))
 
     def loss(self, pictures: Tensor, captions: list[str], index: Tensor) -> Tensor:
-        """Cross-entropy over the batch, both ways; equal captions are no negatives of each other."""
-        tokens = self.tokenizer(captions, padding="max_length", max_length=MAX_LENGTH, return_tensors="pt")
-        output = self.model(input_ids=tokens["input_ids"].to(self.device), pixel_values=pictures)
-        logits = output.logits_per_image.float()
-        number = {caption: i for i, caption in enumerate(captions)}
-        key = torch.tensor([number[caption] for caption in captions], device=self.device)
-        same = (key[:, None] == key[None]) & ~torch.eye(len(key), dtype=torch.bool, device=self.device)
-        logits = logits.masked_fill(same, -1e4)
-        target = torch.arange(len(key), device=self.device)
-        return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+        """Cross-entropy over the batch, both ways, and for the text encoder the squared error of the layout.
+
+        Texts that are true of a picture are no negatives of it.
+        """
+        contents = [self.trainer.datamodule.contents[i] for i in index.tolist()]  # type: ignore[attr-defined]
+        texts = [*captions, *(text for caption in captions for text in some_twins(caption, self.twins))]
+        tokens = self.tokenizer(texts, padding="max_length", max_length=MAX_LENGTH, return_tensors="pt")
+        logits, drawn = self.model(pictures, tokens["input_ids"].to(self.device))
+        said = [parse(text) for text in texts]
+        true = torch.tensor([[content.shows(text) for text in said] for content in contents], device=self.device)
+        true.fill_diagonal_(False)
+        logits = logits.float().masked_fill(true, -1e4)
+        target = torch.arange(len(contents), device=self.device)
+        loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits[:, : len(target)].T, target)) / 2
+        return loss if drawn is None else loss + 10 * F.mse_loss(drawn.float(), layout(pictures))
 
     def save(self, model: Any) -> Path:
         """Save the tower that is kept, with the tokenizer."""
         if self.keep == "evaluator":
-            save_evaluator(self.weights / "evaluator", model, self.tokenizer)
+            save_evaluator(self.weights / "evaluator", model.clip, self.tokenizer)
             return self.weights / "evaluator"
-        text_tower(model).half().save_pretrained(self.weights / "parts" / "text_encoder")
+        text_tower(model.clip).half().save_pretrained(self.weights / "parts" / "text_encoder")
         self.tokenizer.save_pretrained(self.weights / "parts" / "tokenizer")
         return self.weights / "parts" / "text_encoder"
+
+
+def some_twins(caption: str, n: int) -> list[str]:
+    """n of the caption's twins at random, in the same wording."""
+    content = parse(caption)
+    assert content
+    wording, twins = content.captions.index(caption), content.twins()
+    return [twins[i].captions[wording] for i in torch.randint(len(twins), (n,)).tolist()]
+
+
+def renumbered(table: Tensor, known: Any, start: Tensor, tokenizer: Any) -> Tensor:
+    """A table of token embeddings in the order of another tokenizer; tokens that are new get their row of `start`."""
+    rows, new = known.get_vocab(), start.clone()
+    for token, row in tokenizer.get_vocab().items():
+        if token in rows:
+            new[row] = table[rows[token]]
+    return new
 
 
 class Denoiser(nn.Module):

@@ -1,4 +1,4 @@
-"""The embedded world's vocabulary and grammar: what a caption says, the captions that say it, and their swapped twins."""
+"""The embedded world's vocabulary and grammar: what a caption says, in which words, and its swapped twins."""
 
 from __future__ import annotations
 
@@ -89,8 +89,9 @@ class Content:
             found += [replace(self, relation=relation) for relation in RELATIONS]
             found.append(replace(self, kinds=(second, first)))
             for field in Kind._fields:
-                kinds = first._replace(**{field: getattr(second, field)}), second._replace(
-                    **{field: getattr(first, field)}
+                kinds = (
+                    first._replace(**{field: getattr(second, field)}),
+                    second._replace(**{field: getattr(first, field)}),
                 )
                 found.append(replace(self, kinds=kinds))
         elif self.kinds[0].size != "large":

@@ -30,6 +30,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from sdprune.errors import InputError
 from sdprune.files import require_writable, write_json
 from sdprune.mini.captions import parse
+from sdprune.mini.examiner import Examiner, disturbed, examiner_loss
 from sdprune.mini.models import (
     TEXT_WIDTH,
     build_clip,
@@ -63,8 +64,7 @@ class WorldTrainingData(LightningDataModule):
         """Render the scenes."""
         drawn = list(scenes("train", self.n, self.seed))
         self.pictures = torch.stack([torch.tensor(scene.render()).permute(2, 0, 1) for scene in drawn])
-        self.captions = [scene.captions for scene in drawn]
-        self.contents = [scene.content for scene in drawn]
+        self.scenes, self.captions = drawn, [scene.captions for scene in drawn]
 
     def train_dataloader(self) -> DataLoader:
         """One epoch of `steps` batches."""
@@ -334,7 +334,7 @@ class ContrastiveStage(Stage):
 
         Texts that are true of a picture are no negatives of it.
         """
-        contents = [self.trainer.datamodule.contents[i] for i in index.tolist()]  # type: ignore[attr-defined]
+        contents = [self.trainer.datamodule.scenes[i].content for i in index.tolist()]  # type: ignore[attr-defined]
         texts = [*captions, *(text for caption in captions for text in some_twins(caption, self.twins))]
         tokens = self.tokenizer(texts, padding="max_length", max_length=MAX_LENGTH, return_tensors="pt")
         logits, drawn = self.model(pictures, tokens["input_ids"].to(self.device))
@@ -373,6 +373,28 @@ def renumbered(table: Tensor, known: Any, start: Tensor, tokenizer: Any) -> Tens
     return new
 
 
+class ExaminerStage(Stage):
+    """The detector that reads pictures, on disturbed ones, so that it reads those of a decoder too."""
+
+    name = "examiner"
+
+    def configure_model(self) -> None:
+        """Build it, or read the one to resume."""
+        if hasattr(self, "model"):
+            return
+        self.build(Examiner.load(self.part("examiner")).requires_grad_() if self.resume else Examiner())
+
+    def loss(self, pictures: Tensor, captions: list[str], index: Tensor) -> Tensor:
+        """The detector's own, on disturbed pictures."""
+        seen = [self.trainer.datamodule.scenes[i] for i in index.tolist()]  # type: ignore[attr-defined]
+        return examiner_loss(self.model(disturbed(pictures)), seen)
+
+    def save(self, model: Any) -> Path:
+        """Save it alone."""
+        model.save(self.weights / "examiner")
+        return self.weights / "examiner"
+
+
 class Denoiser(nn.Module):
     """U-Net and text encoder as one model: tokens in, v out."""
 
@@ -397,6 +419,7 @@ class UNetStage(Stage):
     def configure_model(self) -> None:
         """Read the finished parts, build the U-Net or read the one to resume."""
         from diffusers import AutoencoderKL, UNet2DConditionModel
+        from diffusers.models.attention_processor import AttnProcessor
         from transformers import CLIPTextModel, CLIPTokenizer
 
         if hasattr(self, "model"):
@@ -408,7 +431,10 @@ class UNetStage(Stage):
         self.scheduler = build_scheduler()
         text = CLIPTextModel.from_pretrained(self.part(parts, "text_encoder")).float()
         resumed = self.resume and UNet2DConditionModel.from_pretrained(self.part("pipeline", "unet")).float()
-        self.build(Denoiser(resumed or build_unet(), text))
+        unet = resumed or build_unet()
+        text.set_attn_implementation("eager")  # on CPUs the backward pass takes half the time
+        unet.set_attn_processor(AttnProcessor())
+        self.build(Denoiser(unet, text))
 
     @torch.no_grad()
     def on_train_start(self) -> None:
@@ -440,7 +466,7 @@ class UNetStage(Stage):
 def timesteps(n: int) -> Tensor:
     """Steps in 0 .. 999, logit-normal (Esser et al. 2024) for three in four, else uniform.
 
-    The mode lies where the noise hides a shape but not yet a colour: there the caption has to be read.
+    The mode lies where the noise hides where the objects stand: there the caption has to be read.
     """
-    noisy = torch.sigmoid(torch.randn(n) + 0.6)
+    noisy = torch.sigmoid(torch.randn(n) + 1.0)
     return (torch.where(torch.rand(n) < 0.75, noisy, torch.rand(n)) * 1000).long().clamp(max=999)

@@ -1,8 +1,8 @@
 """The embedded world: captioned 64 x 64 scenes, deterministic from a seed, in COCO's own layout.
 
-A scene holds one object (size, colour, shape), two that stand in a relation, or several of a kind, on a background. Whether a
-(colour, shape, background) triple is held out follows from its indices, so the evaluation split shows only triples
-that training never saw, while every pair of attributes was seen.
+A scene holds one object (size, colour, shape), two that stand in a relation, or several of a kind, on a background.
+Whether a (colour, shape, background) triple is held out follows from its indices, so the evaluation split shows only
+triples that training never saw, while every pair of attributes was seen.
 """
 
 from __future__ import annotations
@@ -158,7 +158,9 @@ def _radial(radii: list[float], start: float = -math.pi / 2) -> list[tuple[float
 def _crescent(x: float, y: float, r: float) -> list[tuple[float, float]]:
     """The unit disc without the disc of radius r around (x, y)."""
     distance, towards = math.hypot(x, y), math.atan2(y, x)
-    outer = math.acos((1 + distance**2 - r**2) / (2 * distance))  # half the angle that the cut takes from the unit circle
+    outer = math.acos(
+        (1 + distance**2 - r**2) / (2 * distance)
+    )  # half the angle that the cut takes from the unit circle
     inner = math.acos((r**2 + distance**2 - 1) / (2 * r * distance))
     around = [towards + outer + (2 * math.pi - 2 * outer) * i / 40 for i in range(41)]
     back = [towards + math.pi + inner - 2 * inner * i / 30 for i in range(31)]

@@ -105,11 +105,9 @@ def _scene(rng: np.random.Generator, unseen: bool) -> Scene:
         kind = kind._replace(size=_pick(rng, ["small", "medium"]))
         quarters = rng.permutation(4)[: rng.integers(2, 5)]
         play = 14.3 - 1.1 * SIZES[kind.size]  # so that they touch neither each other nor the border
-        places = [(middle + s * 15, middle + t * 15) + rng.uniform(-play, play, 2) for s, t in _QUARTERS[quarters]]
-        return Scene(
-            Content((kind,), background, count=len(places)),
-            tuple(Thing(kind, float(x), float(y)) for x, y in places),
-        )
+        places = middle + 15 * _QUARTERS[quarters] + rng.uniform(-play, play, (len(quarters), 2))
+        content = Content((kind,), background, count=len(places))
+        return Scene(content, tuple(Thing(kind, x, y) for x, y in places.tolist()))
     relation = _pick(rng, list(RELATIONS))
     dx, dy = RELATIONS[relation]
     alike = _pick(rng, ["shape", "colour", "", ""])

@@ -38,7 +38,7 @@ class ExaminerScore(Score):
     Source: Ghosh et al., "GenEval: An Object-Focused Framework for Evaluating Text-to-Image Alignment", NeurIPS 2023.
 
     Args:
-        model: `miniature` for the examiner that comes with this package, or a directory that holds another one.
+        examiner: `miniature` for the one that comes with this package, or a directory that holds another one.
         name: key of the score in the results.
         resamples: bootstrap resamples of `compare`.
         tolerance: a pruned model may be worse by this share of the dense model's score; null gives no verdict.
@@ -48,14 +48,14 @@ class ExaminerScore(Score):
 
     def __init__(
         self,
-        model: str = "miniature",
+        examiner: str = "miniature",
         name: str = "correct",
         resamples: int = 1000,
         tolerance: float | None = None,
     ) -> None:
         if resamples < 2:
             raise InputError(f"resamples must be at least 2, got {resamples}.")
-        self.model = model
+        self.examiner = examiner
         self.name = name
         self.resamples = resamples
         self.tolerance = require_tolerance(tolerance)
@@ -106,7 +106,7 @@ class ExaminerScore(Score):
 
     @property
     def _directory(self) -> Path:
-        return Path(resolve(self.model, "examiner"))
+        return Path(resolve(self.examiner, "examiner"))
 
     @cached_property
     def _facts(self) -> dict[str, Any]:
@@ -118,14 +118,14 @@ class ExaminerScore(Score):
         return {"weights": directory_hash(self._directory)}
 
     @cached_property
-    def _examiner(self) -> Examiner:
+    def _network(self) -> Examiner:
         from sdprune.mini.examiner import Examiner
 
         return Examiner.load(self._directory)
 
     def _load(self, device: torch.device | str) -> None:
         self.device = torch.device(device)
-        self._examiner.to(self.device)
+        self._network.to(self.device)
 
     def _judgements(self, batch: ImageBatch) -> Tensor:
         from sdprune.mini.captions import parse
@@ -138,7 +138,7 @@ class ExaminerScore(Score):
                 "embedded world only. Leave it out of --model.metrics."
             )
         with exact_inference(self.device):
-            readings = self._examiner.read(batch.images.to(self.device))
+            readings = self._network.read(batch.images.to(self.device))
         found = [judge(content, reading) for content, reading in zip(said, readings, strict=True) if content]
         table = [[all(one.values()), *(one.get(category, _SILENT) for category in _CATEGORIES)] for one in found]
         return torch.tensor(table, dtype=torch.int8)

@@ -257,7 +257,7 @@ class Reader(nn.Module):
     states say where each object stands, which the contrastive loss alone asks of the caption's end only.
     """
 
-    def __init__(self, clip: nn.Module, layout: bool):
+    def __init__(self, clip: Any, layout: bool):
         super().__init__()
         self.clip = clip
         clip.set_attn_implementation("eager")  # on CPUs the backward pass takes half the time

@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from sdprune.errors import InputError
 from sdprune.files import require_writable, write_json
-from sdprune.mini.captions import parse
+from sdprune.mini.captions import COLOURS, NUMBERS, RELATIONS, SHAPES, SIZES, Content, parse
 from sdprune.mini.examiner import Examiner, disturbed, examiner_loss
 from sdprune.mini.models import (
     TEXT_WIDTH,
@@ -250,46 +250,6 @@ class VaeStage(Stage):
         return self.weights / "parts" / "vae"
 
 
-class Reader(nn.Module):
-    """A CLIP, and, where its text encoder is to guide a U-Net, a head that draws the layout from the text's states.
-
-    The head attends to the states as a U-Net does, from fixed places. It is thrown away after training: it makes the
-    states say where each object stands, which the contrastive loss alone asks of the caption's end only.
-    """
-
-    def __init__(self, clip: Any, layout: bool):
-        super().__init__()
-        self.clip = clip
-        clip.set_attn_implementation("eager")  # on CPUs the backward pass takes half the time
-        self.layout = LayoutHead(TEXT_WIDTH) if layout else None
-
-    def forward(self, pictures: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Similarities [b, t] of pictures and texts [t, length], and layouts of the first b texts."""
-        output = self.clip(input_ids=tokens, pixel_values=pictures)
-        states = output.text_model_output.last_hidden_state[: len(pictures)]
-        return output.logits_per_image, self.layout(states) if self.layout else None
-
-
-class LayoutHead(nn.Module):
-    """Texts' states [b, length, width] to pictures of 16 x 16 pixels, as 8 x 8 places of 4 colours: [b, 64, 12]."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.places = nn.Parameter(torch.randn(64, width))
-        self.attention = nn.MultiheadAttention(width, 6, batch_first=True)
-        self.colours = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.GELU(), nn.Linear(width, 12))
-
-    def forward(self, states: Tensor) -> Tensor:
-        """One cross-attention from every place."""
-        places = self.places.expand(len(states), -1, -1)
-        return self.colours(self.attention(places, states, states, need_weights=False)[0])
-
-
-def layout(pictures: Tensor) -> Tensor:
-    """What LayoutHead is to draw of pictures [b, 3, 64, 64]."""
-    return F.pixel_unshuffle(F.avg_pool2d(pictures, 4), 2).flatten(2).transpose(1, 2)
-
-
 class ContrastiveStage(Stage):
     """A CLIP trained on (picture, caption) pairs by the symmetric contrastive loss (Radford et al. 2021).
 
@@ -318,7 +278,7 @@ class ContrastiveStage(Stage):
             return
         self.tokenizer = train_tokenizer()
         evaluator = self.keep == "evaluator"
-        clip = build_clip(self.tokenizer, self.text_layers, self.image_layers, self.image_width)
+        clip: Any = build_clip(self.tokenizer, self.text_layers, self.image_layers, self.image_width)
         if self.resume:
             before = self.part("evaluator") if evaluator else self.part("parts", "text_encoder")
             known = CLIPTokenizer.from_pretrained(before if evaluator else self.part("parts", "tokenizer"))
@@ -327,31 +287,28 @@ class ContrastiveStage(Stage):
             table = "text_model.embeddings.token_embedding.weight"
             state[table] = renumbered(state[table], known, clip.state_dict()[table], self.tokenizer)
             clip.load_state_dict(state, strict=evaluator)
-        self.build(Reader(clip, layout=not evaluator))
+        clip.set_attn_implementation("eager")  # on CPUs the backward pass takes half the time
+        self.build(clip)
 
     def loss(self, pictures: Tensor, captions: list[str], index: Tensor) -> Tensor:
-        """Cross-entropy over the batch, both ways, and for the text encoder the squared error of the layout.
-
-        Texts that are true of a picture are no negatives of it.
-        """
+        """Cross-entropy over the batch, both ways; texts that are true of a picture are no negatives of it."""
         contents = [self.trainer.datamodule.scenes[i].content for i in index.tolist()]  # type: ignore[attr-defined]
         texts = [*captions, *(text for caption in captions for text in some_twins(caption, self.twins))]
         tokens = self.tokenizer(texts, padding="max_length", max_length=MAX_LENGTH, return_tensors="pt")
-        logits, drawn = self.model(pictures, tokens["input_ids"].to(self.device))
+        output = self.model(input_ids=tokens["input_ids"].to(self.device), pixel_values=pictures)
         said = [parse(text) for text in texts]
         true = torch.tensor([[content.shows(text) for text in said] for content in contents], device=self.device)
         true.fill_diagonal_(False)
-        logits = logits.float().masked_fill(true, -1e4)
+        logits = output.logits_per_image.float().masked_fill(true, -1e4)
         target = torch.arange(len(contents), device=self.device)
-        loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits[:, : len(target)].T, target)) / 2
-        return loss if drawn is None else loss + 10 * F.mse_loss(drawn.float(), layout(pictures))
+        return (F.cross_entropy(logits, target) + F.cross_entropy(logits[:, : len(target)].T, target)) / 2
 
     def save(self, model: Any) -> Path:
         """Save the tower that is kept, with the tokenizer."""
         if self.keep == "evaluator":
-            save_evaluator(self.weights / "evaluator", model.clip, self.tokenizer)
+            save_evaluator(self.weights / "evaluator", model, self.tokenizer)
             return self.weights / "evaluator"
-        text_tower(model.clip).half().save_pretrained(self.weights / "parts" / "text_encoder")
+        text_tower(model).half().save_pretrained(self.weights / "parts" / "text_encoder")
         self.tokenizer.save_pretrained(self.weights / "parts" / "tokenizer")
         return self.weights / "parts" / "text_encoder"
 
@@ -371,6 +328,95 @@ def renumbered(table: Tensor, known: Any, start: Tensor, tokenizer: Any) -> Tens
         if token in rows:
             new[row] = table[rows[token]]
     return new
+
+
+class Grounded(nn.Module):
+    """A text encoder with two heads that are thrown away: they read from its states what stands where.
+
+    A causal text encoder knows of the first object where it stands only in later tokens. The U-Net attends to the
+    padding too, so the last two tokens are made to hold the two objects, and the layout is read as a U-Net reads it.
+    """
+
+    def __init__(self, text: nn.Module):
+        super().__init__()
+        self.text = text
+        self.objects = nn.Linear(TEXT_WIDTH, 2 + sum(_CHOICES))
+        self.layout = LayoutHead(TEXT_WIDTH)
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Objects [b, 2, 2 + choices] and layout [b, 64, 12] of tokens [b, MAX_LENGTH]."""
+        states = self.text(tokens)[0]
+        return self.objects(states[:, -2:]), self.layout(states)
+
+
+class LayoutHead(nn.Module):
+    """Texts' states [b, length, width] to pictures of 16 x 16 pixels, as 8 x 8 places of 4 colours: [b, 64, 12]."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.places = nn.Parameter(torch.randn(64, width))
+        self.attention = nn.MultiheadAttention(width, 6, batch_first=True)
+        self.colours = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.GELU(), nn.Linear(width, 12))
+
+    def forward(self, states: Tensor) -> Tensor:
+        """One cross-attention from every place."""
+        places = self.places.expand(len(states), -1, -1)
+        return self.colours(self.attention(places, states, states, need_weights=False)[0])
+
+
+def layout(pictures: Tensor) -> Tensor:
+    """What LayoutHead is to draw of pictures [b, 3, 64, 64]: how they differ from their background."""
+    return F.pixel_unshuffle(F.avg_pool2d(pictures - pictures[..., :1, :1], 4), 2).flatten(2).transpose(1, 2)
+
+
+_CHOICES = len(COLOURS), len(SHAPES), len(SIZES), 1 + len(NUMBERS)
+
+
+def said_objects(content: Content) -> list[list[int]]:
+    """Of each of two objects its side across and down, and the numbers of its colour, shape, size and count; -1: none.
+
+    The side is where it stands to the other one, 0 for one that is alone.
+    """
+    across, down = RELATIONS[content.relation] if content.relation else (0, 0)
+    rows = [
+        [sign * across, sign * down, list(COLOURS).index(kind.colour), SHAPES.index(kind.shape),
+         list(SIZES).index(kind.size), content.count - 1]
+        for sign, kind in zip((1, -1), content.kinds, strict=False)
+    ]  # fmt: skip
+    return [*rows, *[[0, 0, -1, -1, -1, -1]] * (2 - len(rows))]
+
+
+class GroundingStage(Stage):
+    """The text encoder learns to say in its states what stands where, from captions and pictures' layouts alone."""
+
+    name = "grounding"
+
+    def configure_model(self) -> None:
+        """Read the text encoder that the contrastive stage left."""
+        from transformers import CLIPTextModel, CLIPTokenizer
+
+        if hasattr(self, "model"):
+            return
+        text = CLIPTextModel.from_pretrained(self.part("parts", "text_encoder")).float()
+        text.set_attn_implementation("eager")  # on CPUs the backward pass takes half the time
+        self.tokenizer = CLIPTokenizer.from_pretrained(self.part("parts", "tokenizer"))
+        self.build(Grounded(text))
+
+    def loss(self, pictures: Tensor, captions: list[str], index: Tensor) -> Tensor:
+        """Squared errors of sides and layout, cross-entropies of what the objects are."""
+        tokens = self.tokenizer(captions, padding="max_length", max_length=MAX_LENGTH, return_tensors="pt")
+        found, drawn = self.model(tokens["input_ids"].to(self.device))
+        contents = [self.trainer.datamodule.scenes[i].content for i in index.tolist()]  # type: ignore[attr-defined]
+        said = torch.tensor([said_objects(content) for content in contents], device=self.device)
+        there = said[..., 2] >= 0
+        sides, *kinds = found.float()[there].split([2, *_CHOICES], dim=-1)
+        loss = 10 * F.mse_loss(drawn.float(), layout(pictures)) + 2 * F.mse_loss(sides, said[there][:, :2].float())
+        return loss + sum(F.cross_entropy(logits, said[there][:, 2 + i]) for i, logits in enumerate(kinds))
+
+    def save(self, model: Any) -> Path:
+        """Save the text encoder in place of the one it began as."""
+        model.text.half().save_pretrained(self.weights / "parts" / "text_encoder")
+        return self.weights / "parts" / "text_encoder"
 
 
 class ExaminerStage(Stage):

@@ -19,7 +19,7 @@ from sdprune.pipelines import Sampling, StableDiffusion
 from sdprune.pipelines.resolve import RECIPE, SHIPPED
 
 CONFIGS = Path(__file__).parent.parent / "configs" / "mini"
-STAGES = ("vae", "text_encoder", "evaluator", "unet", "examiner")
+STAGES = ("vae", "text_encoder", "grounding", "evaluator", "unet", "examiner")
 
 
 def train(stage: str, weights: Path, *options: str, steps: int = 3) -> int:

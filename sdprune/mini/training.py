@@ -1,12 +1,13 @@
 """The miniature's recipe: one LightningModule a stage, run by `sdprune fit --config configs/mini/<stage>.yaml`.
 
-Stages: VaeStage; ContrastiveStage twice, with other seeds, for the text encoder and for the evaluator; UNetStage, which
-needs the first two. An interrupted stage continues from its last checkpoint when the same command is given again. All
+Stages: VaeStage; ContrastiveStage twice, with other seeds, for the text encoder and for the evaluator; GroundingStage,
+which trains the text encoder further; UNetStage, which needs all but the evaluator; ExaminerStage. An interrupted stage continues from its last checkpoint when the same command is given again. All
 files lie under `weights`; `python -m sdprune.mini.install` puts a finished miniature into the package.
 
     parts/vae, parts/text_encoder, parts/tokenizer   what the U-Net is trained on
     pipeline/      written by the last stage as a whole, so that its parts always belong together
     evaluator/     the CLIP that scores
+    examiner/      the detector that says what a picture shows
     training.json  steps and loss of every finished stage
     checkpoints/   by stage
 """

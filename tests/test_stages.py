@@ -162,3 +162,32 @@ def test_install_takes_a_whole_miniature_only(trained: Path, tmp_path) -> None:
 def test_a_stage_without_its_predecessors_says_which(tmp_path, capsys) -> None:
     assert train("unet", tmp_path) == 2
     assert "run the stage that writes it first" in capsys.readouterr().err
+
+
+def test_an_encoder_goes_on_under_another_vocabulary(trained: Path, tmp_path) -> None:
+    """Tokens that both vocabularies have keep their embeddings."""
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    from sdprune.mini.models import build_clip, text_tower
+    from sdprune.mini.tokenizer import train_tokenizer
+
+    weights, before = tmp_path / "weights", train_tokenizer(captions=20)
+    shutil.copytree(trained, weights)
+    shutil.rmtree(weights / "checkpoints")
+    text_tower(build_clip(before, 6, 1, 32)).save_pretrained(weights / "parts" / "text_encoder")
+    before.save_pretrained(weights / "parts" / "tokenizer")
+    old = CLIPTextModel.from_pretrained(weights / "parts" / "text_encoder").state_dict()
+    assert train("text_encoder", weights, "--model.resume=true", "--model.lr=1e-9", steps=1) == 0
+    new = CLIPTextModel.from_pretrained(weights / "parts" / "text_encoder").float().state_dict()
+    after = CLIPTokenizer.from_pretrained(weights / "parts" / "tokenizer")
+    table = "embeddings.token_embedding.weight"
+    assert len(new[table]) == len(after) > len(before)
+    common = before.get_vocab().keys() & after.get_vocab().keys()
+    assert len(common) > 500
+    moved = [token for token in common if before.get_vocab()[token] != after.get_vocab()[token]]
+    assert moved
+    for token in common:
+        row, other = new[table][after.get_vocab()[token]], old[table][before.get_vocab()[token]]
+        torch.testing.assert_close(row, other, rtol=1e-3, atol=1e-4)
+    deep = "encoder.layers.3.mlp.fc1.weight"
+    torch.testing.assert_close(new[deep], old[deep], rtol=1e-3, atol=1e-4)

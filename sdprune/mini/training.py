@@ -1,8 +1,9 @@
 """The miniature's recipe: one LightningModule a stage, run by `sdprune fit --config configs/mini/<stage>.yaml`.
 
 Stages: VaeStage; ContrastiveStage twice, with other seeds, for the text encoder and for the evaluator; GroundingStage,
-which trains the text encoder further; UNetStage, which needs all but the evaluator; ExaminerStage. An interrupted stage continues from its last checkpoint when the same command is given again. All
-files lie under `weights`; `python -m sdprune.mini.install` puts a finished miniature into the package.
+which trains the text encoder further; UNetStage, which needs the VAE and the text encoder; ExaminerStage. An
+interrupted stage continues from its last checkpoint when the same command is given again. All files lie under
+`weights`; `python -m sdprune.mini.install` puts a finished miniature into the package.
 
     parts/vae, parts/text_encoder, parts/tokenizer   what the U-Net is trained on
     pipeline/      written by the last stage as a whole, so that its parts always belong together

@@ -5,7 +5,8 @@ import torch
 
 from sdprune.mini.captions import Content, Kind, parse
 from sdprune.mini.examiner import Examiner, disturbed, examiner_loss
-from sdprune.mini.training import layout, said_objects, some_twins
+from sdprune.mini.grounding import layout, said_objects
+from sdprune.mini.training import some_twins
 from sdprune.mini.world import scenes
 
 
@@ -16,7 +17,7 @@ def real(chosen) -> torch.Tensor:
 def test_a_layout_is_the_picture_in_16_by_16_pixels_without_its_background() -> None:
     (scene,) = scenes("val", 1, seed=3)
     picture = scene.render().astype(float)
-    (found,) = layout(real([scene]).double()[:, :, :, :])
+    (found,) = layout(real([scene]).double())
     for row in range(8):
         for column in range(8):
             for colour in range(3):

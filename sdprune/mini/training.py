@@ -31,10 +31,10 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from sdprune.errors import InputError
 from sdprune.files import require_writable, write_json
-from sdprune.mini.captions import COLOURS, NUMBERS, RELATIONS, SHAPES, SIZES, Content, parse
+from sdprune.mini.captions import parse
 from sdprune.mini.examiner import Examiner, disturbed, examiner_loss
+from sdprune.mini.grounding import Grounded, grounding_loss
 from sdprune.mini.models import (
-    TEXT_WIDTH,
     build_clip,
     build_scheduler,
     build_unet,
@@ -332,62 +332,6 @@ def renumbered(table: Tensor, known: Any, start: Tensor, tokenizer: Any) -> Tens
     return new
 
 
-class Grounded(nn.Module):
-    """A text encoder with two heads that are thrown away: they read from its states what stands where.
-
-    A causal text encoder knows of the first object where it stands only in later tokens. The U-Net attends to the
-    padding too, so the last two tokens are made to hold the two objects, and the layout is read as a U-Net reads it.
-    """
-
-    def __init__(self, text: nn.Module):
-        super().__init__()
-        self.text = text
-        self.objects = nn.Linear(TEXT_WIDTH, 2 + sum(_CHOICES))
-        self.layout = LayoutHead(TEXT_WIDTH)
-
-    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Objects [b, 2, 2 + choices] and layout [b, 64, 12] of tokens [b, MAX_LENGTH]."""
-        states = self.text(tokens)[0]
-        return self.objects(states[:, -2:]), self.layout(states)
-
-
-class LayoutHead(nn.Module):
-    """Texts' states [b, length, width] to pictures of 16 x 16 pixels, as 8 x 8 places of 4 colours: [b, 64, 12]."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.places = nn.Parameter(torch.randn(64, width))
-        self.attention = nn.MultiheadAttention(width, 6, batch_first=True)
-        self.colours = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.GELU(), nn.Linear(width, 12))
-
-    def forward(self, states: Tensor) -> Tensor:
-        """One cross-attention from every place."""
-        places = self.places.expand(len(states), -1, -1)
-        return self.colours(self.attention(places, states, states, need_weights=False)[0])
-
-
-def layout(pictures: Tensor) -> Tensor:
-    """What LayoutHead is to draw of pictures [b, 3, 64, 64]: how they differ from their background."""
-    return F.pixel_unshuffle(F.avg_pool2d(pictures - pictures[..., :1, :1], 4), 2).flatten(2).transpose(1, 2)
-
-
-_CHOICES = len(COLOURS), len(SHAPES), len(SIZES), 1 + len(NUMBERS)
-
-
-def said_objects(content: Content) -> list[list[int]]:
-    """Of each of two objects its side across and down, and the numbers of its colour, shape, size and count; -1: none.
-
-    The side is where it stands to the other one, 0 for one that is alone.
-    """
-    across, down = RELATIONS[content.relation] if content.relation else (0, 0)
-    rows = [
-        [sign * across, sign * down, list(COLOURS).index(kind.colour), SHAPES.index(kind.shape),
-         list(SIZES).index(kind.size), content.count - 1]
-        for sign, kind in zip((1, -1), content.kinds, strict=False)
-    ]  # fmt: skip
-    return [*rows, *[[0, 0, -1, -1, -1, -1]] * (2 - len(rows))]
-
-
 class GroundingStage(Stage):
     """The text encoder learns to say in its states what stands where, from captions and pictures' layouts alone."""
 
@@ -405,15 +349,10 @@ class GroundingStage(Stage):
         self.build(Grounded(text))
 
     def loss(self, pictures: Tensor, captions: list[str], index: Tensor) -> Tensor:
-        """Squared errors of sides and layout, cross-entropies of what the objects are."""
+        """Of both heads."""
         tokens = self.tokenizer(captions, padding="max_length", max_length=MAX_LENGTH, return_tensors="pt")
-        found, drawn = self.model(tokens["input_ids"].to(self.device))
         contents = [self.trainer.datamodule.scenes[i].content for i in index.tolist()]  # type: ignore[attr-defined]
-        said = torch.tensor([said_objects(content) for content in contents], device=self.device)
-        there = said[..., 2] >= 0
-        sides, *kinds = found.float()[there].split([2, *_CHOICES], dim=-1)
-        loss = 10 * F.mse_loss(drawn.float(), layout(pictures)) + 2 * F.mse_loss(sides, said[there][:, :2].float())
-        return loss + sum(F.cross_entropy(logits, said[there][:, 2 + i]) for i, logits in enumerate(kinds))
+        return grounding_loss(self.model(tokens["input_ids"].to(self.device)), pictures, contents)
 
     def save(self, model: Any) -> Path:
         """Save the text encoder in place of the one it began as."""

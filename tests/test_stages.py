@@ -76,6 +76,20 @@ def test_a_stage_may_continue_from_finished_weights(trained: Path, tmp_path) -> 
     assert json.loads((weights / "training.json").read_text())["unet"]["steps"] == 4
 
 
+def test_the_decoder_may_go_on_alone(trained: Path, tmp_path) -> None:
+    from diffusers import AutoencoderKL
+
+    weights = tmp_path / "weights"
+    shutil.copytree(trained, weights)
+    shutil.rmtree(weights / "checkpoints")
+    assert train("vae", weights, "--model.resume=true", "--model.decoder_only=true") == 0
+    old, new = (AutoencoderKL.from_pretrained(where / "parts" / "vae").state_dict() for where in (trained, weights))
+    for name, value in new.items():
+        encoder = name.startswith(("encoder.", "quant_conv."))
+        assert value.equal(old[name]) or not encoder, name
+    assert not new["decoder.conv_out.weight"].equal(old["decoder.conv_out.weight"])
+
+
 def hashes(directory: Path) -> dict[str, str]:
     files = (path for path in directory.rglob("*") if path.is_file())
     return {str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}

@@ -216,13 +216,18 @@ class Stage(LightningModule):
 
 
 class VaeStage(Stage):
-    """AutoencoderKL, 64 x 64 x 3 to 8 x 8 x 8: squared and absolute error and a small KL term."""
+    """AutoencoderKL, 64 x 64 x 3 to 8 x 8 x 8: squared and absolute error and a small KL term.
+
+    Args:
+        kl: weight of the KL term.
+        decoder_only: leave the encoder as it is, so that a U-Net trained on its latents still fits.
+    """
 
     name = "vae"
 
-    def __init__(self, kl: float = 2e-4, **options: Any):
+    def __init__(self, kl: float = 2e-4, decoder_only: bool = False, **options: Any):
         super().__init__(**options)
-        self.kl = kl
+        self.kl, self.decoder_only = kl, decoder_only
 
     def configure_model(self) -> None:
         """Build it, or read the one to resume."""
@@ -230,9 +235,10 @@ class VaeStage(Stage):
 
         if hasattr(self, "model"):
             return
-        if self.resume:
-            return self.build(AutoencoderKL.from_pretrained(self.part("parts", "vae")))
-        self.build(build_vae())
+        vae = AutoencoderKL.from_pretrained(self.part("parts", "vae")) if self.resume else build_vae()
+        for encoder in (vae.encoder, vae.quant_conv) if self.decoder_only else ():
+            encoder.requires_grad_(False)
+        self.build(vae)
 
     def loss(self, pictures: Tensor, captions: list[str], index: Tensor) -> Tensor:
         """mse + 0.5 mae + kl * (nats a latent number)."""

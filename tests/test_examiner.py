@@ -11,10 +11,10 @@ from geometry import classify
 
 from sdprune.errors import InputError
 from sdprune.metrics import ImageBatch, ImageScores
-from sdprune.metrics.scores.examiner_score import ExaminerScore
 from sdprune.mini import examine
 from sdprune.mini.captions import Kind, parse
 from sdprune.mini.examiner import Examiner, Reading, judge
+from sdprune.mini.score import ExaminerScore
 from sdprune.mini.world import Thing, scenes
 
 CAPTIONS = {

@@ -61,8 +61,8 @@ def judged(chosen: Sequence[Scene], readings: Sequence[Reading], group: str = ""
 def draw(directory: Path, chosen: Sequence[Scene], steps: int, guidance: float) -> Tensor:
     """The pipeline's pictures of the full captions; noise by place in the list."""
     from sdprune.pipelines import Sampling
+    from sdprune.pipelines.sampling import image_seed
     from sdprune.pipelines.stable_diffusion import StableDiffusion
-    from sdprune.record import image_seed
 
     model = StableDiffusion(str(directory / "pipeline"))
     model.load(torch.float32, torch.device("cpu"))

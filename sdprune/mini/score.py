@@ -17,6 +17,7 @@ from sdprune.metrics.frechet import Statistics
 from sdprune.metrics.paired import mean, paired_bootstrap, require_tolerance, standard_error
 from sdprune.metrics.rows import Column, ImageBatch, Rows
 from sdprune.metrics.scores.base import Score
+from sdprune.mini.captions import Content, parse
 from sdprune.pipelines.resolve import resolve
 
 if TYPE_CHECKING:
@@ -100,6 +101,10 @@ class ExaminerScore(Score):
         values = judged.double().masked_fill(judged == _SILENT, torch.nan)
         return dict(zip(self.titles[0], values.T, strict=True))
 
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        """Raise InputError for a caption that is none of the world's."""
+        _contents(prompts)
+
     def describe(self) -> dict[str, Any]:
         """The examiner's weights."""
         return {**self._facts, "class": "ExaminerScore", "name": self.name}
@@ -128,18 +133,12 @@ class ExaminerScore(Score):
         self._network.to(self.device)
 
     def _judgements(self, batch: ImageBatch) -> Tensor:
-        from sdprune.mini.captions import parse
         from sdprune.mini.examiner import judge
 
-        said = [parse(text) for text in batch.texts()]
-        if None in said:
-            raise InputError(
-                f"ExaminerScore cannot read the caption {batch.texts()[said.index(None)]!r}: it knows those of the "
-                "embedded world only. Leave it out of --model.metrics."
-            )
+        said = _contents(batch.texts())
         with exact_inference(self.device):
             readings = self._network.read(batch.images.to(self.device))
-        found = [judge(content, reading) for content, reading in zip(said, readings, strict=True) if content]
+        found = [judge(content, reading) for content, reading in zip(said, readings, strict=True)]
         table = [[all(one.values()), *(one.get(category, _SILENT) for category in _CATEGORIES)] for one in found]
         return torch.tensor(table, dtype=torch.int8)
 
@@ -147,3 +146,13 @@ class ExaminerScore(Score):
         """Zeros and ones of the images whose captions speak of it, by name."""
         spoken = {name: values[~values.isnan()] for name, values in self.per_image(rows).items()}
         return {name: values for name, values in spoken.items() if len(values)}
+
+
+def _contents(prompts: Sequence[str]) -> list[Content]:
+    said = [parse(text) for text in prompts]
+    if None in said:
+        raise InputError(
+            f"ExaminerScore cannot read the caption {prompts[said.index(None)]!r}: it knows those of the embedded world "
+            "only. Leave it out of --model.metrics."
+        )
+    return [content for content in said if content]

@@ -152,7 +152,7 @@ def _contents(prompts: Sequence[str]) -> list[Content]:
     said = [parse(text) for text in prompts]
     if None in said:
         raise InputError(
-            f"ExaminerScore cannot read the caption {prompts[said.index(None)]!r}: it knows those of the embedded world "
-            "only. Leave it out of --model.metrics."
+            f"ExaminerScore cannot read the caption {prompts[said.index(None)]!r}: it knows those of the embedded "
+            "world only. Leave it out of --model.metrics."
         )
     return [content for content in said if content]

@@ -161,3 +161,13 @@ def test_real_pictures_are_measured_as_an_independent_oracle_reads_them(monkeypa
     right = [good for name, good in examine.judged(chosen, readings) if name == "one object: colour and shape"]
     assert len(right) == len(chosen) > 30
     assert np.mean(right) >= 0.98
+
+
+def test_captions_of_another_world_are_refused_before_anything_is_drawn(sdprune, tmp_path) -> None:
+    (tmp_path / "prompts.txt").write_text("a red star\na cat on a mat\n")
+    options = ["--data.n=2", "--data.source=TextFile", f"--data.source.path={tmp_path / 'prompts.txt'}"]
+    options = ["predict", "--config", "configs/mini/predict.yaml", *options, "--model.metrics=[ExaminerScore]"]
+    told = sdprune(*options, f"--model.output={tmp_path}")
+    assert told.code == 2
+    assert "'a cat on a mat'" in told.err
+    assert not list(tmp_path.glob("*/images/*.png"))

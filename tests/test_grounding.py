@@ -1,12 +1,14 @@
 """What the heads of the recipe are trained to say of a scene, against loops over its pixels and its words."""
 
 import numpy as np
+import pytest
 import torch
 
 from sdprune.mini.captions import Content, Kind, parse
 from sdprune.mini.examiner import Examiner, disturbed, examiner_loss
 from sdprune.mini.grounding import layout, said_objects
 from sdprune.mini.training import some_twins
+from sdprune.mini.training.unet import astray, places
 from sdprune.mini.world import scenes
 
 
@@ -89,3 +91,41 @@ def test_disturbed_pictures_are_still_like_the_pictures() -> None:
     errors = (found - pictures).square().mean((1, 2, 3)).sqrt()
     assert errors.max() < 0.25
     assert errors.min() > 0.005
+
+
+def test_objects_stand_where_their_squares_reach() -> None:
+    for scene in scenes("train", 40, seed=8):
+        expected = torch.zeros(2, 8, 8)
+        for number, thing in enumerate(scene.things):
+            reach = {"small": 10.0, "medium": 13.5, "large": 17.0}[thing.kind.size]
+            for row in range(8):
+                for column in range(8):
+                    if abs(8 * column + 4 - thing.x) <= reach and abs(8 * row + 4 - thing.y) <= reach:
+                        expected[number if len(scene.content.kinds) == 2 else 0, row, column] = 1
+        assert torch.equal(places(scene), expected)
+
+
+@pytest.mark.parametrize("side", [8, 4])
+def test_attention_that_goes_astray(side: int) -> None:
+    chosen = list(scenes("train", 12, seed=9))
+    attended = torch.rand(12, side * side, 24, generator=torch.Generator().manual_seed(0))
+    shares = []
+    for scene, picture in zip(chosen, attended, strict=True):
+        stand = places(scene)
+        for token in range(2):
+            if not stand[token].any():
+                continue
+            there = elsewhere = 0.0
+            for row in range(side):
+                for column in range(side):
+                    covered = any(
+                        stand[token, y, x]
+                        for y in range(row * 8 // side, (row + 1) * 8 // side)
+                        for x in range(column * 8 // side, (column + 1) * 8 // side)
+                    )
+                    value = float(picture[row * side + column, 22 + token])
+                    there, elsewhere = there + covered * value, elsewhere + (not covered) * value
+            shares.append((elsewhere / (there + elsewhere)) ** 2)
+    found = astray(attended, torch.stack([places(scene) for scene in chosen]))
+    assert float(found) == pytest.approx(sum(shares) / len(shares), rel=1e-5)
+    assert len(shares) > 12

@@ -1,4 +1,4 @@
-"""What a text encoder is taught after the contrastive stage: to say in its states what stands where."""
+"""What encoders are taught beside the contrast of pictures and captions: to say what stands where."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from sdprune.mini.captions import COLOURS, NUMBERS, RELATIONS, SHAPES, SIZES, Co
 from sdprune.mini.models import TEXT_WIDTH
 
 _CHOICES = len(COLOURS), len(SHAPES), len(SIZES), 1 + len(NUMBERS)
+ANSWERS = 2 + sum(_CHOICES)
+"""Numbers that say of an object its side across and down, and score each colour, shape, size and count."""
 
 
 class Grounded(nn.Module):
@@ -22,11 +24,11 @@ class Grounded(nn.Module):
     def __init__(self, text: nn.Module):
         super().__init__()
         self.text = text
-        self.objects = nn.Linear(TEXT_WIDTH, 2 + sum(_CHOICES))
+        self.objects = nn.Linear(TEXT_WIDTH, ANSWERS)
         self.layout = LayoutHead(TEXT_WIDTH)
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Objects [b, 2, 2 + choices] and layout [b, 64, 12] of tokens [b, MAX_LENGTH]."""
+        """Objects [b, 2, ANSWERS] and layout [b, 64, 12] of tokens [b, MAX_LENGTH]."""
         states = self.text(tokens)[0]
         return self.objects(states[:, -2:]), self.layout(states)
 
@@ -55,10 +57,15 @@ def grounding_loss(found: tuple[Tensor, Tensor], pictures: Tensor, contents: lis
         contents: of the pictures.
     """
     objects, drawn = found
+    return 10 * F.mse_loss(drawn.float(), layout(pictures)) + objects_loss(objects, contents)
+
+
+def objects_loss(objects: Tensor, contents: list[Content]) -> Tensor:
+    """Squared errors of sides, cross-entropies of what the objects are; objects [b, 2, ANSWERS]."""
     said = torch.tensor([said_objects(content) for content in contents], device=objects.device)
     said, objects = (table[said[..., 2] >= 0] for table in (said, objects.float()))
     sides, *kinds = objects.split([2, *_CHOICES], dim=-1)
-    loss = 10 * F.mse_loss(drawn.float(), layout(pictures)) + 2 * F.mse_loss(sides, said[:, :2].float())
+    loss = 2 * F.mse_loss(sides, said[:, :2].float())
     return loss + sum(F.cross_entropy(logits, said[:, 2 + i]) for i, logits in enumerate(kinds))
 
 

@@ -11,23 +11,19 @@ from torch import Tensor, nn
 
 from sdprune.mini.captions import parse
 from sdprune.mini.grounding import ANSWERS, objects_loss
-from sdprune.mini.models import (
-    PROJECTION,
-    build_clip,
-    save_evaluator,
-    text_tower,
-)  # fmt: skip
+from sdprune.mini.models import build_clip, save_evaluator, text_tower
 from sdprune.mini.tokenizer import MAX_LENGTH, train_tokenizer
 from sdprune.mini.training.stage import Stage
 
 
 class Grounding(nn.Module):
-    """A CLIP and a head that is thrown away: it reads from an embedding what stands where."""
+    """A CLIP and a head for each tower, thrown away later, that reads from its pooled state what stands where."""
 
-    def __init__(self, clip: nn.Module):
+    def __init__(self, clip: Any):
         super().__init__()
         self.clip = clip
-        self.objects = nn.Linear(PROJECTION, 2 * ANSWERS)
+        widths = clip.config.vision_config.hidden_size, clip.config.text_config.hidden_size
+        self.heads = nn.ModuleList(nn.Linear(width, 2 * ANSWERS) for width in widths)
 
 
 class ContrastiveStage(Stage):
@@ -35,17 +31,17 @@ class ContrastiveStage(Stage):
 
     Each caption brings some of its twins, texts of the same words in another order, as further texts that its picture
     does not show (Yuksekgonul et al. 2023): without them a CLIP reads a bag of words. They alone did not teach it order
-    in 1,200 steps; one head that reads from either tower's embedding which objects stand where does.
+    in 1,200 steps; heads that read from either tower's pooled state which objects stand where do.
 
     Args:
         keep: `text_encoder` saves the text tower and the tokenizer for the pipeline; `evaluator` saves all.
         twins: of each caption.
-        grounding: weight of what the head reads.
+        grounding: weight of what the heads read.
     """
 
     def __init__(
         self, keep: str = "text_encoder", text_layers: int = 6, image_layers: int = 4, image_width: int = 128,
-        twins: int = 2, grounding: float = 0.3, **options: Any,
+        twins: int = 2, grounding: float = 1.0, **options: Any,
     ):  # fmt: skip
         super().__init__(**options)
         self.name = self.keep = keep
@@ -85,8 +81,10 @@ class ContrastiveStage(Stage):
         target = torch.arange(len(contents), device=self.device)
         loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits[:, : len(target)].T, target)) / 2
         pictured = [content.picture for content in contents]
-        for embedded in (output.image_embeds, output.text_embeds[: len(target)]):
-            objects = self.model.objects(8 * embedded).unflatten(1, (2, ANSWERS))  # of unit length: 64 numbers about 1
+        end = (tokens["input_ids"] == self.tokenizer.eos_token_id).int().argmax(1)[: len(contents)]
+        towers = output.vision_model_output.last_hidden_state, output.text_model_output.last_hidden_state
+        for head, states, place in zip(self.model.heads, towers, (0, end), strict=True):
+            objects = head(states[torch.arange(len(contents)), place]).unflatten(1, (2, ANSWERS))
             loss = loss + self.grounding * objects_loss(objects, pictured)
         return loss
 

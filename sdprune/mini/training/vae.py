@@ -8,9 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdprune.mini.models import (
-    build_vae,
-)  # fmt: skip
+from sdprune.mini.models import build_vae
 from sdprune.mini.training.stage import Stage
 
 
@@ -50,8 +48,9 @@ class VaeStage(Stage):
     @torch.no_grad()
     def save(self, model: Any) -> Path:
         """Save with the scaling factor that gives the latents unit variance (Rombach et al. 2022, G.1)."""
-        pictures = self.trainer.datamodule.pictures[:512].float() / 127.5 - 1  # type: ignore[attr-defined]
-        latents = model.float().encode(pictures.to(model.device)).latent_dist.mean
-        model.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
+        if not self.decoder_only:
+            pictures = self.trainer.datamodule.pictures[:512].float() / 127.5 - 1  # type: ignore[attr-defined]
+            latents = model.float().encode(pictures.to(model.device)).latent_dist.mean
+            model.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
         model.half().save_pretrained(self.weights / "parts" / "vae")
         return self.weights / "parts" / "vae"

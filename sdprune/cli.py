@@ -14,6 +14,7 @@ from lightning import LightningDataModule, LightningModule, Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
+import sdprune.mini.score
 import sdprune.mini.source
 import sdprune.modules  # noqa: F401 (classes are found by name among those imported)
 from sdprune.configuration.manual import manual_of, manual_of_verb

@@ -21,9 +21,10 @@ from sdprune.metrics import (
     feature_statistics,
     image_scores,
 )
+from sdprune.mini.examiner import Examiner
 
 N = 12
-PROMPTS = ["a red cat", "a dog", "red"] * (N // 3)
+PROMPTS = ["a red star", "two blue rings", "a red moon above a pink cross on a sand background"] * (N // 3)
 
 
 def every_score() -> list[type[Score]]:
@@ -45,9 +46,11 @@ def tiny(tmp_path_factory) -> str:
 
 
 @pytest.fixture
-def make(tiny):
+def make(tiny, tmp_path):
     """Scores with their defaults, but with small networks."""
-    options = {"extractor": PooledFeatures(), "model": tiny}
+    options = {"extractor": PooledFeatures(), "model": tiny, "examiner": str(tmp_path)}
+    torch.manual_seed(0)
+    Examiner().save(tmp_path)
 
     def made(kind: type[Score]) -> Score:
         return kind(**{name: options[name] for name in inspect.signature(kind).parameters if name in options})

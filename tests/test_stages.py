@@ -19,7 +19,7 @@ from sdprune.pipelines import Sampling, StableDiffusion
 from sdprune.pipelines.resolve import RECIPE, SHIPPED
 
 CONFIGS = Path(__file__).parent.parent / "configs" / "mini"
-STAGES = ("vae", "text_encoder", "evaluator", "unet")
+STAGES = ("vae", "text_encoder", "grounding", "evaluator", "unet", "examiner")
 
 
 def train(stage: str, weights: Path, *options: str, steps: int = 3) -> int:
@@ -76,6 +76,20 @@ def test_a_stage_may_continue_from_finished_weights(trained: Path, tmp_path) -> 
     assert json.loads((weights / "training.json").read_text())["unet"]["steps"] == 4
 
 
+def test_the_decoder_may_go_on_alone(trained: Path, tmp_path) -> None:
+    from diffusers import AutoencoderKL
+
+    weights = tmp_path / "weights"
+    shutil.copytree(trained, weights)
+    shutil.rmtree(weights / "checkpoints")
+    assert train("vae", weights, "--model.resume=true", "--model.decoder_only=true") == 0
+    old, new = (AutoencoderKL.from_pretrained(where / "parts" / "vae").state_dict() for where in (trained, weights))
+    for name, value in new.items():
+        encoder = name.startswith(("encoder.", "quant_conv."))
+        assert value.equal(old[name]) or not encoder, name
+    assert not new["decoder.conv_out.weight"].equal(old["decoder.conv_out.weight"])
+
+
 def hashes(directory: Path) -> dict[str, str]:
     files = (path for path in directory.rglob("*") if path.is_file())
     return {str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
@@ -122,7 +136,7 @@ def test_training_a_part_again_leaves_the_pipeline_whole(trained: Path, tmp_path
 
 
 def test_the_recipe_is_what_the_configurations_say() -> None:
-    configured = {stage: yaml.safe_load((CONFIGS / f"{stage}.yaml").read_text()) for stage in STAGES}
+    configured = {stage: yaml.safe_load((CONFIGS / f"{stage}.yaml").read_text()) for stage in RECIPE}
     assert {stage: config["trainer"]["max_steps"] for stage, config in configured.items()} == RECIPE
 
 
@@ -162,3 +176,32 @@ def test_install_takes_a_whole_miniature_only(trained: Path, tmp_path) -> None:
 def test_a_stage_without_its_predecessors_says_which(tmp_path, capsys) -> None:
     assert train("unet", tmp_path) == 2
     assert "run the stage that writes it first" in capsys.readouterr().err
+
+
+def test_an_encoder_goes_on_under_another_vocabulary(trained: Path, tmp_path) -> None:
+    """Tokens that both vocabularies have keep their embeddings."""
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    from sdprune.mini.models import build_clip, text_tower
+    from sdprune.mini.tokenizer import train_tokenizer
+
+    weights, before = tmp_path / "weights", train_tokenizer(captions=20)
+    shutil.copytree(trained, weights)
+    shutil.rmtree(weights / "checkpoints")
+    text_tower(build_clip(before, 6, 1, 32)).save_pretrained(weights / "parts" / "text_encoder")
+    before.save_pretrained(weights / "parts" / "tokenizer")
+    old = CLIPTextModel.from_pretrained(weights / "parts" / "text_encoder").state_dict()
+    assert train("text_encoder", weights, "--model.resume=true", "--model.lr=1e-9", steps=1) == 0
+    new = CLIPTextModel.from_pretrained(weights / "parts" / "text_encoder").float().state_dict()
+    after = CLIPTokenizer.from_pretrained(weights / "parts" / "tokenizer")
+    table = "embeddings.token_embedding.weight"
+    assert len(new[table]) == len(after) > len(before)
+    common = before.get_vocab().keys() & after.get_vocab().keys()
+    assert len(common) > 500
+    moved = [token for token in common if before.get_vocab()[token] != after.get_vocab()[token]]
+    assert moved
+    for token in common:
+        row, other = new[table][after.get_vocab()[token]], old[table][before.get_vocab()[token]]
+        torch.testing.assert_close(row, other, rtol=1e-3, atol=1e-4)
+    deep = "encoder.layers.3.mlp.fc1.weight"
+    torch.testing.assert_close(new[deep], old[deep], rtol=1e-3, atol=1e-4)

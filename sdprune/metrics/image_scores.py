@@ -62,12 +62,13 @@ class ImageScores(PerImageRows):
         """Whether a column reads the dense model's images."""
         return any(column.needs_dense for column in self.columns.values())
 
-    def require(self, n: int) -> None:
-        """Raise InputError for a score that needs more than n images."""
+    def check(self, prompts: Sequence[str]) -> None:
+        """Raise InputError for a score that needs more images than there are prompts, or cannot judge one of them."""
         for score in self.scores:
-            if n < score.minimum:
+            if (n := len(prompts)) < score.minimum:
                 name = score.name or type(score).__name__
                 raise InputError(f"{name} needs at least {score.minimum} images, and n is {n}: leave it out.")
+            score.check_prompts(prompts)
 
     def prepare(self, device: torch.device | str, keys: Collection[str] | None = None) -> None:
         """Load the weights of these columns, by default of all, on `device`, and keep the rows there."""

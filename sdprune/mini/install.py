@@ -12,14 +12,14 @@ from pathlib import Path
 from sdprune.errors import InputError
 from sdprune.pipelines.resolve import SHIPPED, untrained
 
-_CONTENT = ("pipeline", "evaluator", "training.json")
+_CONTENT = ("pipeline", "evaluator", "examiner", "training.json")
 
 
 def install(source: Path, target: Path = SHIPPED) -> None:
     """Replace the package's miniature, as a whole or not at all.
 
     Args:
-        source: a directory that the four stages of configs/mini/ were trained into.
+        source: a directory that the six stages of configs/mini/ were trained into.
         target: the package's own.
 
     Raises:
@@ -29,7 +29,7 @@ def install(source: Path, target: Path = SHIPPED) -> None:
     if missing:
         raise InputError(
             f"{source} holds no trained miniature, it has no {', '.join(missing)}: run sdprune fit with the stages in "
-            "configs/mini/, vae, text_encoder, evaluator and unet, in this order."
+            "configs/mini/, vae, text_encoder, grounding, evaluator, unet and examiner, in this order."
         )
     if partly := untrained(source):
         raise InputError(

@@ -127,8 +127,10 @@ def save_evaluator(directory: Path, clip: CLIPModel, tokenizer: CLIPTokenizer) -
 
 
 def save_random(directory: Path, seed: int = 0) -> None:
-    """Write an untrained miniature, `pipeline` and `evaluator`: for tests of everything but quality."""
+    """Write an untrained miniature, `pipeline`, `evaluator` and `examiner`: for tests of everything but quality."""
     import torch
+
+    from sdprune.mini.examiner import Examiner
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -136,3 +138,4 @@ def save_random(directory: Path, seed: int = 0) -> None:
         clip = build_clip(tokenizer, text_layers=2, image_layers=1, image_width=32)
         save_pipeline(directory / "pipeline", build_vae(), text_tower(clip), tokenizer, build_unet())
         save_evaluator(directory / "evaluator", clip, tokenizer)
+        Examiner().save(directory / "examiner")

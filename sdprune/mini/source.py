@@ -11,7 +11,7 @@ from sdprune.data import CocoDirectory
 from sdprune.errors import InputError
 from sdprune.mini.world import write_coco
 
-VERSION = 1  # raise it when the world's pictures or captions change
+VERSION = 2  # raise it when the world's pictures or captions change
 
 
 class EmbeddedWorld(CocoDirectory):

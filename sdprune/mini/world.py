@@ -1,8 +1,8 @@
 """The embedded world: captioned 64 x 64 scenes, deterministic from a seed, in COCO's own layout.
 
-A scene holds one or two objects (size, colour, shape) on a background; two objects stand in a relation. Whether a
-(colour, shape, background) triple is held out follows from its indices, so the evaluation split shows only triples
-that training never saw, while every pair of attributes was seen.
+A scene holds one object (size, colour, shape), two that stand in a relation, or several of a kind, on a background.
+Whether a (colour, shape, background) triple is held out follows from its indices, so the evaluation split shows only
+triples that training never saw, while every pair of attributes was seen.
 """
 
 from __future__ import annotations
@@ -10,27 +10,15 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
 
+from sdprune.mini.captions import BACKGROUNDS, COLOURS, RELATIONS, SHAPES, SIZES, Content, Kind
+
 SIDE = 64
-COLOURS = {
-    "red": (215, 35, 40),
-    "orange": (245, 135, 25),
-    "yellow": (250, 225, 50),
-    "green": (35, 150, 60),
-    "cyan": (60, 205, 215),
-    "blue": (35, 75, 215),
-    "purple": (125, 50, 175),
-    "pink": (250, 130, 190),
-}
-SHAPES = ("circle", "square", "triangle", "star", "ring", "cross", "diamond", "moon")
-SIZES = {"small": 8.0, "medium": 11.5, "large": 15.0}  # radius in pixels
-RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
-BACKGROUNDS = {"sand": (228, 208, 160), "white": (245, 245, 245), "grey": (128, 130, 134), "black": (22, 22, 26)}
 
 _SUPERSAMPLING = 4
 
@@ -39,32 +27,33 @@ _SUPERSAMPLING = 4
 class Thing:
     """One object; x and y are its centre in pixels."""
 
-    size: str
-    colour: str
-    shape: str
+    kind: Kind
     x: float
     y: float
-
-    @property
-    def phrase(self) -> str:
-        """`a small red star`; medium goes unsaid."""
-        words = [self.colour, self.shape] if self.size == "medium" else [self.size, self.colour, self.shape]
-        return f"{'an' if words[0][0] in 'aeiou' else 'a'} {' '.join(words)}"
 
 
 @dataclass(frozen=True)
 class Scene:
-    """One or two things; the first stands `relation` the second."""
+    """What is there, and where."""
 
+    content: Content
     things: tuple[Thing, ...]
-    background: str
-    relation: str | None = None
+
+    @property
+    def background(self) -> str:
+        """A scene always has one; its caption may not name it."""
+        assert self.content.background
+        return self.content.background
+
+    @property
+    def category(self) -> str:
+        """`attribute` (one object), `relation` (two) or `count` (several of a kind)."""
+        return "relation" if self.content.relation else "count" if self.content.count > 1 else "attribute"
 
     @property
     def captions(self) -> list[str]:
         """The full caption first, then a rewording of it, then one without the background."""
-        body = f" {self.relation} ".join(thing.phrase for thing in self.things)
-        return [f"{body} on a {self.background} background", f"a {self.background} background with {body}", body]
+        return [*self.content.captions, *replace(self.content, background=None).captions]
 
     def render(self) -> np.ndarray:
         """The picture, uint8 [64, 64, 3], antialiased."""
@@ -107,24 +96,37 @@ def write_coco(root: Path, split: str, n: int, seed: int = 0) -> None:
 
 def _scene(rng: np.random.Generator, unseen: bool) -> Scene:
     background = _pick(rng, list(BACKGROUNDS))
-    if rng.random() < 0.4:
-        x, y = (SIDE / 2 + rng.uniform(-8, 8, size=2)).tolist()
-        return Scene((_thing(rng, background, unseen, x, y),), background)
+    kind = _kind(rng, background, unseen)
+    middle, drawn = SIDE / 2, rng.random()
+    if drawn < 0.25:
+        x, y = (middle + rng.uniform(-8, 8, size=2)).tolist()
+        return Scene(Content((kind,), background), (Thing(kind, x, y),))
+    if drawn < 0.5:
+        kind = kind._replace(size=_pick(rng, ["small", "medium"]))
+        quarters = rng.permutation(4)[: rng.integers(2, 5)]
+        play = 14.3 - 1.1 * SIZES[kind.size]  # so that they touch neither each other nor the border
+        places = middle + 15 * _QUARTERS[quarters] + rng.uniform(-play, play, (len(quarters), 2))
+        content = Content((kind,), background, count=len(places))
+        return Scene(content, tuple(Thing(kind, x, y) for x, y in places.tolist()))
     relation = _pick(rng, list(RELATIONS))
     dx, dy = RELATIONS[relation]
+    alike = _pick(rng, ["shape", "colour", "", ""])
+    other = kind
+    while other[1:] == kind[1:] or (alike and getattr(other, alike) != getattr(kind, alike)):
+        other = _kind(rng, background, unseen)
     things = []
-    for sign in (1, -1):
-        x = SIDE / 2 + sign * dx * 16 + rng.uniform(-1, 1) + (dx == 0) * rng.uniform(-6, 6)
-        y = SIDE / 2 + sign * dy * 16 + rng.uniform(-1, 1) + (dy == 0) * rng.uniform(-6, 6)
-        things.append(_thing(rng, background, unseen, x, y))
-    return Scene(tuple(things), background, relation)
+    for sign, each in ((1, kind), (-1, other)):
+        x = middle + sign * dx * 16 + rng.uniform(-1, 1) + (dx == 0) * rng.uniform(-6, 6)
+        y = middle + sign * dy * 16 + rng.uniform(-1, 1) + (dy == 0) * rng.uniform(-6, 6)
+        things.append(Thing(each, x, y))
+    return Scene(Content((kind, other), background, relation), tuple(things))
 
 
-def _thing(rng: np.random.Generator, background: str, unseen: bool, x: float, y: float) -> Thing:
+def _kind(rng: np.random.Generator, background: str, unseen: bool) -> Kind:
     while True:
         colour, shape = _pick(rng, list(COLOURS)), _pick(rng, SHAPES)
         if held_out(colour, shape, background) == unseen:
-            return Thing(_pick(rng, list(SIZES)), colour, shape, x, y)
+            return Kind(_pick(rng, list(SIZES)), colour, shape)
 
 
 def _pick(rng: np.random.Generator, choices: list[str] | tuple[str, ...]) -> str:
@@ -132,16 +134,14 @@ def _pick(rng: np.random.Generator, choices: list[str] | tuple[str, ...]) -> str
 
 
 def _draw(draw: ImageDraw.ImageDraw, thing: Thing, background: tuple[int, int, int]) -> None:
-    x, y, r = (value * _SUPERSAMPLING for value in (thing.x, thing.y, SIZES[thing.size]))
-    colour = COLOURS[thing.colour]
-    if thing.shape in ("circle", "ring", "moon"):
-        _disc(draw, x, y, r, colour)
-        if thing.shape == "ring":
+    size, colour, shape = thing.kind
+    x, y, r = (value * _SUPERSAMPLING for value in (thing.x, thing.y, SIZES[size]))
+    if shape in ("circle", "ring"):
+        _disc(draw, x, y, r, COLOURS[colour])
+        if shape == "ring":
             _disc(draw, x, y, 0.5 * r, background)
-        elif thing.shape == "moon":
-            _disc(draw, x + 0.6 * r, y - 0.3 * r, 0.85 * r, background)
     else:
-        draw.polygon([(x + r * u, y + r * v) for u, v in _OUTLINES[thing.shape]], fill=colour)
+        draw.polygon([(x + r * u, y + r * v) for u, v in _OUTLINES[shape]], fill=COLOURS[colour])
 
 
 def _disc(draw: ImageDraw.ImageDraw, x: float, y: float, r: float, colour: tuple[int, int, int]) -> None:
@@ -153,11 +153,25 @@ def _radial(radii: list[float], start: float = -math.pi / 2) -> list[tuple[float
     return [(r * math.cos(start + i * step), r * math.sin(start + i * step)) for i, r in enumerate(radii)]
 
 
+def _crescent(x: float, y: float, r: float) -> list[tuple[float, float]]:
+    """The unit disc without the disc of radius r around (x, y)."""
+    distance, towards = math.hypot(x, y), math.atan2(y, x)
+    outer = math.acos(
+        (1 + distance**2 - r**2) / (2 * distance)
+    )  # half the angle that the cut takes from the unit circle
+    inner = math.acos((r**2 + distance**2 - 1) / (2 * r * distance))
+    around = [towards + outer + (2 * math.pi - 2 * outer) * i / 40 for i in range(41)]
+    back = [towards + math.pi + inner - 2 * inner * i / 30 for i in range(31)]
+    return [(math.cos(a), math.sin(a)) for a in around] + [(x + r * math.cos(a), y + r * math.sin(a)) for a in back]
+
+
+_QUARTERS = np.array([(-1, -1), (1, -1), (-1, 1), (1, 1)])
 _OUTLINES: dict[str, list[tuple[float, float]]] = {
     "square": [(-0.85, -0.85), (0.85, -0.85), (0.85, 0.85), (-0.85, 0.85)],
     "triangle": [(0.0, -1.0), (1.0, 0.85), (-1.0, 0.85)],
     "star": _radial([1.1, 0.45] * 5),
     "diamond": [(0.0, -1.1), (0.75, 0.0), (0.0, 1.1), (-0.75, 0.0)],
+    "moon": _crescent(0.6, -0.3, 0.85),
     "cross": [
         *((-0.33, -1.0), (0.33, -1.0), (0.33, -0.33), (1.0, -0.33), (1.0, 0.33), (0.33, 0.33)),
         *((0.33, 1.0), (-0.33, 1.0), (-0.33, 0.33), (-1.0, 0.33), (-1.0, -0.33), (-0.33, -0.33)),

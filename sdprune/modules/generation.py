@@ -206,7 +206,7 @@ class GenerationModule(DrawingModule):
         assert self.plan is not None
         self.pipeline.check(self.sampling)
         self.plan.check(data)
-        self.scores.require(data.n)
+        self.scores.check(data.examples["caption"])
         self.record.check(data.examples["file_name"])
         images = self.references.check(data)
         self.facts_of_data = data.check(calibration=self.calibrates, images=images)

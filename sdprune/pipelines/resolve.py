@@ -14,7 +14,9 @@ from types import MappingProxyType
 MINIATURE = "miniature"
 SHIPPED = Path(str(files("sdprune") / "mini" / "weights"))
 """The miniature that comes with this package."""
-RECIPE: Mapping[str, int] = MappingProxyType({"vae": 4_000, "text_encoder": 800, "evaluator": 1_500, "unet": 6_000})
+RECIPE: Mapping[str, int] = MappingProxyType({
+    "vae": 4_000, "text_encoder": 800, "grounding": 800, "evaluator": 1_500, "unet": 6_000, "examiner": 2_500,
+})  # fmt: skip
 """Steps of each training stage, as in configs/mini/<stage>.yaml."""
 
 

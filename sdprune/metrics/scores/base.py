@@ -59,6 +59,9 @@ class Score(ABC):
         With 95 % intervals over images where there can be: `<name>_diff_low`, `<name>_diff_high`, `<name>_diff_se`.
         """
 
+    def check_prompts(self, prompts: Sequence[str]) -> None:  # noqa: B027 (most scores take any)
+        """Raise InputError for a prompt whose image it cannot judge; called before any image is drawn."""
+
     def remarks(self, scores: Mapping[str, float], rows: Rows) -> list[str]:
         """What a reader should know of these scores, which `compute` gave: one sentence or two each."""
         return []

@@ -1,4 +1,4 @@
-"""What a single-object picture shows, told by geometry and colour alone: an examiner that was never trained."""
+"""What a single-object picture shows, by geometry and colour alone: an oracle that was never trained."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sdprune.mini.world import BACKGROUNDS, COLOURS, SHAPES, SIDE, SIZES, Scene, Thing
+from sdprune.mini.captions import BACKGROUNDS, COLOURS, SHAPES, SIZES, Content, Kind
+from sdprune.mini.world import SIDE, Scene, Thing
 
 _PLACEHOLDER = ("blue", "white")  # colour and background of the templates; only coverage is taken from them
 
@@ -69,7 +70,8 @@ def _template(shape: str, size: str, quarter_x: int, quarter_y: int) -> np.ndarr
 @cache
 def _coverage(shape: str, size: str, x: float, y: float) -> np.ndarray:
     colour, background = _PLACEHOLDER
-    picture = Scene((Thing(size, colour, shape, x, y),), background).render().astype(np.float64)
+    kind = Kind(size, colour, shape)
+    picture = Scene(Content((kind,), background), (Thing(kind, x, y),)).render().astype(np.float64)
     ground, value = np.array(BACKGROUNDS[background]), np.array(COLOURS[colour])
     direction = value - ground
     return np.clip((picture - ground) @ direction / (direction @ direction), 0, 1)

@@ -166,6 +166,7 @@ def test_every_criterion_and_order(criterion, order):
     ("options", "words"),
     [
         ({"unit": "head"}, "Unknown unit 'head'"),
+        ({"read_at": "end"}, "Unknown read_at 'end'. Choices: output, prediction"),
         ({"levels": [0.5]}, "levels is [0.5]: give ascending shares"),
         ({"levels": [0.7, 0.3]}, "levels is [0.7, 0.3]: give ascending shares"),
         ({"levels": [30, 50]}, "for 30 %, write 0.3"),
@@ -177,6 +178,12 @@ def test_bad_options(options, words):
     with pytest.raises(InputError) as caught:
         Sensitivity(**options)
     assert words in str(caught.value)
+
+
+def test_a_module_alone_has_no_prediction_behind_it():
+    net, inputs = network()
+    with pytest.raises(InputError, match="read_at is prediction, and a module alone has no denoiser behind it"):
+        prune(net, sparsity=0.5, allocation=Sensitivity(read_at="prediction"), inputs=inputs)
 
 
 # --- a pipeline -----------------------------------------------------------------------------------------------

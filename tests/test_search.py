@@ -347,6 +347,26 @@ def test_verbs_name_the_one_that_is_meant(sdprune, tmp_path, verb, config):
     assert f"use sdprune {config}." in told.err
 
 
+def test_a_lost_picture_of_the_dense_model_is_drawn_by_it_again(whole, sdprune, tmp_path):
+    """Where it is looked for while the pipeline is pruned."""
+    import shutil
+
+    shutil.copytree(whole, tmp_path / "runs")
+    directory, also = the_search(tmp_path / "runs"), "text_encoder-0.475-unet-0.35"
+    (directory / "results.json").unlink()
+    table = directory / "scores.csv"
+    table.write_text("".join(line for line in table.read_text().splitlines(True) if also not in line))
+    name = sorted(path.name for path in (directory / "images" / also).iterdir())[0]
+    for model in ("dense", also):
+        (directory / "images" / model / name).unlink()
+    told = sdprune(*search(tmp_path / "runs"))
+    assert told.code == 0, told.err
+    for model in ("dense", also):
+        kept = the_search(whole) / "images" / model / name
+        assert (directory / "images" / model / name).read_bytes() == kept.read_bytes()
+    assert verdicts(tmp_path / "runs") == verdicts(whole)
+
+
 def test_the_table_of_scores_that_is_damaged_is_told(whole, sdprune, tmp_path):
     import shutil
 

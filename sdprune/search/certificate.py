@@ -57,6 +57,10 @@ class Tolerance:
                 f"tolerance is {self.value}: give {kind}, as in 0.02; no number of images shows that nothing is lost."
             )
 
+    def written(self, loss: float, sign: str = "+") -> str:
+        """A loss, or a tolerance, for people: a share in per cent."""
+        return f"{100 * loss:{sign}.2f} %" if self.relative else f"{loss:{sign}.3g}"
+
     def cap(self, dense: np.ndarray) -> float:
         """W; `dense` are scores [n] of prompts that no other test looks at, which only a relative tolerance needs.
 

@@ -380,6 +380,12 @@ def test_the_table_of_scores_that_is_damaged_is_told(whole, sdprune, tmp_path):
     assert f"{table} is damaged" in told.err
 
 
+def test_the_configuration_for_sd2_parses(sdprune):
+    told = sdprune("search", "--config", "sd2/search", "--model.levels.step=0.05", "--print_config")
+    assert (told.code, told.err) == (0, "")
+    assert "step: 0.05" in told.out
+
+
 def test_help_shows_what_can_be_searched(sdprune):
     told = sdprune("search", "--help")
     assert (told.code, told.err) == (0, "")

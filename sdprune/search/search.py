@@ -86,10 +86,10 @@ class Probe:
 class Search:
     """Finds the sparsest models whose loss is within the tolerance.
 
-    Each path, models of rising sparsity, is searched by bisection on the same prompts in the same order. Several paths
-    are those of single components: from their thresholds, both back by the same steps, goes a path of joint models. It
-    depends on what was seen, so what bisection finds on it is certified on prompts that were never looked at; if that
-    fails, its next sparser-by-less model is, and the attempts have the risks alpha / 2, alpha / 4, ...
+    Each path, models of rising sparsity, is searched by bisection on the same prompts in the same order. With several
+    paths, one a component, joint models lie on a path back from their thresholds, all by the same number of steps. It
+    depends on what was seen, so what bisection finds on it is certified on prompts that no test has looked at. If that
+    fails, the model one step back is tested, and so on; the attempts have the risks alpha / 2, alpha / 4, ...
 
     Args:
         tolerance: of the loss.

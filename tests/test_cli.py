@@ -34,8 +34,8 @@ sys.exit(f"imported {heavy}" if heavy else 0)
     assert "usage: sdprune sweep FILE" in done.stdout
     assert done.stdout.count("usage: sdprune report DIR") == 2
     assert (
-        done.stderr
-        == "sdprune: error: Unknown verb 'predct'. Did you mean 'predict'? Choices: fit, predict, search, sweep, report.\n"
+        done.stderr == "sdprune: error: Unknown verb 'predct'. Did you mean 'predict'? "
+        "Choices: fit, predict, search, sweep, report.\n"
     )
 
 

@@ -78,21 +78,21 @@ def test_futility_is_the_formula():
 
 def test_losses_of_pairs():
     """Nested loops over what the docstring says, with scores below 0 and pictures without one."""
-    s = [0.9, 0.5, -0.2, math.nan, 0.9, 0.3, 0.0]
-    p = [0.85, 0.9, 0.4, 0.5, math.nan, -0.5, -0.1]
+    s = [0.9, 0.5, -0.2, math.nan, 0.9, 0.3, 0.0, math.inf, 0.5]
+    p = [0.85, 0.9, 0.4, 0.5, math.nan, -0.5, -0.1, 0.5, math.inf]
     for relative in (True, False):
         for higher in (True, False):
             losses, shares = Tolerance(0.02, relative, higher).losses(np.array(s), np.array(p), 0.2)
             for i in range(len(s)):
                 dense, pruned = (max(one, 0) if relative and one == one else one for one in (s[i], p[i]))
                 loss = dense - pruned if higher else pruned - dense
-                wanted = 0.2 if loss != loss else min(max(loss, -0.2), 0.2)
-                assert losses[i] == pytest.approx(wanted)
-                assert shares[i] == (1 if not relative else 0 if dense != dense else dense)
+                there = math.isfinite(s[i]) and math.isfinite(p[i])
+                assert losses[i] == pytest.approx(min(max(loss, -0.2), 0.2) if there else 0.2)
+                assert shares[i] == (1 if not relative else dense if math.isfinite(dense) else 0)
 
 
 def test_caps():
-    assert Tolerance(0.02).cap(np.array([0.8, 1.0, -3.0, math.nan])) == pytest.approx(10 * 0.02 * 1.8 / 4)
+    assert Tolerance(0.02).cap(np.array([0.8, 1.0, -3.0, math.nan, math.inf])) == pytest.approx(10 * 0.02 * 1.8 / 5)
     assert Tolerance(0.5, relative=False).cap(np.array([])) == 5
     for dense in ([], [0.0, -1.0], [math.nan]):
         with pytest.raises(InputError, match="--model\\.absolute=true"):

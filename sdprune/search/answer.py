@@ -16,7 +16,7 @@ from rich.table import Table
 from sdprune.files import replacing
 from sdprune.metrics import mean, paired_bootstrap
 from sdprune.runs.record import Record, clock, versions
-from sdprune.search.certificate import ALPHA, CAP
+from sdprune.search.certificate import ALPHA, CAP, Tolerance
 from sdprune.search.figure import draw
 from sdprune.search.search import CERTIFICATE, DENSE, VERDICTS, Model, Probe, Search
 
@@ -170,29 +170,18 @@ def show(record: Record, already: bool = False) -> None:
         print(f"           sdprune fit --config {where / 'config_fit.yaml'}     saves it")
 
 
-def _share(search: Mapping[str, Any], value: float | None, sign: str = "+") -> str:
-    if value is None:
-        return ""
-    return f"{100 * value:{sign}.2f} %" if search["relative"] else f"{value:{sign}.4f}"
-
-
 def _table(search: Mapping[str, Any]) -> Table:
-    table = Table(title=f"loss in {search['scored']}, tolerated {_share(search, search['tolerance'], '')}")
+    tolerance = Tolerance(search["tolerance"], search["relative"])
+    table = Table(title=f"loss in {search['scored']}, tolerated {tolerance.written(tolerance.value, '')}")
     for column in ("path", "model", "images", "loss", "95 % interval", "at most", "verdict"):
         table.add_column(column, justify="left" if column in ("path", "model", "verdict") else "right")
     for one in search["probes"]:
-        interval = "" if one["low"] is None else f"{_share(search, one['low'])}, {_share(search, one['high'])}"
-        bound = "" if one["bound"] is None else _share(search, one["bound"], "")
-        model = Model(one["sparsities"], one["total"])
-        table.add_row(
-            one["path"],
-            str(model),
-            str(one["n"]),
-            _share(search, one["loss"]),
-            interval,
-            bound,
-            VERDICTS[one["verdict"]],
+        loss, low, high, bound = (
+            "" if one[name] is None else tolerance.written(one[name], "" if name == "bound" else "+")
+            for name in ("loss", "low", "high", "bound")
         )
+        model, verdict = Model(one["sparsities"], one["total"]), VERDICTS[one["verdict"]]
+        table.add_row(one["path"], str(model), str(one["n"]), loss, f"{low}, {high}", bound, verdict)
     return table
 
 

@@ -37,8 +37,8 @@ class Tolerance:
         x = clip(l, -W, W) - tau s.
 
     The cap W is in the units of the score: CAP tolerances, CAP * t or CAP * tau * (mean dense score of prompts that
-    are used for nothing else). Where a picture has no score, since it came out of numbers that are not finite, its loss
-    is W, and a dense score that is missing is 0.
+    are used for nothing else). Where one of the two scores is no finite number, the loss is W; such a dense score
+    counts as 0.
 
     Args:
         value: the tolerance.
@@ -57,6 +57,10 @@ class Tolerance:
                 f"tolerance is {self.value}: give {kind}, as in 0.02; no number of images shows that nothing is lost."
             )
 
+    def written(self, loss: float, sign: str = "+") -> str:
+        """A loss, or a tolerance, for people: a share in per cent."""
+        return f"{100 * loss:{sign}.2f} %" if self.relative else f"{loss:{sign}.3g}"
+
     def cap(self, dense: np.ndarray) -> float:
         """W; `dense` are scores [n] of prompts that no other test looks at, which only a relative tolerance needs.
 
@@ -65,7 +69,7 @@ class Tolerance:
         """
         if not self.relative:
             return CAP * self.value
-        mean = float(np.clip(np.nan_to_num(dense), 0, None).mean()) if len(dense) else 0.0
+        mean = float(np.maximum(np.nan_to_num(_finite(dense)), 0).mean()) if len(dense) else 0.0
         if mean <= 0:
             raise InputError(
                 "The dense model's mean score is not above 0, so that no share of it can be tolerated: give a "
@@ -75,12 +79,18 @@ class Tolerance:
 
     def losses(self, dense: np.ndarray, pruned: np.ndarray, cap: float) -> tuple[np.ndarray, np.ndarray]:
         """Capped losses [n] of pairs of scores [n], and what a tolerance is a share of, [n]: dense scores, or 1."""
-        s, p = (np.asarray(scores, dtype=float) for scores in (dense, pruned))
+        s, p = map(_finite, (dense, pruned))
         if self.relative:
             s, p = np.maximum(s, 0), np.maximum(p, 0)  # NaN stays
         loss = s - p if self.higher_is_better else p - s
         loss = np.clip(np.where(np.isnan(loss), cap, loss), -cap, cap)
         return loss, np.nan_to_num(s) if self.relative else np.ones(len(s))
+
+
+def _finite(scores: np.ndarray) -> np.ndarray:
+    """Scores with NaN for all that are no finite numbers."""
+    found = np.asarray(scores, dtype=float)
+    return np.where(np.isfinite(found), found, np.nan)
 
 
 def wealth(excess: Iterable[Any], cap: float) -> Iterator[Any]:

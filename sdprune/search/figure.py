@@ -73,7 +73,8 @@ def _zeros(probe: Probe, facts: Mapping[str, Any]) -> float:
 def _fit(ax: Any, shape: Mapping[str, Any] | None, factor: float) -> None:
     if shape is None:
         return
-    s = np.linspace(*np.clip(ax.get_xlim(), 0.1, 99.9), 200) / 100
+    low, high = np.clip(ax.get_xlim(), 0.1, 99.9)
+    s = np.linspace(float(low), float(high), 200) / 100
     loss = factor * shape["a"] * (s / (1 - s)) ** shape["b"]
     shown = loss <= ax.get_ylim()[1]
     ax.plot(100 * s[shown], loss[shown], color="grey", linewidth=1, linestyle=":")

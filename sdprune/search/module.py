@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import csv
 import os
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Dict, List, Optional
-
-from torch import Tensor
 
 from sdprune.calibration.settings import Calibration
 from sdprune.data import Batch
 from sdprune.data.batches import FILLER, Batches
-from sdprune.errors import InputError, as_share, unknown
-from sdprune.files import read_json, replacing, write_json
+from sdprune.errors import InputError
 from sdprune.identity import SCORING, facts_of, package_code
 from sdprune.locks import RunLock
 from sdprune.metrics import Column, ImageBatch, Score
@@ -24,45 +20,17 @@ from sdprune.modules.pruning_plan import PruningOptions, PruningPlan
 from sdprune.pipelines import DiffusersFamily, Sampling
 from sdprune.processes import Processes
 from sdprune.pruning import Budget, InfeasibleError, PruneSpec, targets_of
-from sdprune.runs.png import stacked
+from sdprune.runs.png import Picture, stacked
 from sdprune.runs.record import Record
 from sdprune.search.answer import write_answer
 from sdprune.search.certificate import ALPHA, FIRST, Bisection, Tolerance, fewest
+from sdprune.search.files import read_state, write_state
+from sdprune.search.options import Levels, check_path, check_spec, model_of, number_of
 from sdprune.search.search import CERTIFICATE, DENSE, SCALE, SEARCH, Model, Search
+from sdprune.search.weights import Weights
 
 if TYPE_CHECKING:
     from sdprune.data import CocoDataModule
-
-_COLUMNS = ("prompts", "model", "position", "score")
-
-
-@dataclass(frozen=True)
-class Levels:
-    """The sparsities, or totals of a budget, that a search chooses from.
-
-    Args:
-        low: the lowest one.
-        high: the highest one.
-        step: from one to the next.
-    """
-
-    low: float = 0.05
-    high: float = 0.8
-    step: float = 0.025
-
-    def __post_init__(self) -> None:
-        for name in ("low", "high", "step"):
-            as_share(f"levels.{name}", getattr(self, name))
-        if not 0 < self.low <= self.high or not self.step > 0:
-            raise InputError(
-                f"levels.low, high and step are {self.low:g}, {self.high:g} and {self.step:g}: nothing lies between "
-                "these; give shares above 0, as in 0.05, 0.8 and 0.025."
-            )
-
-    def values(self) -> list[float]:
-        """All of them, ascending."""
-        count = int((self.high - self.low) / self.step + 1e-9) + 1
-        return [round(self.low + number * self.step, 6) for number in range(count)]
 
 
 class Work:
@@ -110,7 +78,7 @@ class SearchModule(DrawingModule):
         scored: Optional[str] = None,
         tolerance: float = 0.02,
         absolute: bool = False,
-        levels: Levels = Levels(),
+        levels: Levels = Levels(),  # noqa: B008 (frozen)
         path: Optional[List[Dict[str, float]]] = None,
         also: Dict[str, float] = {},  # noqa: B006 (not changed)
         sampling: Sampling = Sampling(),  # noqa: B008
@@ -123,7 +91,7 @@ class SearchModule(DrawingModule):
         super().__init__(pipeline, sampling, seed)
         self.prune, self.budget, self.levels, self.output = dict(prune), budget, levels, output
         self.options = PruningOptions({}, sampling, calibration, seed, store)
-        self.score, self.scored, higher = score, *_number_of(score, scored)
+        self.score, self.scored, higher = score, *number_of(score, scored)
         self.tolerance = Tolerance(tolerance, not absolute, higher)
         if not absolute and any(column.needs_dense for column in score.columns):
             raise InputError(
@@ -131,25 +99,19 @@ class SearchModule(DrawingModule):
                 "own: give a distance that is tolerated and --model.absolute=true."
             )
         for name, spec in self.prune.items():
-            _check_spec(name, spec)
-        self.given_path = [_model(f"path[{number}]", one) for number, one in enumerate(path or [])]
-        self.also = _model("also", also) if also else None
+            check_spec(name, spec)
+        self.given_path = [model_of(f"path[{number}]", one) for number, one in enumerate(path or [])]
+        self.also = model_of("also", also) if also else None
         self._check_path()
         self.search: Search | None = None
         self.facts_of_models: dict[str, Any] = {}
         """What pruning came to, by the name of the model."""
-        self._dense: dict[tuple[str, str], Tensor] = {}
-        self._pruned: dict[tuple[str, str], Tensor] = {}
-        self._kept: Model | None = None
-        self._active: Model | None = None
+        self._weights: Weights | None = None
 
     def _check_path(self) -> None:
         if not self.prune and self.budget is None:
             raise InputError("prune is {}: there is nothing to search; name components, as in {unet: {}}.")
-        for less, more in zip(self.given_path, self.given_path[1:], strict=False):
-            names = {*less.sparsities, *more.sparsities}
-            if less == more or any(less.sparsities.get(n, 0) > more.sparsities.get(n, 0) for n in names):
-                raise InputError(f"path goes from {less} to {more}: give models of rising sparsity.")
+        check_path(self.given_path)
         if self.given_path and self.budget is not None:
             raise InputError("path and budget exclude each other: leave one of them out.")
         for model in [*self.given_path, *([self.also] if self.also else [])]:
@@ -256,7 +218,7 @@ class SearchModule(DrawingModule):
         if self.mine and self.trainer.is_global_zero:
             self.record.start()
             self.record.tidy()
-        scores, facts = Processes().broadcast(self._read() if self.trainer.is_global_zero else None)
+        scores, facts = Processes().broadcast(read_state(self.directory()) if self.trainer.is_global_zero else None)
         assert self.search is not None
         self.search.scores, self.facts_of_models = scores, facts
 
@@ -285,20 +247,22 @@ class SearchModule(DrawingModule):
         if self.global_rank and os.getppid() != self._parent:
             raise RuntimeError("The process that started this one has died.")
         assert self.search is not None
-        self._become(work.model)
+        if self._weights is None:
+            self._prepare()
+        assert self._weights is not None
+        self._weights.become(work.model, self._prune)
         found = self._scores(work) if work.batch.valid else []
         for scores in Processes().all_gather(found):
             self.search.add(work.model, work.part, scores)
         if self.trainer.is_global_zero:
-            self._write()
+            write_state(self.directory(), self.search.scores, self.facts_of_models)
         return work.batch.ids[: work.batch.valid]
 
     def _scores(self, work: Work) -> list[float]:
-        batch = work.batch
-        pictures = self.pictures(batch, self._images(work.model, batch))
-        dense = None
+        batch, dense = work.batch, None
         if work.model != DENSE and any(column.needs_dense for column in self.score.columns):
-            dense = stacked(self.pictures(batch, self._images(DENSE, batch)))
+            dense = stacked(self._pictures_of(DENSE, batch))
+        pictures = self._pictures_of(work.model, batch)
         device = self.trainer.strategy.root_device
         positions = batch.positions[: batch.valid]
         images = ImageBatch(stacked(pictures).to(device), batch.prompts[: batch.valid], positions, dense)
@@ -306,79 +270,38 @@ class SearchModule(DrawingModule):
         scores = self.score.per_image(rows)[self.scored].double().tolist()
         return [score if picture.finite else float("nan") for score, picture in zip(scores, pictures, strict=True)]
 
-    def _images(self, model: Model, batch: Batch) -> list[Path]:
-        return [self.record.image_path(f"{model.name}/{name}") for name in batch.file_names[: batch.valid]]
+    def _pictures_of(self, model: Model, batch: Batch) -> list[Picture]:
+        """Those of the dense model were drawn before, and are drawn again where they were lost."""
+        paths = [self.record.image_path(f"{model.name}/{name}") for name in batch.file_names[: batch.valid]]
+        if not all(path.exists() for path in paths):
+            assert self._weights is not None
+            self._weights.become(model, self._prune)
+        return self.pictures(batch, paths)
 
     # --- models ----------------------------------------------------------------------------------------------------
 
-    def _become(self, model: Model) -> None:
-        """Give the pipeline the weights of a model; of pruned ones those of the last are kept."""
-        if self._active is None:
-            self._prepare()
-        if model == self._active:
-            return
-        for (name, layer), weight in self._layers.items():
-            kept = self._pruned if model == self._kept and (name, layer) in self._pruned else self._dense
-            weight.detach().copy_(kept[name, layer])
-        if model not in (DENSE, self._kept):
-            plan = self._plan(model, self.data, self.precision_name)
-            self.gather(plan.calibration)
-            reports = plan.apply()
-            self._kept = model
-            self._pruned = {
-                key: weight.detach().clone() for key, weight in self._layers.items() if key[0] in plan.specs
-            }
-            masks = {name: report.mask_hash for name, report in reports.items()}
-            self.facts_of_models[model.name] = {
-                "sparsity": plan.account(reports),
-                "masks": masks,
-                "prune": {name: spec.nominal for name, spec in plan.specs.items()},
-            }
-        self._active = model
-
     def _prepare(self) -> None:
-        """Load the model and the networks that measure; keep the dense weights of all layers that may be pruned."""
+        """Load the model and the networks that measure."""
         self.load()
-        columns: dict[str, Column] = {column.key: column for column in self.score.columns}
-        for column in columns.values():
+        self._columns: dict[str, Column] = {column.key: column for column in self.score.columns}
+        for column in self._columns.values():
             column.prepare(self.trainer.strategy.root_device)
-        self._columns = columns
         names = self.prune if self.budget is None else self.pipeline.prunable
-        self._layers = {
-            (name, target.name): target.weight
-            for name in names
-            for target in targets_of(self.pipeline.components[name], self.prune.get(name, PruneSpec()))
-        }
-        self._dense = {key: weight.detach().clone() for key, weight in self._layers.items()}
-        self._active = DENSE
+        self._weights = Weights(
+            {
+                (name, target.name): target.weight
+                for name in names
+                for target in targets_of(self.pipeline.components[name], self.prune.get(name, PruneSpec()))
+            }
+        )
 
-    # --- files -----------------------------------------------------------------------------------------------------
-
-    def _read(self) -> tuple[dict[tuple[str, str], list[float]], dict[str, Any]]:
-        """The scores that lie there, and what pruning came to."""
-        table, models = self.directory() / "scores.csv", self.directory() / "models.json"
-        scores: dict[tuple[str, str], list[float]] = {}
-        if not table.exists():
-            return scores, {}
-        try:
-            with table.open(newline="") as file:
-                for row in csv.DictReader(file):
-                    own = scores.setdefault((row["model"], row["prompts"]), [])
-                    if int(row["position"]) != len(own):
-                        raise ValueError(f"position {row['position']} in place of {len(own)}")
-                    own.append(float(row["score"]))
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{table} is damaged ({error}): delete it and run again; images are kept.") from error
-        return scores, read_json(models) if models.exists() else {}
-
-    def _write(self) -> None:
-        assert self.search is not None
-        write_json(self.directory() / "models.json", self.facts_of_models)  # first: scores end a model
-        with replacing(self.directory() / "scores.csv") as temporary, temporary.open("w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(_COLUMNS)
-            for (model, part), scores in self.search.scores.items():
-                writer.writerows([part, model, place, repr(score)] for place, score in enumerate(scores))
+    def _prune(self, model: Model) -> None:
+        """Prune the dense pipeline in place; collective."""
+        plan = self._plan(model, self.data, self.precision_name)
+        self.gather(plan.calibration)
+        reports = plan.apply()
+        masks = {name: report.mask_hash for name, report in reports.items()}
+        self.facts_of_models[model.name] = {"sparsity": plan.account(reports), "masks": masks}
 
     def on_predict_epoch_end(self) -> None:
         """Write what was found."""
@@ -399,45 +322,3 @@ class _Loader:
 
     def __len__(self) -> int:
         return self.module.most_batches  # known lengths keep the trainer from looking a batch ahead
-
-
-def _number_of(score: Score, scored: str | None) -> tuple[str, bool]:
-    """The number of each image that is tested, and whether more of it is better."""
-    numbers = score.paired
-    if not numbers:
-        raise InputError(
-            f"score is {type(score).__name__}, which gives no number for single images: choose one that does, such as "
-            "CLIPScore."
-        )
-    if scored is None:
-        scored = next(iter(numbers))
-    if scored not in numbers:
-        raise unknown("scored", scored, numbers)
-    return scored, numbers[scored]
-
-
-def _check_spec(name: str, spec: PruneSpec) -> None:
-    given = f"--model.prune.{name}"
-    if spec.pattern:
-        raise InputError(
-            f"{given}.granularity is {spec.granularity}, which sets the sparsity: there is nothing to search."
-        )
-    if spec.band is not None:
-        raise InputError(f"{given}.band cannot be searched: leave it out.")
-    if spec.allocation.prunes:
-        raise InputError(
-            f"{given}.allocation is {type(spec.allocation).__name__}, which prunes layers at any sparsity, so that the "
-            "model is never dense: choose another."
-        )
-    if spec.sparsity:
-        raise InputError(
-            f"{given}.sparsity is {spec.sparsity:g}, and the search chooses it: leave it out (=0), or narrow "
-            "--model.levels; a model to be tested beside goes to --model.also."
-        )
-
-
-def _model(option: str, sparsities: Mapping[str, float]) -> Model:
-    found = {name: as_share(f"{option}.{name}", share) for name, share in sparsities.items()}
-    if not any(found.values()):
-        raise InputError(f"{option} is {dict(sparsities)}: give sparsities above 0, as in {{unet: 0.35}}.")
-    return Model(found)

@@ -86,10 +86,10 @@ class Probe:
 class Search:
     """Finds the sparsest models whose loss is within the tolerance.
 
-    Each path, models of rising sparsity, is searched by bisection on the same prompts in the same order. Several paths
-    are those of single components: from their thresholds, both back by the same steps, goes a path of joint models. It
-    depends on what was seen, so what bisection finds on it is certified on prompts that were never looked at; if that
-    fails, its next sparser-by-less model is, and the attempts have the risks alpha / 2, alpha / 4, ...
+    Each path, models of rising sparsity, is searched by bisection on the same prompts in the same order. With several
+    paths, one a component, joint models lie on a path back from their thresholds, all by the same number of steps. It
+    depends on what was seen, so what bisection finds on it is certified on prompts that no test has looked at. If that
+    fails, the model one step back is tested, and so on; the attempts have the risks alpha / 2, alpha / 4, ...
 
     Args:
         tolerance: of the loss.
@@ -205,10 +205,8 @@ class Search:
 
     def told(self, probe: Probe) -> str:
         """How far a test is, for people: its model, images and loss, and what it came to."""
-        factor, unit = (100, " %") if self.tolerance.relative else (1, "")
-        numbers = "" if math.isnan(probe.loss) else (
-            f", loss {factor * probe.loss:+.2f}{unit} [{factor * probe.low:+.2f}, {factor * probe.high:+.2f}]"
-        )  # fmt: skip
+        loss, low, high = (self.tolerance.written(one) for one in (probe.loss, probe.low, probe.high))
+        numbers = "" if math.isnan(probe.loss) else f", loss {loss} [{low}, {high}]"
         place = 1 + next(place for place, one in enumerate(self.probes) if one is probe)
         verdict = f": {VERDICTS[probe.verdict]}" if probe.verdict else ""
         return f"test {place}, {probe.path}, {probe.model}: {probe.n} images{numbers}{verdict}"
@@ -238,9 +236,9 @@ class Search:
             (one for one in self.probes if one.path == name), key=lambda one: self.paths[name].index(one.model)
         )
         for less, more in combinations(probes, 2):
+            losses = [self.tolerance.losses(*self.pairs(one), self.cap)[0] for one in (less, more)]
             n = min(less.n, more.n)
-            losses = [self.tolerance.losses(*(s[:n] for s in self.pairs(one)), self.cap)[0] for one in (less, more)]
-            change = losses[1] - losses[0]
+            change = losses[1][:n] - losses[0][:n]
             if n > 1 and change.mean() + 3 * change.std(ddof=1) / math.sqrt(n) < 0:
                 return True
         return False

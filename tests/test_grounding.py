@@ -7,7 +7,7 @@ import torch
 from sdprune.mini.captions import Content, Kind, parse
 from sdprune.mini.examiner import Examiner, disturbed, examiner_loss
 from sdprune.mini.grounding import layout, said_objects
-from sdprune.mini.training import some_twins
+from sdprune.mini.training import WorldTrainingData, some_twins
 from sdprune.mini.training.unet import astray, places
 from sdprune.mini.world import scenes
 
@@ -129,3 +129,13 @@ def test_attention_that_goes_astray(side: int) -> None:
     found = astray(attended, torch.stack([places(scene) for scene in chosen]))
     assert float(found) == pytest.approx(sum(shares) / len(shares), rel=1e-5)
     assert len(shares) > 12
+
+
+def test_a_category_may_be_drawn_more_often() -> None:
+    data = WorldTrainingData(n=200, batch_size=500, seed=2, steps=4, often={"count": 3.0})
+    data.setup("fit")
+    drawn = [data.scenes[i].category for _, _, index in data.train_dataloader() for i in index.tolist()]
+    there = [scene.category for scene in data.scenes]
+    expected = 3 * there.count("count") / (3 * there.count("count") + len(there) - there.count("count"))
+    assert drawn.count("count") / len(drawn) == pytest.approx(expected, abs=0.05)
+    assert there.count("count") / len(there) < expected - 0.1

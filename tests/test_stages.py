@@ -147,7 +147,7 @@ def test_a_partly_trained_miniature_is_told(trained: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("\n") == 1
     assert done.stderr.startswith(f"sdprune: warning: the miniature in {trained} is only partly trained: vae (")
-    assert "of 4000 steps), text_encoder (3 of 800 steps), evaluator (3 of 1500 steps), unet (3 of 6000" in done.stderr
+    assert "of 4000 steps), text_encoder (3 of 800 steps), grounding (3 of 800 steps), evaluator (3 of" in done.stderr
 
 
 def test_install_takes_a_whole_miniature_only(trained: Path, tmp_path) -> None:

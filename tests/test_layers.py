@@ -20,7 +20,7 @@ ALLOWED = {
     "search": {"search", "calibration", "data", "metrics", "modules", "pipelines", "pruning", "runs"},
     # It reads records, and runs commands; of pipelines only `resolve`, for the name of the miniature.
     "study": {"study", "cli", "configuration", "metrics", "pipelines", "pruning", "runs", "pictures"},
-    "mini": {"mini", "data", "pipelines"},
+    "mini": {"mini", "data", "metrics", "pipelines"},
 }  # fmt: skip
 
 

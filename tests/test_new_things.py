@@ -140,7 +140,7 @@ def test_a_criterion(sdprune, here, miniature):
         count = int(0.35 * before.size + 0.5)
         largest = np.argsort(-np.abs(before), axis=None, kind="stable")
         size = np.abs(before).ravel()[largest]
-        zero = (after == 0).ravel()
+        zero = ((after == 0) & (before != 0)).ravel()
         assert zero.sum() == count
         assert size[:count].min() >= np.abs(before).ravel()[zero].min() == size[count - 1]
         assert np.array_equal(before.ravel()[~zero], after.ravel()[~zero])

@@ -61,7 +61,7 @@ def test_a_sweep_and_the_configuration_that_it_names(sdprune, miniature, elsewhe
     [
         (
             ["predict", "--config", "mini/predct"],
-            ["Unknown configuration 'mini/predct'. Did you mean 'mini/predict'?", "sd2/calibrate", "a YAML file"],
+            ["Unknown configuration 'mini/predct'. Did you mean 'mini/predict'?", "mini/calibrate", "a YAML file"],
         ),
         (["fit", "--config=none.yaml"], ["Unknown configuration 'none.yaml'.", "mini/prune"]),
         (["sweep", "mini_sparsty"], ["Unknown sweep 'mini_sparsty'. Did you mean 'mini_sparsity'?"]),

@@ -53,6 +53,20 @@ def scores_of(output):
     return table
 
 
+ONE = ["--model.prune={unet: {}}", "--model.also={unet: 0.35}"]
+"""One component alone: two tests, and one more model."""
+
+
+@pytest.fixture(scope="module")
+def alone(miniature, tmp_path_factory):
+    """A search of one component that was not interrupted."""
+    from sdprune.__main__ import main
+
+    output = tmp_path_factory.mktemp("alone")
+    assert main(search(output, *ONE)) == 0
+    return output
+
+
 @pytest.fixture(scope="module")
 def whole(miniature, tmp_path_factory):
     """A search that was not interrupted."""
@@ -187,10 +201,10 @@ def pictures(output):
     return {path: path.stat().st_mtime_ns for path in the_search(output).glob("images/*/[!.]*.png")}
 
 
-def test_a_killed_search_goes_on_and_draws_nothing_twice(whole, tmp_path):
+def test_a_killed_search_goes_on_and_draws_nothing_twice(alone, tmp_path):
     """Killed twice, with no mercy; pictures that lay there are not written again."""
-    command = [Path(sys.executable).parent / "sdprune", *search(tmp_path)]
-    wanted, chance = len(pictures(whole)), random.Random(0)
+    command = [Path(sys.executable).parent / "sdprune", *search(tmp_path, *ONE)]
+    wanted, chance = len(pictures(alone)), random.Random(0)
     for share in (0.1, 0.7):
         seen = pictures(tmp_path) if runs(tmp_path, "search-") else {}
         running = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL)
@@ -204,24 +218,24 @@ def test_a_killed_search_goes_on_and_draws_nothing_twice(whole, tmp_path):
         assert not (the_search(tmp_path) / "results.json").exists()
         assert seen.items() <= pictures(tmp_path).items()
     seen = pictures(tmp_path)
-    done = process(search(tmp_path))
+    done = process(search(tmp_path, *ONE))
     assert done.returncode == 0, done.stderr
     assert seen.items() <= pictures(tmp_path).items()
-    assert verdicts(tmp_path) == verdicts(whole)
-    assert (the_search(tmp_path) / "scores.csv").read_bytes() == (the_search(whole) / "scores.csv").read_bytes()
-    images = [the_search(output) / "images" for output in (tmp_path, whole)]
+    assert verdicts(tmp_path) == verdicts(alone)
+    assert (the_search(tmp_path) / "scores.csv").read_bytes() == (the_search(alone) / "scores.csv").read_bytes()
+    images = [the_search(output) / "images" for output in (tmp_path, alone)]
     drawn = [{path.relative_to(place): path.read_bytes() for path in place.glob("*/*.png")} for place in images]
     assert drawn[0] == drawn[1]
 
 
-def test_two_processes_come_to_the_same(whole, tmp_path):
-    done = process(search(tmp_path, "--trainer.devices=2"))
+def test_two_processes_come_to_the_same(alone, tmp_path):
+    done = process(search(tmp_path, *ONE, "--trainer.devices=2"))
     assert done.returncode == 0, done.stderr
-    assert verdicts(tmp_path) == verdicts(whole)
-    one, two = scores_of(whole), scores_of(tmp_path)
+    assert verdicts(tmp_path) == verdicts(alone)
+    one, two = scores_of(alone), scores_of(tmp_path)
     assert one.keys() == two.keys()
     assert all(two[key][: len(scores)] == scores for key, scores in one.items())
-    assert done.stdout.count("With 95 % confidence") == len(found(whole)["claims"])
+    assert done.stdout.count("With 95 % confidence") == len(found(alone)["claims"])
 
 
 def test_a_budget_is_searched_by_its_totals(sdprune, tmp_path):
@@ -347,35 +361,35 @@ def test_verbs_name_the_one_that_is_meant(sdprune, tmp_path, verb, config):
     assert f"use sdprune {config}." in told.err
 
 
-def test_a_lost_picture_of_the_dense_model_is_drawn_by_it_again(whole, sdprune, tmp_path):
+def test_a_lost_picture_of_the_dense_model_is_drawn_by_it_again(alone, sdprune, tmp_path):
     """Where it is looked for while the pipeline is pruned."""
     import shutil
 
-    shutil.copytree(whole, tmp_path / "runs")
-    directory, also = the_search(tmp_path / "runs"), "text_encoder-0.475-unet-0.35"
+    shutil.copytree(alone, tmp_path / "runs")
+    directory, also = the_search(tmp_path / "runs"), "unet-0.35"
     (directory / "results.json").unlink()
     table = directory / "scores.csv"
     table.write_text("".join(line for line in table.read_text().splitlines(True) if also not in line))
     name = sorted(path.name for path in (directory / "images" / also).iterdir())[0]
     for model in ("dense", also):
         (directory / "images" / model / name).unlink()
-    told = sdprune(*search(tmp_path / "runs"))
+    told = sdprune(*search(tmp_path / "runs", *ONE))
     assert told.code == 0, told.err
     for model in ("dense", also):
-        kept = the_search(whole) / "images" / model / name
+        kept = the_search(alone) / "images" / model / name
         assert (directory / "images" / model / name).read_bytes() == kept.read_bytes()
-    assert verdicts(tmp_path / "runs") == verdicts(whole)
+    assert verdicts(tmp_path / "runs") == verdicts(alone)
 
 
-def test_the_table_of_scores_that_is_damaged_is_told(whole, sdprune, tmp_path):
+def test_the_table_of_scores_that_is_damaged_is_told(alone, sdprune, tmp_path):
     import shutil
 
-    shutil.copytree(whole, tmp_path / "runs")
+    shutil.copytree(alone, tmp_path / "runs")
     (the_search(tmp_path / "runs") / "results.json").unlink()
     table = the_search(tmp_path / "runs") / "scores.csv"
     lines = table.read_text().splitlines()
     table.write_text("\n".join([*lines[:10], *lines[11:]]))
-    told = sdprune(*search(tmp_path / "runs"))
+    told = sdprune(*search(tmp_path / "runs", *ONE))
     assert told.code == 2
     assert f"{table} is damaged" in told.err
 

@@ -25,6 +25,7 @@ from searching import simulate
 from sdprune.search.certificate import FIRST, Tolerance
 
 SEARCHES = 200
+LEVELS = 8  # a grid has so many at least
 
 
 def grids(directory):
@@ -38,7 +39,7 @@ def grids(directory):
             for method, alone in study.alone(kind).items():
                 alone = alone.drop_duplicates(f"{kind}_sparsity").sort_values(f"{kind}_sparsity")
                 levels = [float(level) for level in alone[f"{kind}_sparsity"] if level]
-                if study.dense is None or len(levels) < 8:
+                if study.dense is None or len(levels) < LEVELS:
                     continue
                 scores = dict(zip(alone[f"{kind}_sparsity"], alone["clip_scores"], strict=True))
                 yield f"{kind}, {method}", levels, {**scores, 0.0: study.dense["clip_scores"]}

@@ -199,7 +199,7 @@ class Record:
         One file holds both, so that a run that is killed never leaves a column with the facts of another.
         """
         with replacing(self.directory / "rows.npz") as temporary, temporary.open("wb") as file:
-            np.savez(file, ids=np.asarray(ids), facts=np.asarray(json.dumps(facts)), **rows)  # type: ignore[arg-type]
+            np.savez(file, ids=np.asarray(ids), facts=np.asarray(json.dumps(facts, sort_keys=True)), **rows)  # type: ignore[arg-type]
 
     def save_captions(self, examples: Any, values: Mapping[str, Sequence[float]], keep: bool) -> None:
         """Write images.csv, for people: ids, files, captions, and each image's scores.

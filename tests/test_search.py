@@ -409,3 +409,12 @@ def test_help_shows_what_can_be_searched(sdprune):
         "--model.prune.COMPONENT.criterion CLASS", "--model.score CLASS", "from one to the next",
     ):  # fmt: skip
         assert words in told.out, words
+
+
+def test_a_score_that_cannot_read_the_captions_says_so_before_anything_is_drawn(sdprune, tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("".join(f"dog number {number}\n" for number in range(200)))
+    given = ["--model.score=ExaminerScore", "--data.source=TextFile", f"--data.source.path={path}"]
+    told = sdprune(*search(tmp_path, *given))
+    assert (told.code, told.err.count("\n")) == (2, 1), told.err
+    assert "ExaminerScore cannot read the caption 'dog number " in told.err

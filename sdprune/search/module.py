@@ -138,6 +138,8 @@ class SearchModule(DrawingModule):
         for models in paths.values():
             self._plan(models[-1], data, dtype).check(data)
         prompts = self._cut(data)
+        for rows in prompts.values():
+            self.score.check_prompts(rows["caption"])
         self.parts = {part: Batches(rows, data.batch_size) for part, rows in prompts.items()}
         self.search = Search(self.tolerance, paths, data.n, bool(self.given_path or self.budget), self.also)
         least = fewest(ALPHA / max(Bisection.depth(len(models)) for models in paths.values()))

@@ -73,7 +73,8 @@ class ContrastiveStage(Stage):
         contents = [self.trainer.datamodule.scenes[i].content for i in index.tolist()]  # type: ignore[attr-defined]
         texts = [*captions, *(text for caption in captions for text in some_twins(caption, self.twins))]
         tokens = self.tokenizer(texts, padding="max_length", max_length=MAX_LENGTH, return_tensors="pt")
-        output = self.model.clip(input_ids=tokens["input_ids"].to(self.device), pixel_values=pictures)
+        model: Any = self.model
+        output = model.clip(input_ids=tokens["input_ids"].to(self.device), pixel_values=pictures)
         said = [parse(text) for text in texts]
         true = torch.tensor([[content.shows(text) for text in said] for content in contents], device=self.device)
         true.fill_diagonal_(False)
@@ -83,7 +84,7 @@ class ContrastiveStage(Stage):
         pictured = [content.picture for content in contents]
         end = (tokens["input_ids"] == self.tokenizer.eos_token_id).int().argmax(1)[: len(contents)]
         towers = output.vision_model_output.last_hidden_state, output.text_model_output.last_hidden_state
-        for head, states, place in zip(self.model.heads, towers, (0, end), strict=True):
+        for head, states, place in zip(model.heads, towers, (0, end), strict=True):
             objects = head(states[torch.arange(len(contents)), place]).unflatten(1, (2, ANSWERS))
             loss = loss + self.grounding * objects_loss(objects, pictured)
         return loss

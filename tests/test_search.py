@@ -254,6 +254,19 @@ def test_a_budget_is_searched_by_its_totals(sdprune, tmp_path):
         assert f"total: {results['answer']['total']}" in (the_search(tmp_path) / "config.yaml").read_text()
 
 
+def test_a_budget_that_is_split_by_measurement_is_searched_by_its_totals(sdprune, tmp_path):
+    """Errors are measured once for all totals, and each model has the zeros of its total."""
+    levels = ["--model.levels={low: 0.1, high: 0.5, step: 0.2}", "--model.budget={total: 0, split: sensitivity}"]
+    block = "{class_path: Sensitivity, init_args: {unit: block, levels: [0.5, 0.9], samples: 2, steps: 1}}"
+    units = [f"--model.prune.{name}.allocation={block}" for name in ("text_encoder", "unet")]
+    told = sdprune(*search(tmp_path, "--model.tolerance=1", "--model.also={}", *levels, *units))
+    assert told.code == 0, told.err
+    results = found(tmp_path)
+    assert results["answer"]["total"] == 0.5
+    assert results["answer"]["sparsity"]["prunable"]["zero_fraction"] == pytest.approx(0.5, abs=1e-6)
+    assert len(list((tmp_path / "statistics").glob("*pruned_error*/facts.json"))) == 2
+
+
 def test_a_path_that_is_given_is_searched_alone(sdprune, tmp_path):
     """What is found on it is certified on fresh prompts."""
     path = "--model.path=[{text_encoder: 0.01}, {text_encoder: 0.02, unet: 0.02}, {text_encoder: 0.9, unet: 0.9}]"

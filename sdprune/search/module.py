@@ -124,7 +124,8 @@ class SearchModule(DrawingModule):
     def calibrates(self) -> bool:
         """Whether calibration captions are needed."""
         specs = self.prune.values() if self.prune else [PruneSpec()]
-        return any(spec.criterion.statistics or spec.allocation.statistics for spec in specs)
+        measured = self.budget is not None and self.budget.measured
+        return measured or any(spec.criterion.statistics or spec.allocation.statistics for spec in specs)
 
     # --- before anything is loaded ---------------------------------------------------------------------------------
 

@@ -1,13 +1,13 @@
 """How often `sdprune search` is wrong, how close it comes, and how many images it takes.
 
-    SDPRUNE_RUNS=runs pytest -n 0 -s tests/benchmarks/test_search.py -k stored
+    SDPRUNE_RUNS=runs pytest -n 0 -s tests/benchmarks/test_search_cost.py -k stored
 
 simulates 200 searches by the scores of a grid of finished runs below `runs`, prompts drawn anew with replacement: for
 each component and method whose runs prune it alone at eight sparsities or more. Such a grid is, for instance,
 
     sdprune sweep mini_sparsity
 
-    SDPRUNE_BENCHMARK=1 pytest -n 0 -s tests/benchmarks/test_search.py -k real
+    SDPRUNE_BENCHMARK=1 pytest -n 0 -s tests/benchmarks/test_search_cost.py -k real
 
 runs ten real searches of the miniature, each on other prompts and noise.
 """

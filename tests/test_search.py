@@ -263,7 +263,7 @@ def test_a_budget_that_is_split_by_measurement_is_searched_by_its_totals(sdprune
     assert told.code == 0, told.err
     answer = found(tmp_path)["answer"]
     assert answer["total"] in (0.1, 0.3, 0.5)
-    assert answer["sparsity"]["prunable"]["zero_fraction"] == pytest.approx(answer["total"], abs=1e-6)
+    assert answer["sparsity"]["prunable"]["pruned_fraction"] == pytest.approx(answer["total"], abs=1e-6)
     assert len(list((tmp_path / "statistics").glob("*pruned_error*/facts.json"))) == 2
 
 

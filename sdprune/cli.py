@@ -65,6 +65,8 @@ MAIN = {
     "search": {"model": "SearchModule", "data": "CocoDataModule"},
 }
 """The classes whose options the help of a verb shows."""
+ONLY: dict[str, type[LightningModule]] = {"predict": GenerationModule, "search": SearchModule}
+"""Verbs that run one class; fit runs all others."""
 
 
 class StudyTrainer(Trainer):
@@ -190,13 +192,16 @@ class SdpruneCLI(LightningCLI):
         except (MisconfigurationException, ValueError, TypeError) as error:
             raise InputError(f"The trainer cannot be made: {error} See --trainer options in --help.") from error
 
+    def _require(self, verb: str) -> None:
+        """Raise InputError for a model that another verb runs."""
+        wanted = next((own for own, kind in ONLY.items() if isinstance(self.model, kind)), "fit")
+        if wanted != verb:
+            runs = ONLY[verb].__name__ if verb in ONLY else "PruningModule or CalibrationModule"
+            raise InputError(f"{verb} runs {runs}, got {type(self.model).__name__}: use sdprune {wanted}.")
+
     def before_fit(self) -> None:
         """Find what can be found wrong before anything costly starts."""
-        for kind, verb in ((GenerationModule, "predict"), (SearchModule, "search")):
-            if isinstance(self.model, kind):
-                raise InputError(
-                    f"fit runs PruningModule or CalibrationModule, got {kind.__name__}: use sdprune {verb}."
-                )
+        self._require("fit")
         if isinstance(self.model, FrozenModule):
             self._attach()
             self.model.resolve(self.datamodule, str(self.trainer.precision))
@@ -214,10 +219,8 @@ class SdpruneCLI(LightningCLI):
 
     def before_predict(self) -> None:
         """Check, then make the dense record if the pruned run wants it and it is not there."""
+        self._require("predict")
         model = self.model
-        if not isinstance(model, GenerationModule):
-            verb = "search" if isinstance(model, SearchModule) else "fit"
-            raise InputError(f"predict runs GenerationModule, got {type(model).__name__}: use sdprune {verb}.")
         self._attach()
         precision = str(self.trainer.precision)
         try:
@@ -259,10 +262,8 @@ class SdpruneCLI(LightningCLI):
 
     def before_search(self) -> None:
         """Find what can be found wrong before anything costly starts."""
+        self._require("search")
         model = self.model
-        if not isinstance(model, SearchModule):
-            verb = "predict" if isinstance(model, GenerationModule) else "fit"
-            raise InputError(f"search runs SearchModule, got {type(model).__name__}: use sdprune {verb}.")
         self._attach()
         model.resolve(self.datamodule, str(self.trainer.precision))
         self.already = model.record.finished

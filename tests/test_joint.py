@@ -11,7 +11,7 @@ import pytest
 import torch
 from command_lines import fit, predict, process, runs, the_run
 from safetensors.torch import load_file
-from test_sensitivity import interpolated, lowest
+from test_sensitivity import interpolated, lowest, noting
 
 from sdprune.errors import InputError
 from sdprune.pruning import Budget, InfeasibleError, Size
@@ -169,20 +169,11 @@ def test_one_multiplier_for_the_layers_of_all_components(sdprune, tmp_path):
 
 
 def test_a_total_is_measured_once_killed_or_not(sdprune, tmp_path, monkeypatch):
-    from sdprune.calibration.pruned_error import Measurement
-
-    made, seen = Measurement._of, []
-
-    def counting(self, members, dense):
-        if len(seen) == 3:
-            raise RuntimeError("killed")
-        seen.append([target.name for target in members])
-        return made(self, members, dense)
-
-    monkeypatch.setattr(Measurement, "_of", counting)
+    seen = []
+    noting(monkeypatch, seen, most=3)
     assert sdprune(*predict(tmp_path, *FEW, TOTAL)).code == 1
     first = [name for names in seen for name in names]
-    monkeypatch.setattr(Measurement, "_of", lambda self, *rest: seen.append([rest[0][0].name]) or made(self, *rest))
+    noting(monkeypatch, seen)
     told = sdprune(*predict(tmp_path, *FEW, TOTAL))
     assert (told.code, told.err) == (0, "")
     layers = [name for names in seen for name in names]

@@ -129,7 +129,7 @@ def test_the_tree_finds_every_threshold_in_m_probes(levels):
         assert probes <= Bisection.depth(levels)
 
 
-@pytest.mark.parametrize(("count", "n"), [(0, 10), (3, 40), (17, 256), (9, 9)])
+@pytest.mark.parametrize(("count", "n"), [(0, 10), (3, 40), (17, 256), (9, 9), (600, 2000)])
 def test_the_share_bound_is_that_of_the_beta_distribution(count, n):
     from scipy.stats import beta
 

@@ -13,10 +13,12 @@ from safetensors.torch import load_file
 from torch import nn
 
 from sdprune import gather, prune
+from sdprune.calibration.pruned_error import Measurement
 from sdprune.errors import InputError
 from sdprune.pruning import PruneSpec, Sensitivity, find_targets
 
 LEVELS = [0.3, 0.5, 0.8]
+MEASURE = Measurement._of
 
 
 class Blocks(nn.Module):
@@ -265,21 +267,24 @@ def test_text_encoders_are_measured_by_what_the_denoiser_reads(sdprune, tmp_path
             assert found == pytest.approx(float(change.mean()), rel=1e-3)
 
 
-def test_measurements_are_kept_and_go_on_where_they_stopped(sdprune, tmp_path, monkeypatch):
-    from sdprune.calibration.pruned_error import Measurement
-
-    made, seen = Measurement._of, []
+def noting(monkeypatch, seen, most=math.inf):
+    """Note the layers of each unit that is measured; the run dies before it measures more than so many."""
 
     def counting(self, members, dense):
-        if len(seen) == 3:
+        if len(seen) == most:
             raise RuntimeError("killed")
         seen.append([target.name for target in members])
-        return made(self, members, dense)
+        return MEASURE(self, members, dense)
 
     monkeypatch.setattr(Measurement, "_of", counting)
+
+
+def test_measurements_are_kept_and_go_on_where_they_stopped(sdprune, tmp_path, monkeypatch):
+    seen = []
+    noting(monkeypatch, seen, most=3)
     assert sdprune(*fit("prune", tmp_path, *FEW)).code == 1
     first = list(seen)
-    monkeypatch.setattr(Measurement, "_of", lambda self, *rest: seen.append([rest[0][0].name]) or made(self, *rest))
+    noting(monkeypatch, seen)
     assert sdprune(*fit("prune", tmp_path, *FEW)).code == 0
     layers = [name for names in seen for name in names]
     assert len(first) == 3

@@ -243,8 +243,9 @@ def share_bound(count: int, n: int, alpha: float = ALPHA) -> float:
     low, high = 0.0, 1.0
     if count == n:
         return 1.0
+    ways = [math.log(math.comb(n, k)) for k in range(count + 1)]  # too many for a float from n = 1,030 on
     for _ in range(60):
         share = (low + high) / 2
-        tail = sum(math.comb(n, k) * share**k * (1 - share) ** (n - k) for k in range(count + 1))
+        tail = sum(math.exp(w + k * math.log(share) + (n - k) * math.log1p(-share)) for k, w in enumerate(ways))
         low, high = (share, high) if tail > alpha else (low, share)
     return high

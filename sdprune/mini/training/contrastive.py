@@ -16,7 +16,7 @@ from sdprune.mini.tokenizer import MAX_LENGTH, train_tokenizer
 from sdprune.mini.training.stage import Stage
 
 
-class Grounding(nn.Module):
+class ClipWithHeads(nn.Module):
     """A CLIP and a head for each tower, thrown away later, that reads from its pooled state what stands where."""
 
     def __init__(self, clip: Any):
@@ -66,7 +66,7 @@ class ContrastiveStage(Stage):
             state[table] = renumbered(state[table], known, clip.state_dict()[table], self.tokenizer)
             clip.load_state_dict(state, strict=evaluator)
         clip.set_attn_implementation("eager")  # on CPUs the backward pass takes half the time
-        self.build(Grounding(clip))
+        self.build(ClipWithHeads(clip))
 
     def loss(self, pictures: Tensor, captions: list[str], index: Tensor) -> Tensor:
         """Cross-entropy over the batch, both ways; texts that are true of a picture are no negatives of it."""

@@ -43,13 +43,14 @@ class UNetStage(Stage):
     Args:
         attention: weight of this.
         noisiest: share of the steps that are drawn from the noisiest fifth.
+        mean: of the logit-normal law that most of the others are drawn from: 1 is for what stands where, less for form.
     """
 
     name = "unet"
 
-    def __init__(self, attention: float = 0.5, noisiest: float = 0.3, **options: Any):
+    def __init__(self, attention: float = 0.5, noisiest: float = 0.3, mean: float = 1.0, **options: Any):
         super().__init__(**options)
-        self.attention, self.noisiest = attention, noisiest
+        self.attention, self.noisiest, self.mean = attention, noisiest, mean
         self.attended: list[Tensor] = []
         """What each cross-attention of the last forward pass attended to, [b, places, tokens]."""
 
@@ -103,7 +104,7 @@ class UNetStage(Stage):
         empty = (torch.rand(len(captions)) < 0.1).tolist()
         texts = ["" if drop else caption for caption, drop in zip(captions, empty, strict=True)]
         tokens = self.tokenizer(texts, padding="max_length", max_length=MAX_LENGTH, return_tensors="pt")["input_ids"]
-        noise, step = torch.randn_like(latents), timesteps(len(latents), self.noisiest).to(self.device)
+        noise, step = torch.randn_like(latents), timesteps(len(latents), self.noisiest, self.mean).to(self.device)
         noisy = self.scheduler.add_noise(latents, noise, step)
         target = self.scheduler.get_velocity(latents, noise, step)
         self.attended.clear()
@@ -142,11 +143,11 @@ def astray(attended: Tensor, said: Tensor) -> Tensor:
     return away[stand.any(2)].square().mean()
 
 
-def timesteps(n: int, noisiest: float) -> Tensor:
+def timesteps(n: int, noisiest: float, mean: float) -> Tensor:
     """Steps in 0 .. 999: some from the noisiest fifth, the rest logit-normal (Esser et al. 2024) for three in four.
 
     In the noisiest fifth a layout is chosen; below, where most steps lie, the objects take their form.
     """
-    even, normal = torch.rand(n), torch.sigmoid(torch.randn(n) + 1.0)
+    even, normal = torch.rand(n), torch.sigmoid(torch.randn(n) + mean)
     step = torch.where(torch.rand(n) < 0.75, normal, even)
     return (torch.where(torch.rand(n) < noisiest, 0.8 + 0.2 * even, step) * 1000).long().clamp(max=999)

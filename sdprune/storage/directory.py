@@ -1,0 +1,197 @@
+"""Directories of models: packed, unpacked, and unpacked for the moment in which they are loaded."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from sdprune.errors import InputError
+from sdprune.files import require_writable
+from sdprune.storage.compact import SUFFIX, CompactFile, pack_file
+from sdprune.storage.usage import PACK, UNPACK
+
+_PLAIN = ".safetensors"
+
+
+def run_pack(arguments: Sequence[str]) -> int:
+    """Do what these arguments of `sdprune pack` say, and return the exit code."""
+    options = PACK.parse(arguments)
+    pack(Path(options.directory), Path(options.out), options.compression == "zstd", report=print)
+    return 0
+
+
+def run_unpack(arguments: Sequence[str]) -> int:
+    """Do what these arguments of `sdprune unpack` say, and return the exit code."""
+    options = UNPACK.parse(arguments)
+    unpack(Path(options.directory), Path(options.out), report=print)
+    return 0
+
+
+def pack(directory: Path, out: Path, compress: bool = True, report: Callable[[str], None] = lambda _: None) -> None:
+    """Copy a directory, with its safetensors as compact files where these are smaller.
+
+    Args:
+        directory: of a model or a pipeline.
+        out: a new or empty directory.
+        compress: masks and values too.
+        report: takes a line for each file.
+
+    Raises:
+        InputError: no such files, damage, an `out` that is in use or too small a disk.
+    """
+    files = _files(directory)
+    if any(path.name.endswith(SUFFIX) for path in files):
+        raise InputError(f"{directory} is packed already.")
+    if not any(path.suffix == _PLAIN for path in files):
+        raise InputError(f"{directory} has no safetensors to pack: give the directory of a model or a pipeline.")
+    with _making(directory, out, sum(path.stat().st_size for path in files)) as part:
+        for path in files:
+            target = part / path.relative_to(directory)
+            if path.suffix == _PLAIN:
+                compact = target.with_name(path.name.removesuffix(_PLAIN) + SUFFIX)
+                pack_file(path, compact, compress)
+                before, after = path.stat().st_size, compact.stat().st_size
+                if after < before:
+                    report(f"{path.relative_to(directory)}: {_ratio(before, after)}")
+                    continue
+                compact.unlink()
+                report(f"{path.relative_to(directory)}: {before / 1e6:,.1f} MB, kept plain: packed it is no smaller")
+            shutil.copyfile(path, target)
+        whole = _ratio(*(sum(one.stat().st_size for one in paths) for paths in (files, _files(part))))
+    report(f"Packed: {out}, {whole}")
+
+
+def _ratio(before: int, after: int) -> str:
+    return f"{before / 1e6:,.1f} MB -> {after / 1e6:,.1f} MB ({after / before:.3f})"
+
+
+def unpack(directory: Path, out: Path, report: Callable[[str], None] = lambda _: None) -> None:
+    """Copy a packed directory, with its compact files as the safetensors that they were, equal byte for byte.
+
+    Raises:
+        InputError: no such files, damage, an `out` that is in use or too small a disk.
+    """
+    files = _files(directory)
+    compact = {path: CompactFile(path) for path in files if path.name.endswith(SUFFIX)}
+    if not compact:
+        raise InputError(f"{directory} has no compact files (*{SUFFIX}): there is nothing to unpack.")
+    sizes = sum(compact[path].size if path in compact else path.stat().st_size for path in files)
+    with _making(directory, out, sizes) as part:
+        for path in files:
+            target = part / path.relative_to(directory)
+            if path in compact:
+                compact[path].write(_plain(path, target))
+                report(f"{path.relative_to(directory)}: {compact[path].size / 1e6:,.1f} MB")
+            else:
+                shutil.copyfile(path, target)
+    report(f"Unpacked: {out}, {sizes / 1e6:,.1f} MB")
+
+
+def _plain(path: Path, target: Path) -> Path:
+    """Where the safetensors of a compact file go.
+
+    Raises:
+        InputError: they lie beside it too.
+    """
+    name = path.name.removesuffix(SUFFIX) + _PLAIN
+    if path.with_name(name).exists():
+        raise InputError(f"{path.parent} has both {path.name} and {name}: remove one of them.")
+    return target.with_name(name)
+
+
+@contextmanager
+def unpacked(directory: Path) -> Iterator[Path]:
+    """A component's directory with plain safetensors, for the length of a block.
+
+    It is the directory itself where nothing is packed, otherwise a temporary one, so that packed and plain models are
+    loaded by the same code.
+
+    Raises:
+        InputError: a compact file is damaged, or there is no space for its content.
+    """
+    compact = {path: CompactFile(path) for path in compact_files(directory)}
+    if not compact:
+        yield directory
+        return
+    with tempfile.TemporaryDirectory(prefix="sdprune-") as name:
+        temporary = Path(name)
+        _require_space(temporary, sum(one.size for one in compact.values()), "Set TMPDIR to another directory.")
+        for path in directory.iterdir():
+            if path in compact:
+                compact[path].write(_plain(path, temporary / path.name))
+            else:
+                (temporary / path.name).symlink_to(path.absolute())
+        yield temporary
+
+
+def compact_files(directory: Path) -> list[Path]:
+    """The compact files in a directory, not below it."""
+    return sorted(directory.glob(f"*{SUFFIX}"))
+
+
+def _files(directory: Path) -> list[Path]:
+    """All files below a directory.
+
+    Raises:
+        InputError: it is none, or something in it cannot be copied.
+    """
+    if not directory.is_dir():
+        raise InputError(f"{directory} is no directory: give the directory of a model or a pipeline.")
+    paths = sorted(directory.rglob("*"))
+    for path in paths:
+        if (path.is_symlink() and path.is_dir()) or not (path.is_dir() or path.is_file()):
+            raise InputError(f"{path} is no file and no directory of its own: replace it by what it stands for.")
+    return [path for path in paths if path.is_file()]
+
+
+@contextmanager
+def _making(directory: Path, out: Path, size: int) -> Iterator[Path]:
+    """A directory beside `out` that becomes `out` when the block ends well, with the folders of `directory` in it."""
+    out = out.absolute()
+    if out.resolve().is_relative_to(directory.resolve()):
+        raise InputError(f"--out is {out}, inside of {directory}: choose another --out.")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"--out is {out}, which holds something: choose a new directory.")
+    require_writable(out.parent, "--out")
+    _require_space(out.parent, size, "Choose another --out.")
+    part = out.with_name(f".{out.name}.part")
+    part.mkdir(exist_ok=True)
+    with _locked(part, out):
+        try:
+            for path in part.iterdir():  # what a killed attempt left
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            for folder in (path for path in sorted(directory.rglob("*")) if path.is_dir()):
+                (part / folder.relative_to(directory)).mkdir()
+            yield part
+            os.replace(part, out)
+        except BaseException:
+            shutil.rmtree(part, ignore_errors=True)
+            raise
+
+
+@contextmanager
+def _locked(part: Path, out: Path) -> Iterator[None]:
+    """Hold a directory that is being filled; the lock of a process that is killed is free at once."""
+    lock = os.open(part, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        taken = not part.exists() or part.stat().st_ino != os.fstat(lock).st_ino  # another run has just finished
+    except BlockingIOError:
+        taken = True
+    try:
+        if taken:
+            raise InputError(f"Another run is writing {out}: wait for it, or choose another --out.")
+        yield
+    finally:
+        os.close(lock)
+
+
+def _require_space(directory: Path, size: int, then: str) -> None:
+    free = shutil.disk_usage(directory).free
+    if free < size:
+        raise InputError(f"{directory} has {free / 1e9:,.2f} GB free, and {size / 1e9:,.2f} GB may be needed. {then}")

@@ -17,8 +17,9 @@ from sdprune.calibration.requests import Request
 from sdprune.calibration.store import MemoryStore
 from sdprune.errors import InputError, unknown
 from sdprune.outside import read_json
-from sdprune.pipelines import DiffusersFamily, StableDiffusion
+from sdprune.pipelines import DiffusersFamily
 from sdprune.pipelines.directory import INDEX
+from sdprune.pipelines.stable_diffusion import StableDiffusion
 from sdprune.processes import Processes
 from sdprune.pruning import PruneReport, PruneSpec, Statistics, apply, targets_of
 from sdprune.pruning.statistics.pruned_error import Probe, PrunedError

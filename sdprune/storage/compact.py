@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -35,14 +35,14 @@ def pack_file(source: Path, target: Path, compress: bool) -> None:
     header = dense.header
     if header.metadata.get("format") == _FORMAT:
         raise InputError(f"{source} is a compact file under another name: give the original file.")
-    digests = {one.name: hashlib.sha256(dense.bytes_of(one)).hexdigest() for one in header.tensors}
+    digests = {one.name: hashlib.sha256(dense.bytes_of(one).data).hexdigest() for one in header.tensors}
     entries: dict[str, Any] = {"__metadata__": {
         "format": _FORMAT, "version": _VERSION, "header": header.text.decode(),
         "header_sha256": hashlib.sha256(header.text).hexdigest(), "sha256": json.dumps(digests),
     }}  # fmt: skip
     # Sizes are known once the data is written: room is left in front of it for the longest header there can be.
     longest = {
-        _key(kind, True, one): _entry(one.dtype, (*one.shape, one.size), header.size, header.size)
+        _key(kind, True, one): _entry(one.dtype, [*one.shape, one.size], header.size, header.size)
         for one in header.tensors
         for kind in _KINDS
     }
@@ -55,9 +55,9 @@ def pack_file(source: Path, target: Path, compress: bool) -> None:
             stored = encode(dense.bytes_of(one), one.width, file, compress)
             for kind, compressed, size in stored:
                 begin, end = end, end + size
-                dtype, shape = "U8", (size,)
+                dtype, shape = "U8", [size]
                 if kind == "values" and not compressed:
-                    dtype, shape = one.dtype, one.shape if len(stored) == 1 else (size // one.width,)
+                    dtype, shape = one.dtype, list(one.shape) if len(stored) == 1 else [size // one.width]
                 entries[_key(kind, compressed, one)] = _entry(dtype, shape, begin, end)
         file.seek(0)
         file.write(room.to_bytes(8, "little") + json.dumps(entries).encode().ljust(room))
@@ -67,8 +67,8 @@ def _key(kind: str, compressed: bool, tensor: Tensor) -> str:
     return f"{kind}{'.zstd' if compressed else ''}:{tensor.name}"
 
 
-def _entry(dtype: str, shape: Sequence[int], begin: int, end: int) -> dict[str, Any]:
-    return {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+def _entry(dtype: str, shape: list[int], begin: int, end: int) -> dict[str, Any]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
 
 
 class CompactFile:
@@ -93,6 +93,8 @@ class CompactFile:
                 raise ValueError("its header does not have its checksum")
             self.header = parse(text)
             self._digests = json.loads(metadata.get("sha256", ""))
+            if not isinstance(self._digests, dict):
+                raise ValueError("its checksums are no object")
             left = {one.name: one for one in self._container.header.tensors}
             self._parts = {one.name: self._take_parts(one, left) for one in self.header.tensors}
             if left:
@@ -141,7 +143,7 @@ class CompactFile:
                 block = next(blocks, None)
             if block is None:
                 break
-            digest.update(block)
+            digest.update(block.data)
             yield block
         if digest.hexdigest() != self._digests.get(tensor.name):
             raise InputError(f"{self.path} is damaged: {tensor} does not have its checksum. {REPLACE}")

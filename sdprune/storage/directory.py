@@ -6,30 +6,40 @@ import fcntl
 import os
 import shutil
 import tempfile
+from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from sdprune.errors import InputError
 from sdprune.files import require_writable
+from sdprune.outside import reading
 from sdprune.storage.compact import SUFFIX, CompactFile, pack_file
 from sdprune.storage.usage import PACK, UNPACK
+from sdprune.verb import Verb
 
 _PLAIN = ".safetensors"
 
 
 def run_pack(arguments: Sequence[str]) -> int:
     """Do what these arguments of `sdprune pack` say, and return the exit code."""
-    options = PACK.parse(arguments)
+    options = _parsed(PACK, arguments)
     pack(Path(options.directory), Path(options.out), options.compression == "zstd", report=print)
     return 0
 
 
 def run_unpack(arguments: Sequence[str]) -> int:
     """Do what these arguments of `sdprune unpack` say, and return the exit code."""
-    options = UNPACK.parse(arguments)
+    options = _parsed(UNPACK, arguments)
     unpack(Path(options.directory), Path(options.out), report=print)
     return 0
+
+
+def _parsed(verb: Verb, arguments: Sequence[str]) -> Namespace:
+    options = verb.parse(arguments)
+    if options.out is None:  # argparse itself would say so even where --out is misspelt
+        verb.error("--out is missing: give a new directory")
+    return options
 
 
 def pack(directory: Path, out: Path, compress: bool = True, report: Callable[[str], None] = lambda _: None) -> None:
@@ -44,14 +54,14 @@ def pack(directory: Path, out: Path, compress: bool = True, report: Callable[[st
     Raises:
         InputError: no such files, damage, an `out` that is in use or too small a disk.
     """
-    files = _files(directory)
-    if any(path.name.endswith(SUFFIX) for path in files):
-        raise InputError(f"{directory} is packed already.")
-    if not any(path.suffix == _PLAIN for path in files):
+    tree = _Tree(directory)
+    if any(path.name.endswith(SUFFIX) for path in tree.files):
+        raise InputError(f"{directory} is packed already: give a plain one, or unpack it first.")
+    if not any(path.suffix == _PLAIN for path in tree.files):
         raise InputError(f"{directory} has no safetensors to pack: give the directory of a model or a pipeline.")
-    with _making(directory, out, sum(path.stat().st_size for path in files)) as part:
-        for path in files:
-            target = part / path.relative_to(directory)
+    with _making(tree, out, sum(path.stat().st_size for path in tree.files)) as part:
+        for path in tree.files:
+            target = tree.inside(path, part)
             if path.suffix == _PLAIN:
                 compact = target.with_name(path.name.removesuffix(_PLAIN) + SUFFIX)
                 pack_file(path, compact, compress)
@@ -61,8 +71,8 @@ def pack(directory: Path, out: Path, compress: bool = True, report: Callable[[st
                     continue
                 compact.unlink()
                 report(f"{path.relative_to(directory)}: {before / 1e6:,.1f} MB, kept plain: packed it is no smaller")
-            shutil.copyfile(path, target)
-        whole = _ratio(*(sum(one.stat().st_size for one in paths) for paths in (files, _files(part))))
+            _copy(path, target)
+        whole = _ratio(*(sum(one.stat().st_size for one in files) for files in (tree.files, _Tree(part).files)))
     report(f"Packed: {out}, {whole}")
 
 
@@ -76,19 +86,19 @@ def unpack(directory: Path, out: Path, report: Callable[[str], None] = lambda _:
     Raises:
         InputError: no such files, damage, an `out` that is in use or too small a disk.
     """
-    files = _files(directory)
-    compact = {path: CompactFile(path) for path in files if path.name.endswith(SUFFIX)}
+    tree = _Tree(directory)
+    compact = {path: CompactFile(path) for path in tree.files if path.name.endswith(SUFFIX)}
     if not compact:
         raise InputError(f"{directory} has no compact files (*{SUFFIX}): there is nothing to unpack.")
-    sizes = sum(compact[path].size if path in compact else path.stat().st_size for path in files)
-    with _making(directory, out, sizes) as part:
-        for path in files:
-            target = part / path.relative_to(directory)
+    sizes = sum(compact[path].size if path in compact else path.stat().st_size for path in tree.files)
+    with _making(tree, out, sizes) as part:
+        for path in tree.files:
+            target = tree.inside(path, part)
             if path in compact:
                 compact[path].write(_plain(path, target))
                 report(f"{path.relative_to(directory)}: {compact[path].size / 1e6:,.1f} MB")
             else:
-                shutil.copyfile(path, target)
+                _copy(path, target)
     report(f"Unpacked: {out}, {sizes / 1e6:,.1f} MB")
 
 
@@ -134,28 +144,47 @@ def compact_files(directory: Path) -> list[Path]:
     return sorted(directory.glob(f"*{SUFFIX}"))
 
 
-def _files(directory: Path) -> list[Path]:
-    """All files below a directory.
+class _Tree:
+    """The folders and files of a directory.
 
     Raises:
         InputError: it is none, or something in it cannot be copied.
     """
-    if not directory.is_dir():
-        raise InputError(f"{directory} is no directory: give the directory of a model or a pipeline.")
-    paths = sorted(directory.rglob("*"))
-    for path in paths:
-        if (path.is_symlink() and path.is_dir()) or not (path.is_dir() or path.is_file()):
-            raise InputError(f"{path} is no file and no directory of its own: replace it by what it stands for.")
-    return [path for path in paths if path.is_file()]
+
+    def __init__(self, directory: Path) -> None:
+        if not directory.is_dir():
+            raise InputError(f"{directory} is no directory: give the directory of a model or a pipeline.")
+        self.directory = directory
+        self.folders: list[Path] = []
+        self.files: list[Path] = []
+        for root, folders, files in os.walk(directory, onerror=_raise):
+            self.folders += (Path(root, name) for name in sorted(folders))
+            self.files += (Path(root, name) for name in sorted(files))
+        for path in (*self.folders, *self.files):
+            if (path.is_symlink() and path.is_dir()) or not (path.is_dir() or path.is_file()):
+                raise InputError(f"{path} is no file and no directory of its own: replace it by what it stands for.")
+
+    def inside(self, path: Path, other: Path) -> Path:
+        """Where a path of this directory lies in a copy of it."""
+        return other / path.relative_to(self.directory)
+
+
+def _raise(error: OSError) -> None:
+    raise InputError(f"{error.filename} cannot be read ({error.strerror}).") from error
+
+
+def _copy(path: Path, target: Path) -> None:
+    with reading(f"{path} cannot be copied", "Make it readable, or remove it."):
+        shutil.copyfile(path, target)
 
 
 @contextmanager
-def _making(directory: Path, out: Path, size: int) -> Iterator[Path]:
-    """A directory beside `out` that becomes `out` when the block ends well, with the folders of `directory` in it."""
+def _making(tree: _Tree, out: Path, size: int) -> Iterator[Path]:
+    """A directory beside `out` that becomes `out` when the block ends well, with the folders of a tree in it."""
     out = out.absolute()
-    if out.resolve().is_relative_to(directory.resolve()):
-        raise InputError(f"--out is {out}, inside of {directory}: choose another --out.")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if out.resolve().is_relative_to(tree.directory.resolve()):
+        raise InputError(f"--out is {out}, inside of {tree.directory}: choose another --out.")
+    if out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
         raise InputError(f"--out is {out}, which holds something: choose a new directory.")
     require_writable(out.parent, "--out")
     _require_space(out.parent, size, "Choose another --out.")
@@ -165,8 +194,8 @@ def _making(directory: Path, out: Path, size: int) -> Iterator[Path]:
         try:
             for path in part.iterdir():  # what a killed attempt left
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
-            for folder in (path for path in sorted(directory.rglob("*")) if path.is_dir()):
-                (part / folder.relative_to(directory)).mkdir()
+            for folder in tree.folders:
+                tree.inside(folder, part).mkdir()
             yield part
             os.replace(part, out)
         except BaseException:

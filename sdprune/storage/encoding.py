@@ -72,7 +72,7 @@ def _write(
     if split is not None and size:
         frame = zstandard.ZstdCompressor(level=_LEVEL).compressobj(size=size)
         for part in parts():
-            file.write(frame.compress(split(part)))
+            file.write(frame.compress(split(part).data))
         file.write(frame.flush())
         if least <= (taken := file.tell() - start) < size:
             return Stored(kind, True, taken)
@@ -108,11 +108,12 @@ class Part:
     """
 
     def __init__(self, data: Bytes, compressed: bool, size: int) -> None:
-        held = zstandard.frame_content_size(data[:18]) if compressed else len(data)
+        held = zstandard.frame_content_size(data[:18].data) if compressed else len(data)
         if held != size:
             raise ValueError(f"{held:,} bytes, expected {size:,}")
         self.data, self.compressed, self.place = data, compressed, 0
-        self._reader = zstandard.ZstdDecompressor(max_window_size=_WINDOW).stream_reader(data) if compressed else None
+        zstd = zstandard.ZstdDecompressor(max_window_size=_WINDOW)
+        self._reader = zstd.stream_reader(data.data) if compressed else None
 
     def take(self, size: int) -> Bytes:
         """The next bytes."""
@@ -147,7 +148,7 @@ def decode(width: int, size: int, values: tuple[Bytes, bool], mask: tuple[Bytes,
     counted = sum(int(np.count_nonzero(bits)) for bits in _bits(mask, elements))
     kept = Part(*values, counted * width)
     for bits in _bits(mask, elements):
-        places = np.flatnonzero(bits)
+        places = np.flatnonzero(bits.view(bool))  # five times as fast as of numbers
         block = np.zeros(len(bits), f"<u{width}")
         block[places] = _take(kept, len(places), width)
         yield block.view(np.uint8)

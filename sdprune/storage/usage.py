@@ -16,7 +16,7 @@ is compressed. Nothing is lost: `sdprune unpack` gives the same files back, byte
   sdprune pack runs/pruned --out runs/packed""",
 )  # fmt: skip
 PACK.add_argument("directory", type=path, metavar="DIR", help="of a model or a pipeline, with safetensors")
-PACK.add_argument("--out", type=path, required=True, metavar="DIR", help="where to: a new directory")
+PACK.add_argument("--out", type=path, metavar="DIR", help="where to: a new directory")
 PACK.add_argument(
     "--compression", choices=("zstd", "none"), default="zstd",
     help="of masks and values, where it makes them smaller; zstd by default",
@@ -29,4 +29,4 @@ Copy a directory that `sdprune pack` made, with its compact files as the safeten
 Each tensor is compared with its checksum.""",
 )  # fmt: skip
 UNPACK.add_argument("directory", type=path, metavar="DIR", help="with compact files")
-UNPACK.add_argument("--out", type=path, required=True, metavar="DIR", help="where to: a new directory")
+UNPACK.add_argument("--out", type=path, metavar="DIR", help="where to: a new directory")

@@ -124,7 +124,7 @@ def unpacked(directory: Path) -> Iterator[Path]:
     Raises:
         InputError: a compact file is damaged, or there is no space for its content.
     """
-    compact = {path: CompactFile(path) for path in compact_files(directory)}
+    compact = {path: CompactFile(path) for path in sorted(directory.glob(f"*{SUFFIX}"))}
     if not compact:
         yield directory
         return
@@ -137,11 +137,6 @@ def unpacked(directory: Path) -> Iterator[Path]:
             else:
                 (temporary / path.name).symlink_to(path.absolute())
         yield temporary
-
-
-def compact_files(directory: Path) -> list[Path]:
-    """The compact files in a directory, not below it."""
-    return sorted(directory.glob(f"*{SUFFIX}"))
 
 
 class _Tree:

@@ -65,14 +65,16 @@ def mask_size(elements: int) -> int:
 
 def _write(
     file: BinaryIO, kind: str, parts: Callable[[], Iterator[np.ndarray]], size: int,
-    split: Callable[[np.ndarray], Bytes] | None, least: int = 0,
+    split: Callable[[np.ndarray], Iterator[Bytes]] | None, least: int = 0,
 ) -> Stored:  # fmt: skip
     """Write a part; compressed if `split` is given and that takes from `least` to less than `size` bytes."""
     start = file.tell()
     if split is not None and size:
         frame = zstandard.ZstdCompressor(level=_LEVEL).compressobj(size=size)
         for part in parts():
-            file.write(frame.compress(split(part).data))
+            for plane in split(part):
+                file.write(frame.compress(plane.data))
+                file.write(frame.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK))  # each plane has its own code
         file.write(frame.flush())
         if least <= (taken := file.tell() - start) < size:
             return Stored(kind, True, taken)
@@ -83,9 +85,9 @@ def _write(
     return Stored(kind, False, size)
 
 
-def _split(block: np.ndarray) -> Bytes:
+def _split(block: np.ndarray) -> Iterator[Bytes]:
     """The lowest bytes of all elements, then the next ones: the exponents of floats are much alike."""
-    return np.concatenate([(block >> np.uint8(8 * byte)).astype(np.uint8) for byte in range(block.itemsize)])
+    return ((block >> np.uint8(8 * byte)).astype(np.uint8) for byte in range(block.itemsize))
 
 
 def _join(planes: Bytes, width: int) -> np.ndarray:

@@ -140,12 +140,13 @@ class _Module:
         pass
 
 
-def load(directory: str | Path, dtype: torch.dtype = torch.float32) -> Any:
+def load(directory: str | Path, dtype: torch.dtype = torch.float32, variant: Optional[str] = None) -> Any:
     """Load a diffusers pipeline from a directory, plain or packed by `sdprune pack`.
 
     Args:
         directory: of a pipeline of a family that sdprune knows.
         dtype: of its weights.
+        variant: file variant of its weights, e.g. fp16.
 
     Returns:
         The pipeline of diffusers, on the CPU.
@@ -159,7 +160,8 @@ def load(directory: str | Path, dtype: torch.dtype = torch.float32) -> Any:
     index = read_json(path / INDEX)
     name = index.get("_class_name") if isinstance(index, dict) else None
     families = {cls.pipeline: cls for cls in DiffusersFamily.__subclasses__()}
-    return next((cls for known, cls in families.items() if known == name), StableDiffusion)(str(path)).read(dtype)
+    family = families.get(str(name), StableDiffusion)  # which refuses what it does not know
+    return family(str(path), variant=variant).read(dtype)
 
 
 def _spec(spec: Optional[PruneSpec], options: dict[str, Any]) -> PruneSpec:

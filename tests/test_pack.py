@@ -28,7 +28,6 @@ from transformers import CLIPTextModel
 
 import sdprune as package
 from sdprune.errors import InputError
-from sdprune.pipelines import StableDiffusion
 from sdprune.storage.directory import pack, unpack
 
 BITS = {
@@ -308,7 +307,7 @@ def test_shards_and_variants_load(pruned, tmp_path):
     assert len(list(tmp_path.glob("plain/unet/*-of-*.safetensors"))) > 2
     pack(tmp_path / "plain", tmp_path / "packed")
     assert len(list(tmp_path.glob("packed/unet/*-of-*.compact.safetensors"))) > 2
-    found = StableDiffusion(str(tmp_path / "packed"), variant="fp16").read(torch.float16)
+    found = package.load(tmp_path / "packed", torch.float16, variant="fp16")
     for name in ("unet", "text_encoder"):
         wanted = getattr(pipe, name).state_dict()
         assert all(torch.equal(one, wanted[key]) for key, one in getattr(found, name).state_dict().items())
@@ -318,6 +317,23 @@ def test_libraries_that_do_not_know_compact_files_say_so(pruned):
     for cls, part in ((UNet2DConditionModel, "unet"), (CLIPTextModel, "text_encoder")):
         with pytest.raises(OSError, match="no file named"):
             cls.from_pretrained(pruned[1] / part)
+
+
+@pytest.mark.parametrize(
+    ("index", "words"),
+    [
+        (None, "has no model_index.json"),
+        ("[1]", "names no pipeline class"),
+        ('{"_class_name": ["my_module", "Pipeline"]}', "names no pipeline class"),
+        ('{"_class_name": "FluxPipeline"}', "'FluxPipeline', which is not supported"),
+        ('{"_class_name": "StableDiffusionXLPipeline"}', "damaged: it has None for"),
+    ],
+)
+def test_what_cannot_be_loaded(tmp_path, index, words):
+    if index is not None:
+        (tmp_path / "model_index.json").write_text(index)
+    with pytest.raises(InputError, match=words):
+        package.load(tmp_path)
 
 
 def test_nothing_is_left_of_loading(pruned, tmp_path, monkeypatch):

@@ -230,7 +230,7 @@ def test_sizes_come_near_what_entropy_allows(tmp_path):
     (tmp_path / "dense").mkdir()
     save_file({"w": weights.half()}, tmp_path / "dense" / "model.safetensors")
     dense = (tmp_path / "dense" / "model.safetensors").stat().st_size
-    for compress, most in ((False, 0.7135), (True, 0.575)):
+    for compress, most in ((False, 0.7135), (True, 0.565)):
         compact, _ = there_and_back(tmp_path / "dense" / "model.safetensors", tmp_path, compress)
         assert compact.stat().st_size < most * dense
 

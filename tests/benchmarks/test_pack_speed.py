@@ -2,9 +2,9 @@
 
     SDPRUNE_BENCHMARK=1 pytest -n 0 --benchmark-enable -s tests/benchmarks/test_pack_speed.py
 
-runs at full size: about 5 minutes, 8 GB of disk and 4 GB of memory. Otherwise every width is divided by 32. Beside the
-sizes stands what entropy allows: for each tensor its mask, by its share of zeros, and its values, by how often each of
-them occurs. Speeds are bytes of the plain files by CPU time of one core.
+runs at full size: 3 minutes of CPU time, 8 GB of disk, 4 GB of memory. Otherwise every width is divided by 32.
+Beside the sizes stands what entropy allows: for each tensor its mask, by its share of zeros, and its values, by how
+often each of them occurs. Speeds are bytes of the plain files by CPU time of one core.
 """
 
 import math

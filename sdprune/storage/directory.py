@@ -179,14 +179,14 @@ def _making(tree: _Tree, out: Path, size: int) -> Iterator[Path]:
     out = out.absolute()
     if out.resolve().is_relative_to(tree.directory.resolve()):
         raise InputError(f"--out is {out}, inside of {tree.directory}: choose another --out.")
-    if out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
-        raise InputError(f"--out is {out}, which holds something: choose a new directory.")
+    _require_new(out)
     require_writable(out.parent, "--out")
     _require_space(out.parent, size, "Choose another --out.")
     part = out.with_name(f".{out.name}.part")
     part.mkdir(exist_ok=True)
     with _locked(part, out):
         try:
+            _require_new(out)  # another run may have filled it before the lock was free
             for path in part.iterdir():  # what a killed attempt left
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
             for folder in tree.folders:
@@ -213,6 +213,11 @@ def _locked(part: Path, out: Path) -> Iterator[None]:
         yield
     finally:
         os.close(lock)
+
+
+def _require_new(out: Path) -> None:
+    if out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
+        raise InputError(f"--out is {out}, which holds something: choose a new directory.")
 
 
 def _require_space(directory: Path, size: int, then: str) -> None:

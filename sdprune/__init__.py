@@ -7,10 +7,10 @@ sdprune.prune(module, sparsity=0.5, criterion="Wanda", inputs=batches)
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sdprune.api import gather, prune
+    from sdprune.api import gather, load, prune
     from sdprune.pruning import PruneReport, PruneSpec
 
-__all__ = ["PruneReport", "PruneSpec", "gather", "prune"]
+__all__ = ["PruneReport", "PruneSpec", "gather", "load", "prune"]
 
 
 def __dir__() -> list[str]:

@@ -6,6 +6,7 @@ import errno
 import os
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from sysconfig import get_path
 from types import TracebackType
@@ -13,7 +14,7 @@ from types import TracebackType
 from sdprune.errors import InputError, unknown
 from sdprune.errors import cause as _cause
 
-HELP = """usage: sdprune [--help] [--version] {fit,predict,search,sweep,report} ...
+HELP = """usage: sdprune [--help] [--version] {fit,predict,search,sweep,report,pack,unpack} ...
 
 Find out how much of a text-to-image model can be pruned away before the pictures suffer.
 
@@ -22,6 +23,8 @@ Find out how much of a text-to-image model can be pruned away before the picture
   search   --config FILE   find and certify the sparsest model that is still as good as the dense one
   sweep    FILE ...        run every cell of W&B sweep files here, without a server
   report   DIR ...         make the study's tables and figures from the runs in these directories
+  pack     DIR --out DIR   copy a pruned model into compact files, without loss
+  unpack   DIR --out DIR   make the plain files of compact ones again, byte for byte
 
 FILE is a path, or the name of a file that comes with sdprune: mini/predict, sd2/predict; of sweeps mini_sparsity.
 Any value of a configuration can be given as an option after it:
@@ -31,7 +34,13 @@ Any value of a configuration can be given as an option after it:
 
 Exit codes: 0 done, 1 failed, 2 bad input, 130 interrupted.
 """
-VERBS = ("fit", "predict", "search", "sweep", "report")
+_APART = {  # verbs without a trainer: the module of their usage, and the function that runs them
+    "sweep": ("sdprune.study.usage", "sdprune.study.sweep", "run"),
+    "report": ("sdprune.study.usage", "sdprune.study.report", "run"),
+    "pack": ("sdprune.storage.usage", "sdprune.storage.directory", "run_pack"),
+    "unpack": ("sdprune.storage.usage", "sdprune.storage.directory", "run_unpack"),
+}
+VERBS = ("fit", "predict", "search", *_APART)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,19 +58,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if first not in VERBS:
             raise unknown("verb", first, VERBS)
-        if first in ("sweep", "report") and (len(arguments) == 1 or {"-h", "--help"} & set(arguments)):
-            from sdprune.study import usage
-
-            print(getattr(usage, first.upper()), end="")
-            return 0
-        if first == "sweep":
-            from sdprune.study import sweep
-
-            return sweep.run(arguments[1:])
-        if first == "report":
-            from sdprune.study import report
-
-            return report.run(arguments[1:])
+        if first in _APART:
+            usage, module, function = _APART[first]
+            if len(arguments) == 1 or {"-h", "--help"} & set(arguments):
+                print(getattr(import_module(usage), first.upper()), end="")
+                return 0
+            return int(getattr(import_module(module), function)(arguments[1:]))
         from sdprune.configuration.quiet import quiet
 
         quiet()

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from itertools import accumulate
+from pathlib import Path
 from typing import Any, Optional
 
 import torch
@@ -15,6 +16,10 @@ from sdprune.calibration.pruned_error import alone_at
 from sdprune.calibration.requests import Request
 from sdprune.calibration.store import MemoryStore
 from sdprune.errors import InputError, unknown
+from sdprune.outside import read_json
+from sdprune.pipelines import DiffusersFamily
+from sdprune.pipelines.directory import INDEX
+from sdprune.pipelines.stable_diffusion import StableDiffusion
 from sdprune.processes import Processes
 from sdprune.pruning import PruneReport, PruneSpec, Statistics, apply, targets_of
 from sdprune.pruning.statistics.pruned_error import Probe, PrunedError
@@ -133,6 +138,30 @@ class _Module:
 
     def set_up(self, observer: InputObserver, call: Call) -> None:
         pass
+
+
+def load(directory: str | Path, dtype: torch.dtype = torch.float32, variant: Optional[str] = None) -> Any:
+    """Load a diffusers pipeline from a directory, plain or packed by `sdprune pack`.
+
+    Args:
+        directory: of a pipeline of a family that sdprune knows.
+        dtype: of its weights.
+        variant: file variant of its weights, e.g. fp16.
+
+    Returns:
+        The pipeline of diffusers, on the CPU.
+
+    Raises:
+        InputError: it is no such directory, or damaged.
+    """
+    path = Path(directory).absolute()
+    if not (path / INDEX).is_file():
+        raise InputError(f"{path} is no diffusers directory: it has no {INDEX}.")
+    index = read_json(path / INDEX)
+    name = index.get("_class_name") if isinstance(index, dict) else None
+    families = {cls.pipeline: cls for cls in DiffusersFamily.__subclasses__()}
+    family = families.get(str(name), StableDiffusion)  # which refuses what it does not know
+    return family(str(path), variant=variant).read(dtype)
 
 
 def _spec(spec: Optional[PruneSpec], options: dict[str, Any]) -> PruneSpec:

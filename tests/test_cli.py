@@ -22,7 +22,8 @@ def test_version_and_help_import_nothing_heavy():
     code = """
 import sys
 from sdprune.__main__ import main
-for arguments in (["--version"], ["--help"], [], ["predct"], ["sweep", "--help"], ["report", "-h"], ["report"]):
+for arguments in (["--version"], ["--help"], [], ["predct"], ["sweep", "--help"], ["report", "-h"], ["report"],
+                  ["pack", "--help"], ["unpack", "-h"]):
     main(arguments)
 heavy = {"torch", "lightning", "jsonargparse", "diffusers", "transformers", "numpy"} & set(sys.modules)
 sys.exit(f"imported {heavy}" if heavy else 0)
@@ -33,9 +34,11 @@ sys.exit(f"imported {heavy}" if heavy else 0)
     assert "predict  --config FILE" in done.stdout
     assert "usage: sdprune sweep FILE" in done.stdout
     assert done.stdout.count("usage: sdprune report DIR") == 2
+    assert "usage: sdprune pack DIR --out DIR" in done.stdout
+    assert "usage: sdprune unpack DIR --out DIR" in done.stdout
     assert (
         done.stderr == "sdprune: error: Unknown verb 'predct'. Did you mean 'predict'? "
-        "Choices: fit, predict, search, sweep, report.\n"
+        "Choices: fit, predict, search, sweep, report, pack, unpack.\n"
     )
 
 

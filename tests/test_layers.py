@@ -1,4 +1,4 @@
-"""Imports run one way: pruning <- calibration; pipelines, data, metrics <- runs <- modules <- search <-
+"""Imports run one way: pruning <- calibration; storage <- pipelines, data, metrics <- runs <- modules <- search <-
 configuration, cli."""
 
 import ast
@@ -8,11 +8,12 @@ import pytest
 
 ROOT = Path(__file__).parent.parent / "sdprune"
 HEAVY = {"lightning", "diffusers", "transformers", "wandb", "datasets", "torchmetrics", "jsonargparse"}
-BELOW_ALL = {"errors", "files", "hub", "identity", "locks", "outside", "processes", "schema"}
+BELOW_ALL = {"errors", "files", "hub", "identity", "locks", "outside", "processes", "schema", "verb"}
 ALLOWED = {
     "pruning": {"pruning"},
     "calibration": {"calibration", "pruning"},
-    "pipelines": {"pipelines"},
+    "storage": {"storage"},
+    "pipelines": {"pipelines", "storage"},
     "data": {"data"},
     "metrics": {"metrics", "pipelines"},  # of pipelines only `resolve`
     "runs": {"runs", "data", "metrics", "pictures", "pruning"},

@@ -180,11 +180,12 @@ class DiffusersFamily(ABC):
 
         if self._pipe is None or self.altered:
             with torch.inference_mode(False):  # weights that can be changed later
-                self._pipe = self._read(dtype)
+                self._pipe = self.read(dtype)
             self._scheduler, self.altered = self._pipe.scheduler, False
         self._pipe.to(device=device, dtype=dtype)
 
-    def _read(self, dtype: torch.dtype) -> Any:
+    def read(self, dtype: torch.dtype) -> Any:
+        """A new pipeline of diffusers with the weights, on the CPU."""
         from diffusers.utils import logging as diffusers_logging
         from transformers.utils import logging as transformers_logging
 

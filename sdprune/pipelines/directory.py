@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from sdprune.errors import InputError, unknown
 from sdprune.outside import REPLACE, read_config, read_json, reading
+from sdprune.storage.compact import SUFFIX, CompactFile
+from sdprune.storage.directory import unpacked
 
 if TYPE_CHECKING:
     import torch
@@ -125,6 +127,9 @@ class ModelDirectory:
             raise InputError(f"{self.path / name} has no safetensors: only these are read. Convert the model.")
         total = 0
         for file in files:
+            if file.name.endswith(SUFFIX):
+                total += CompactFile(file).elements
+                continue
             with reading(f"{file} is damaged"), safe_open(file, framework="pt") as content:
                 total += sum(prod(content.get_slice(key).get_shape()) for key in content.keys())  # noqa: SIM118
         return total
@@ -133,9 +138,9 @@ class ModelDirectory:
         """A component with its weights; without this check one that its file lacks would be random without a word."""
         self.meta_module(name)
         extra = {"attn_implementation": "sdpa"} if self.index[name][0] == "transformers" else {}
-        with self._reading(name):
+        with self._reading(name), unpacked(self.path / name) as directory:
             module, found = self.type_of(name).from_pretrained(
-                self.path / name, torch_dtype=dtype, variant=self.variant, use_safetensors=True, local_files_only=True,
+                directory, torch_dtype=dtype, variant=self.variant, use_safetensors=True, local_files_only=True,
                 trust_remote_code=False, output_loading_info=True, **extra,
             )  # fmt: skip
         require_all_weights(str(self.path / name), found)

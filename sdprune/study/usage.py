@@ -3,44 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
-from typing import NoReturn
 
-from sdprune.errors import InputError, unknown
+from sdprune.verb import Verb, path
 
 CELL_OPTIONS = ("config", "seed_everything", "trainer", "model", "data", "wandb", "wandb_project", "wandb_group")
 """Options of `fit` and `predict` without a dot; here, since importing those verbs takes seconds."""
-
-
-class Verb(argparse.ArgumentParser):
-    """The arguments of a verb; `str` gives its help."""
-
-    def __str__(self) -> str:
-        return self.format_help()
-
-    def parse(self, words: Sequence[str], others: Sequence[str] = ()) -> argparse.Namespace:
-        """Parse; options may stand between positional arguments, `others` are further ones to suggest.
-
-        Raises:
-            InputError: an unknown option, or a value that is wrong or missing.
-        """
-        found, rest = self.parse_known_intermixed_args(words)
-        for word in rest:
-            help_flag, *flags = [action.option_strings[-1] for action in self._actions if action.option_strings]
-            choices = [*flags, *(f"--{name}" for name in others), help_flag]
-            raise unknown(f"option of {self.prog}", word.partition("=")[0], choices)
-        return found
-
-    def error(self, message: str) -> NoReturn:
-        """Raise InputError, in one line."""
-        raise InputError(f"{self.prog}: {message.removeprefix('argument ')}. See {self.prog} --help.")
-
-
-def path(value: str) -> str:
-    """Accept a value that is not empty."""
-    if not value:
-        raise argparse.ArgumentTypeError("the path is empty")
-    return value
 
 
 def jobs(value: str) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -34,14 +35,16 @@ def run(arguments: Sequence[str]) -> int:
     out = Path(options.out or Path(options.directories[0]) / "report")
     found = read(options.directories)
     require_writable(out, "--out")
-    require_writable(out / "pictures", "--out")
-    pictures = Pictures(None if options.single_file else out / "pictures")
+    folder = None if options.single_file else out / "pictures"
+    if folder:
+        require_writable(folder, "--out")
+    pictures = Pictures(folder)
     groups = [Study(runs) for _, runs in found.runs.groupby("group")]
     groups.sort(key=lambda study: -len(study.runs))
     sections = [
         _section(study, references, out, f"{number}_" if number > 1 else "") for number, study in enumerate(groups, 1)
     ]
-    data = {"groups": [group(study, out, pictures, sheets=not options.single_file) for study in groups]}
+    data = {"groups": [group(study, out, pictures) for study in groups]}
     pictures.tidy()
     for study, section in zip(groups, sections, strict=True):
         section["notes"] = list(dict.fromkeys(study.notes))
@@ -51,7 +54,7 @@ def run(arguments: Sequence[str]) -> int:
         out / "report.html",
         _render(
             "page.html", None, sections=sections, found=found, data=as_script(data), address=address,
-            style=_shipped("page.css"), script=_shipped("page.js"), charts=vl_convert.javascript_bundle(),
+            style=_shipped("page.css"), script=_shipped("page.js"), charts=_charts(),
         ),
     )  # fmt: skip
     notes = [line for section in sections for line in section["notes"]]
@@ -60,6 +63,12 @@ def run(arguments: Sequence[str]) -> int:
     groups_of = f"{len(groups)} comparable group{'s' * (len(groups) > 1)}"
     print(f"{len(found.runs)} runs in {groups_of}: {out / 'report.html'}")
     return 0
+
+
+@cache
+def _charts() -> str:
+    """Vega-Embed with Vega-Lite and Vega, as one script without imports."""
+    return vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")
 
 
 def _shipped(name: str) -> str:

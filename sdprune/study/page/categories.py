@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 from sdprune.mini.captions import Content, parse
 
@@ -41,6 +42,11 @@ def categories(caption: str) -> set[Label]:
     """Return what a caption speaks of; of captions that are not the embedded world's by words alone, so roughly."""
     said = parse(caption)
     return _by_words(caption.lower()) if said is None else _by_grammar(said)
+
+
+def all_by_grammar(captions: Iterable[str]) -> bool:
+    """Whether all of these are captions of the embedded world."""
+    return all(map(parse, captions))
 
 
 def _by_grammar(said: Content) -> set[Label]:

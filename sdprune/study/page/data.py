@@ -13,6 +13,7 @@ from urllib.parse import quote
 import pandas as pd
 
 from sdprune.runs.record import Record
+from sdprune.study.figures import damaged_sample
 from sdprune.study.group import Study, number
 from sdprune.study.methods import KINDS
 from sdprune.study.page.pictures import COLUMNS, Pictures, all_of
@@ -51,9 +52,13 @@ def measures(study: Study) -> list[Measure]:
     names.sort(key=lambda name: (name != "clip_score", name != "fid"))
     distances = [name for name in _COMPARED if f"comparison/{name}" in study.runs]
     return [
-        *(Measure(name, _WORDS.get(name, name.replace("_", " ")), _better(name), False) for name in names),
+        *(Measure(name, _label(name), _better(name), False) for name in names),
         *(Measure(name, _COMPARED[name], _better(name), True) for name in distances),
     ]
+
+
+def _label(name: str) -> str:
+    return _WORDS.get(name) or name.replace("correct", "share correct", 1).replace("_", " ")
 
 
 def _better(name: str) -> str:
@@ -62,14 +67,13 @@ def _better(name: str) -> str:
     return "higher" if name in _HIGHER or name.startswith("correct_") else ""
 
 
-def group(study: Study, out: Path, pictures: Pictures, sheets: bool) -> dict[str, Any]:
+def group(study: Study, out: Path, pictures: Pictures) -> dict[str, Any]:
     """Return what the script shows of these runs.
 
     Args:
         study: the runs. Notes on what is damaged are added to its own.
         out: directory of the page, which links start from.
-        pictures: where small pictures go.
-        sheets: whether each run also gets a sheet of the pictures that it drew for its captions.
+        pictures: where small pictures go. In a page of a single file there are none of captions, and no links to runs.
     """
     shown, ranks, prompts = measures(study), ranking(study), Prompts(study)
     runs = [
@@ -78,7 +82,7 @@ def group(study: Study, out: Path, pictures: Pictures, sheets: bool) -> dict[str
             "name": words(run),
             "series": _series(run),
             "kind": _kind(run),
-            "link": quote(os.path.relpath(run["directory"], out)),
+            "link": _address(os.path.relpath(run["directory"], out)) if pictures.folder else None,
             "n": run["n"],
             "rank": ranks[place],
             "lost": _lost(study, run),
@@ -92,16 +96,17 @@ def group(study: Study, out: Path, pictures: Pictures, sheets: bool) -> dict[str
     samples = list(dict.fromkeys(prompt for own in study.runs["samples"] for prompt in own))
     directories = [Path(directory) for directory in study.runs["directory"]]
 
-    def small(run: dict[str, Any], directory: Path, own: list[str]) -> None:
-        found = {
-            prompt: [address, f"samples/{number}.png"]
-            for number, (prompt, address) in enumerate(zip(own, pictures.samples(directory, len(own)), strict=True))
-            if address
-        }
-        run["samples"] = [found.get(prompt) for prompt in samples]
-        run["sheet"] = pictures.sheet(directory, _drawn(directory, prompts)) if sheets and run["prompts"] else None
+    def add_pictures(run: dict[str, Any], directory: Path, own: list[str]) -> None:
+        run["samples"] = [None] * len(samples)
+        for place, (prompt, address) in enumerate(zip(own, pictures.samples(directory, len(own)), strict=True)):
+            if address is None:
+                study.notes.append(damaged_sample(run["run"], place))
+            else:
+                run["samples"][samples.index(prompt)] = [address, f"samples/{place}.png"]
+        has_sheet = pictures.folder and run["prompts"]
+        run["sheet"] = pictures.sheet(directory, _drawn(directory, prompts)) if has_sheet else None
 
-    all_of(partial(small, *one) for one in zip(runs, directories, study.runs["samples"], strict=True))
+    all_of(partial(add_pictures, *one) for one in zip(runs, directories, study.runs["samples"], strict=True))
     return {
         "title": study.runs["title"].iloc[0],
         "measures": [one._asdict() for one in shown],
@@ -111,9 +116,14 @@ def group(study: Study, out: Path, pictures: Pictures, sheets: bool) -> dict[str
         "safe": SAFE,
         "samples": samples,
         "prompts": prompts.describe(),
-        "files": [quote(str(path)) for path in _drawn(Path(), prompts)],
+        "files": [_address(str(path)) for path in _drawn(Path(), prompts)],
         "columns": COLUMNS,
     }
+
+
+def _address(path: str) -> str:
+    """Write a path as an address; what the file system's encoding cannot write leads nowhere."""
+    return quote(path, errors="replace")
 
 
 def _drawn(directory: Path, prompts: Prompts) -> list[Path]:

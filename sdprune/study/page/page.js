@@ -3,7 +3,7 @@ const data = JSON.parse(document.getElementById("data").textContent);
 const $ = (id) => document.getElementById(id);
 const COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8F6BC1", "#8A8A8A"];
 const SHAPES = { text: "circle", image: "square", both: "triangle-up", dense: "diamond" };
-const STEP = 24; // pairs of pictures that are shown at once
+const STEP = 16; // pairs of pictures that are shown at once
 let group, series, state;
 
 function el(tag, attributes = {}, ...children) {
@@ -12,17 +12,21 @@ function el(tag, attributes = {}, ...children) {
     if (typeof value === "function") made.addEventListener(name, value);
     else if (value !== null && value !== undefined && value !== false) made.setAttribute(name, value === true ? "" : value);
   }
-  made.append(...children.flat().filter((child) => child !== null && child !== undefined));
-  return made;
+  return fill(made, ...children);
 }
-const options = (select, pairs, chosen) => select.replaceChildren(...pairs.map(([value, text]) => el("option", { value, selected: String(value) === String(chosen) }, text)));
-const percent = (share) => `${(100 * share).toFixed(1)} %`;
-function round(value) {
-  const size = Math.abs(value);
-  return value.toFixed(size >= 1000 ? 0 : size >= 100 ? 1 : size >= 10 ? 2 : 3);
+function fill(node, ...children) { // null stands for nothing
+  node.replaceChildren(...children.flat().filter((child) => child !== null && child !== undefined));
+  return node;
 }
-const signed = (value) => (value < 0 ? "\u2212" : "+") + round(Math.abs(value));
-const interval = (value, low, high) => (low === null || low === undefined ? signed(value) : `${signed(value)} [${signed(low)}, ${signed(high)}]`);
+const options = (select, pairs, chosen) => fill(select, pairs.map(([value, text]) => el("option", { value, selected: String(value) === String(chosen) }, text)));
+const percent = (share) => `${Number((100 * share).toFixed(1))}\u00a0%`;
+const digits = (...values) => { const size = Math.max(...values.map(Math.abs)); return size >= 100 ? 1 : size >= 10 ? 2 : size >= 1 ? 3 : 4; };
+const round = (value) => value.toFixed(digits(value));
+function interval(...values) {
+  const known = values.filter(Number.isFinite), places = digits(...known);
+  const [value, ...ends] = known.map((one) => (one < 0 ? "\u2212" : "+") + Math.abs(one).toFixed(places));
+  return ends.length ? `${value} [${ends.join(", ")}]` : value;
+}
 const measure = (key) => group.measures.find((one) => one.key === key);
 const label = (one) => one.label + (one.better ? ` (${one.better} is better)` : "");
 const dense = () => (group.dense === null ? null : group.runs[group.dense]);
@@ -45,17 +49,18 @@ function picture(run, which, place) {
   return made;
 }
 
+// The pictures of the dense model and of a run for one prompt, above a caption.
 function pair(run, which, place, ...caption) {
   const cell = (one, name) => el("div", {}, el("small", {}, name), full(one, which, place));
-  return el("figure", { class: "pair" }, el("div", { class: "two" }, dense() ? cell(dense(), "dense") : null, cell(run, "pruned")), el("figcaption", {}, ...caption));
+  const two = which === "s" || run.sheet ? el("div", { class: "two" }, dense() ? cell(dense(), "dense") : null, cell(run, "pruned")) : null;
+  return el("figure", { class: "pair" }, two, el("figcaption", {}, ...caption));
 }
 
 // The picture as a link to the one in full size, in the run's own directory.
 function full(run, which, place) {
   const made = picture(run, which, place);
-  if (!run) return made;
   const file = which === "s" ? run.samples[place]?.[1] : group.files[place];
-  if (!file) return made;
+  if (!file || run.link === null) return made;
   return el("a", { href: `${run.link}/${file}`, target: "_blank" }, made);
 }
 
@@ -63,11 +68,10 @@ function full(run, which, place) {
 
 function drawBest() {
   const best = group.runs.find((run) => run.rank === 1);
-  $("best").replaceChildren();
-  if (!best) return $("best").append(el("h2", {}, "Only the dense model was run"));
+  if (!best) return fill($("best"), el("h2", {}, "Only the dense model was run"));
   const safe = best.lost !== null && best.lost <= group.safe;
   const claim = safe ? `The sparsest run that lost at most ${percent(group.safe)} of the CLIP score` : "The run that lost least";
-  $("best").append(
+  fill($("best"),
     el("h2", {}, `${claim}: `, el("button", { class: "link", click: () => openRun(best) }, best.name)),
     el("p", {}, facts(best).join(", ")),
     el("div", { class: "cards" }, group.samples.map((prompt, place) => (best.samples[place] ? pair(best, "s", place, prompt) : null))),
@@ -94,7 +98,7 @@ function drawLegend() {
   };
   const button = (name) => el("button", { type: "button", "aria-pressed": String(!state.off.has(name)), click: toggle(name) }, swatch(name), name);
   const focused = [...document.querySelectorAll(".legend button")].indexOf(document.activeElement);
-  document.querySelector(".legend").replaceChildren(...series.map(button));
+  fill(document.querySelector(".legend"), series.map(button));
   document.querySelectorAll(".legend button")[focused]?.focus();
 }
 
@@ -109,26 +113,26 @@ async function drawChart() {
   const key = state.measure, axis = state.axis, one = measure(key);
   const values = group.runs.flatMap((run, i) => {
     const value = run.values[key];
-    return value && run.kind !== "dense" && !state.off.has(run.series)
+    return value && !state.off.has(run.series)
       ? [{ i, x: run.axes[axis], y: value[0], low: value[1], high: value[2], series: run.series, kind: run.kind, title: run.name }]
       : [];
   });
   const level = one.compared ? null : dense()?.values[key]?.[0];
   const shown = series.filter((name) => !state.off.has(name));
-  const x = { field: "x", type: "quantitative", title: `${group.axes[axis]}, %`, scale: { zero: false, nice: true } };
+  const x = { field: "x", type: "quantitative", title: `${group.axes[axis]}, %`, axis: { format: "~g" } };
   const y = { field: "y", type: "quantitative", title: label(one), scale: { zero: false } };
-  const color = { field: "series", type: "nominal", legend: null, scale: { domain: shown, range: shown.map(colour) } };
+  const color = { field: "series", type: "nominal", legend: null, scale: { domain: [...shown, "dense"], range: [...shown.map(colour), "currentColor"] } };
   const spec = {
     width: "container", height: 320, data: { values }, background: null, autosize: { type: "fit", contains: "padding" },
     layer: [
+      ...(level === undefined || level === null ? [] : [{ data: { values: [{ y: level }] }, mark: { type: "rule", strokeDash: [6, 4], color: "currentColor", opacity: 0.7, aria: false }, encoding: { y } }]),
       { mark: { type: "line", opacity: 0.7, aria: false }, encoding: { x, y, color } },
       { transform: [{ filter: "isValid(datum.low)" }], mark: { type: "rule", opacity: 0.6, aria: false }, encoding: { x, y: { ...y, field: "low" }, y2: { field: "high" }, color } },
       { mark: { type: "point", filled: true, size: 90, opacity: 1, cursor: "pointer" }, name: "points",
         encoding: { x, y, color, shape: { field: "kind", legend: null, scale: { domain: Object.keys(SHAPES), range: Object.values(SHAPES) } }, description: { field: "title" } } },
-      ...(level === undefined || level === null ? [] : [{ data: { values: [{ y: level }] }, mark: { type: "rule", strokeDash: [6, 4], color: "currentColor", opacity: 0.7, aria: false }, encoding: { y } }]),
     ],
     config: {
-      axis: { labelColor: "currentColor", titleColor: "currentColor", gridColor: "currentColor", gridOpacity: 0.12, domainColor: "currentColor", tickColor: "currentColor", labelFontSize: 12, titleFontSize: 13 },
+      axis: { labelColor: "currentColor", titleColor: "currentColor", gridColor: "currentColor", gridOpacity: 0.12, domainColor: "currentColor", tickColor: "currentColor", labelFontSize: 12, titleFontSize: 13, titleFontWeight: "normal" },
       view: { stroke: null }, font: "system-ui, sans-serif",
     },
   };
@@ -157,11 +161,13 @@ function tip(run, x, y) {
   if (!run) return;
   const lines = [...facts(run)], value = run.values[state.measure];
   if (value && group.measures.findIndex((one) => one.key === state.measure) > 1) lines.push(`${measure(state.measure).label} ${round(value[0])}`);
-  $("tip").replaceChildren(el("b", {}, run.name), ...lines.map((line) => el("div", {}, line)));
+  fill($("tip"), el("b", {}, run.name), ...lines.map((line) => el("div", {}, line)));
   const { width, height } = $("tip").getBoundingClientRect();
   $("tip").style.left = `${Math.max(4, Math.min(x + 14, innerWidth - width - 4))}px`;
   $("tip").style.top = `${y + 14 + height > innerHeight ? y - height - 8 : y + 14}px`;
 }
+
+const linked = (run, text, file = "") => (run.link === null ? text : el("a", { href: `${run.link}/${file}` }, text));
 
 // --- one run --------------------------------------------------------------------------------------------------
 
@@ -174,16 +180,15 @@ function openRun(run) {
     const change = one.compared ? (value[1] === null ? "" : `[${round(value[1])}, ${round(value[2])}]`) : value[3] === null ? "" : interval(...value.slice(3));
     return el("tr", {}, el("td", {}, label(one)), el("td", {}, round(value[0])), el("td", {}, change));
   });
-  const go = (where, act) => () => { $("run").close(); act(); $(where).scrollIntoView(); };
-  const broken = run.prompts && run.kind !== "dense" ? el("button", { type: "button", click: go("prompts", () => { state.broken = group.runs.indexOf(run); drawPrompts(); }) }, "which prompts it broke") : null;
-  $("run").replaceChildren(
+  const broken = () => { $("run").close(); state.broken = group.runs.indexOf(run); drawPrompts(); $("prompts").scrollIntoView(); };
+  fill($("run"), 
     el("h2", { id: "run-name" }, run.name),
-    el("p", { class: "note" }, el("a", { href: `${run.link}/` }, run.run), " \u00b7 ", el("a", { href: `${run.link}/results.json` }, "results.json"), " \u00b7 ", el("a", { href: `${run.link}/config.json` }, "config.json")),
+    el("p", { class: "note" }, linked(run, run.run), ...["results.json", "config.yaml"].flatMap((file) => [" \u00b7 ", linked(run, file, file)])),
     el("p", {}, Object.entries(group.axes).map(([key, name]) => `${name} ${run.axes[key].toFixed(1)} %`).join(", ") + `, n = ${run.n}`),
     run.bad ? el("p", { class: "bad" }, `${run.bad} of its images are black or came out of numbers that are not finite.`) : null,
-    el("div", { class: "wide" }, el("table", {}, el("tr", {}, ["score", "this run", "difference to the dense model, 95 %"].map((head) => el("th", {}, head))), rows)),
     el("div", { class: "cards" }, group.samples.map((prompt, place) => (run.samples[place] ? pair(run, "s", place, prompt) : null))),
-    el("p", { class: "controls" }, broken, el("button", { type: "button", click: () => $("run").close() }, "close")),
+    el("div", { class: "wide" }, el("table", {}, el("tr", {}, ["score", "this run", "difference to the dense model, 95 %"].map((head) => el("th", {}, head))), rows)),
+    el("p", { class: "controls" }, run.prompts && run.rank ? el("button", { type: "button", click: broken }, "which prompts it broke") : null, el("button", { type: "button", click: () => $("run").close() }, "close")),
   );
   $("run").showModal();
 }
@@ -238,16 +243,16 @@ function drawTable() {
   const body = (run, column) => {
     const text = cell(column, run);
     if (column.key === "name") return el("td", { class: "text" }, el("button", { type: "button", click: () => openRun(run) }, text));
-    if (column.key === "run") return el("td", { class: "text" }, el("a", { href: `${run.link}/` }, text));
+    if (column.key === "run") return el("td", { class: "text" }, linked(run, text));
     return el("td", {}, text);
   };
-  $("table").tHead.replaceChildren(el("tr", {}, shown.map(head)));
-  $("table").tBodies[0].replaceChildren(...visibleRows().map((run) => el("tr", { class: run === state.chosen ? "chosen" : null }, shown.map((column) => body(run, column)))));
+  fill($("table").tHead, el("tr", {}, shown.map(head)));
+  fill($("table").tBodies[0], visibleRows().map((run) => el("tr", { class: run === state.chosen ? "chosen" : null }, shown.map((column) => body(run, column)))));
 }
 
 function drawColumns() {
   const box = (column) => el("label", {}, el("input", { type: "checkbox", checked: column.show, change: (event) => { column.show = event.target.checked; drawTable(); } }), " ", column.name);
-  $("columns").replaceChildren(...state.columns.map(box));
+  fill($("columns"), state.columns.map(box));
 }
 
 async function copyTable() {
@@ -277,23 +282,22 @@ function drawGallery() {
   const at = stops[Math.min(Number($("slider").value), stops.length - 1)];
   $("at").textContent = `${at.toFixed(1)} %`;
   $("slider").setAttribute("aria-valuetext", $("at").textContent);
-  const card = (name, run, exact) => {
+  const card = (name, run) => {
     const hold = el("button", { class: "hold", type: "button", "aria-label": `${name}; hold to see the dense model's` }, picture(run, which, place));
-    const swap = (one) => () => hold.replaceChildren(picture(one, which, place));
-    for (const start of ["pointerdown"]) hold.addEventListener(start, swap(dense() || run));
+    const swap = (one) => () => fill(hold, picture(one, which, place));
+    hold.addEventListener("pointerdown", swap(dense() || run));
     for (const end of ["pointerup", "pointerleave", "pointercancel", "blur"]) hold.addEventListener(end, swap(run));
     hold.addEventListener("keydown", (event) => event.key === " " && (event.preventDefault(), swap(dense() || run)()));
     hold.addEventListener("keyup", (event) => event.key === " " && swap(run)());
-    const words = run === null ? "no run" : run.kind === "dense" ? "dense" : `${run.axes[axis].toFixed(1)} %`;
-    return el("figure", { class: `card${exact ? "" : " dim"}` }, hold, el("figcaption", {}, run === dense() && name === "dense" ? null : swatch(name), el("b", {}, name), ` ${words}`));
+    const words = run === null ? "no run" : run.kind === "dense" ? "dense" : `${run.axes[axis].toFixed(1)}\u00a0%`;
+    return el("figure", { class: "card" }, hold, el("figcaption", {}, el("b", {}, name), name === words ? null : ` ${words}`));
   };
   const cards = series.filter((name) => !state.off.has(name)).map((name) => {
     const below = pruned.filter((run) => run.series === name && run.axes[axis] <= at).sort((a, b) => b.axes[axis] - a.axes[axis]);
-    const run = below[0] || dense();
-    return card(name, run, !run || run.axes[axis] === at || at === 0);
+    return card(name, below[0] || dense());
   });
   const scroll = [scrollX, scrollY];
-  $("cards").replaceChildren(...(dense() ? [card("dense", dense(), true)] : []), ...cards);
+  fill($("cards"), (dense() ? [card("dense", dense())] : []), ...cards);
   scrollTo(...scroll);
 }
 
@@ -318,6 +322,7 @@ function drawPrompts() {
   options($("order"), by, state.order);
   options($("about"), [["", "all prompts"], ...labels.map(([about, value, n], i) => [i, `${about}: ${value} (${n})`])], state.about);
   drawCategories(run);
+  $("how").textContent = group.prompts.how;
   const lost = losses(run, state.order), scores = run.prompts.scores && dense().prompts.scores ? losses(run, "scores") : lost;
   const places = lost.map((_, place) => place).filter((place) => state.about === "" || group.prompts.of[place].includes(Number(state.about)));
   places.sort((a, b) => lost[b] - lost[a] || scores[b] - scores[a]);
@@ -327,7 +332,7 @@ function drawPrompts() {
     if (run.prompts.right && dense().prompts.right) said.push(`${verdict(dense())} \u2192 ${verdict(run)}`);
     return said.join(", ");
   };
-  $("pairs").replaceChildren(...places.slice(0, state.count).map((place) => pair(run, "c", place, el("b", {}, group.prompts.captions[place]), ` ${words(place)}`)));
+  fill($("pairs"), places.slice(0, state.count).map((place) => pair(run, "c", place, el("b", {}, group.prompts.captions[place]), ` ${words(place)}`)));
   $("more").hidden = places.length <= state.count;
 }
 
@@ -349,7 +354,7 @@ function drawCategories(run) {
     el("td", {}, `${about}: `, el("button", { type: "button", click: choose(i) }, value)), el("td", {}, String(n)),
     el("td", {}, format(mean[0])), el("td", {}, `[${format(mean[1])}, ${format(mean[2])}]`), el("td", {}, bar(mean)));
   const head = ["prompts about", "n", key === "broke" ? "share broken" : "mean loss", "95 % interval", ""];
-  $("categories").replaceChildren(el("table", {}, el("thead", {}, el("tr", {}, head.map((text) => el("th", { scope: "col" }, text)))), el("tbody", {}, rows.map(row))));
+  fill($("categories"), el("table", {}, el("thead", {}, el("tr", {}, head.map((text) => el("th", { scope: "col" }, text)))), el("tbody", {}, rows.map(row))));
 }
 
 // --- all of it ------------------------------------------------------------------------------------------------
@@ -359,7 +364,7 @@ function drawGroup(number) {
   series = [...new Set(group.runs.filter((run) => run.kind !== "dense").map((run) => run.series))];
   state = { off: new Set(), measure: group.measures[0]?.key, axis: "zeros", sort: { key: "rank", way: 1 }, chosen: null, broken: null, order: "scores", about: "", count: STEP };
   state.columns = columns();
-  $("title").textContent = `${group.runs.length} runs of ${group.title}`;
+  $("title").textContent = data.groups.length > 1 ? "" : `${group.runs.length} runs of ${group.title}`;
   $("ranked").textContent = `Ranked: first the runs that surely lost at most ${percent(group.safe)} of the dense CLIP score, by the worse end of the interval, the sparsest first; then the others, what lost least first.`;
   options($("measure"), group.measures.map((one) => [one.key, label(one)]), state.measure);
   for (const id of ["axis", "along"]) options($(id), Object.entries(group.axes), id === "axis" ? state.axis : "own");

@@ -32,7 +32,6 @@ class Pictures:
     def __init__(self, folder: Path | None) -> None:
         self.folder = folder
         self.used: set[str] = set()
-        self.damaged: list[Path] = []
 
     def samples(self, directory: Path, count: int) -> list[str | None]:
         """Return an address for each of a run's sample pictures; None where it is missing or damaged."""
@@ -43,12 +42,9 @@ class Pictures:
             picture = _read(path, SAMPLE_SIDE)
             return None if picture is None else _bytes(picture, "WEBP", lossless=min(picture.size) <= 128, quality=88)
 
-        found = self._file(path.parents[1].name, [path], "webp", make)
-        if found is None:
-            self.damaged.append(path)
-        return found
+        return self._file(path.parents[1].name, [path], "webp", make)
 
-    def sheet(self, directory: Path, paths: Sequence[Path]) -> dict[str, Any] | None:
+    def sheet(self, directory: Path, paths: Sequence[Path]) -> str | None:
         """Return the address of one picture with all of these, row by row, and the side of each; grey is missing."""
 
         def make() -> bytes | None:

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from sdprune.study.group import Study
-from sdprune.study.page.categories import Label, categories
+from sdprune.study.page.categories import Label, all_by_grammar, categories
 from sdprune.study.text import printable
 
 SHOWN = 512
@@ -51,8 +51,9 @@ class Prompts:
                 raise ValueError(f"{len(table)} rows for {run['n']} images")
             return table[["file_name", "caption", "correct"]]
         except (OSError, KeyError, ValueError, OverflowError) as error:
+            reason = getattr(error, "strerror", None) or error
             self.study.notes.append(
-                printable(f"{run['run']}: images.csv is missing or damaged ({error}): no prompts of it")
+                printable(f"{run['run']}: images.csv is missing or damaged ({reason}), its prompts are not shown")
             )
             return None
 
@@ -63,10 +64,22 @@ class Prompts:
         labels = [[*label, int(n)] for label, n in zip(self.labels, self._belongs.sum(-1), strict=True)]
         return {
             "captions": [printable(one) for one in self.captions[:SHOWN]],
-            "n": len(self.captions),
+            "how": self._how(),
             "labels": labels,
             "of": [np.flatnonzero(column).tolist() for column in self._belongs[:, :SHOWN].T],
         }
+
+    def _how(self) -> str:
+        """Say what the numbers are."""
+        n = len(self.captions)
+        listed = f"the {n} prompts" if n <= SHOWN else f"the first {SHOWN} of {n} prompts; categories count all {n}"
+        source = (
+            "the embedded world's grammar" if all_by_grammar(self.captions) else "a list of words, so they are rough"
+        )
+        return (
+            f"Losses are dense minus pruned, on the same prompt and noise, of {listed}. The 95 % intervals are of the "
+            f"mean over a category's prompts. Categories were found in the captions by {source}."
+        )
 
     def of(self, run: pd.Series) -> dict[str, Any] | None:
         """Return what a run did to each prompt: its CLIP score, whether it is right, and losses by category.
@@ -77,9 +90,7 @@ class Prompts:
         if table is None:
             return None
         if list(table["caption"]) != self.captions:
-            self.study.notes.append(
-                f"{run['run']}: images.csv has other captions than the dense run's: no prompts of it"
-            )
+            self.study.notes.append(f"{run['run']}: images.csv has other captions, its prompts are not shown")
             return None
         scores, right = run["clip_scores"], table["correct"].to_numpy()
         dense_scores, dense_right = self._dense

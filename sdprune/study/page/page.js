@@ -198,7 +198,7 @@ function openRun(run) {
 function columns() {
   const number = (key, name, get, show, format = round) => ({ key, name, get, show, format });
   const found = [
-    number("rank", "rank", (run) => (run.rank ? run.rank : null), true, String),
+    number("rank", "rank", (run) => run.rank, true, (rank) => (rank ? String(rank) : "")),
     { key: "name", name: "run", get: (run) => run.name, show: true, text: true },
     { key: "run", name: "directory", get: (run) => run.run, show: false, text: true },
     number("zeros", "zeros, %", (run) => run.axes.zeros, true, (value) => value.toFixed(1)),

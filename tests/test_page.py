@@ -33,11 +33,11 @@ RUNS = {
 }
 
 
-def record(root, prune, fid, clip, colour, captions=WORLD):
+def record(root, prune, fid, clip, colour, captions=WORLD, side=32):
     """A record with pictures of one colour; its clip scores fall with the number of the caption."""
     run = write(root, prune, fid, clip, n=len(captions))
     for path in [run / "samples" / f"{i}.png" for i in range(2)] + [run / "images" / f"{i}.png" for i in range(N)]:
-        Image.new("RGB", (32, 32), colour).save(path)
+        Image.new("RGB", (side, side), colour).save(path)
     lost = np.linspace(0, 0.2, len(captions)) if prune else np.zeros(len(captions))
     angles = np.arccos(0.9 - lost + 0.0 * clip)
     features = np.stack([np.cos(angles), np.sin(angles)], 1)
@@ -263,6 +263,21 @@ def test_html_of_others_is_shown_and_never_run(tmp_path, visit):
     assert page.evaluate("window.hacked") is None
     assert page.locator("script").count() == 3
     assert json.loads(page.locator("#data").text_content())["groups"][0]["samples"][0] == EVIL
+
+
+def test_large_pictures_are_the_files_of_the_runs(tmp_path, visit):
+    """They are not read one by one for small copies; those of sample prompts are."""
+    for name in ("dense", "wanda 60"):
+        record(tmp_path, *RUNS[name], side=300)
+    assert main(["report", str(tmp_path)]) == 0
+    page = visit(tmp_path / "report" / "report.html")
+    pictures = page.locator("#pairs figure").first.get_by_role("img")
+    sources = [(tmp_path / "report" / one.get_attribute("src")).resolve() for one in pictures.all()]
+    assert [path.relative_to(tmp_path).parts for path in sources] == [
+        ("dense-0", "images", f"{N - 1}.png"), ("text_encoder-Wanda-Uniform-0.6-0", "images", f"{N - 1}.png"),
+    ]  # fmt: skip
+    assert colours(pictures) == [RUNS["dense"][3], RUNS["wanda 60"][3]]
+    assert len(list((tmp_path / "report" / "pictures").iterdir())) == 2 * 2
 
 
 def test_a_single_file_opens_alone(report, tmp_path, visit):

@@ -3,7 +3,7 @@ const data = JSON.parse(document.getElementById("data").textContent);
 const $ = (id) => document.getElementById(id);
 const COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8F6BC1", "#8A8A8A"];
 const SHAPES = { text: "circle", image: "square", both: "triangle-up", dense: "diamond" };
-const STEP = 16; // pairs of pictures that are shown at once
+const STEP = 18; // pairs of pictures that are shown at once
 let group, series, state;
 
 function el(tag, attributes = {}, ...children) {
@@ -33,13 +33,13 @@ const dense = () => (group.dense === null ? null : group.runs[group.dense]);
 
 // --- pictures -------------------------------------------------------------------------------------------------
 
-// A picture of a run: of a sample prompt ("s", place) or of a caption ("c", place), which lies in the run's sheet.
+// A picture of a run: of a sample prompt ("s", place), or of a caption ("c", place) that lies in the run's sheet or directory.
 function picture(run, which, place) {
   const prompt = which === "s" ? group.samples[place] : group.prompts.captions[place];
   const alt = `${run ? run.name : "no run"}: ${prompt}`;
-  const source = run && (which === "s" ? run.samples[place]?.[0] : run.sheet);
+  const source = run && (which === "s" ? run.samples[place]?.[0] : run.sheet || (run.link && run.prompts && `${run.link}/${group.files[place]}`));
   if (!source) return el("div", { class: "picture none", role: "img", "aria-label": `no picture of ${alt}` }, "no picture");
-  if (which === "s") return el("img", { class: "picture", src: source, alt, loading: "lazy" });
+  if (which === "s" || !run.sheet) return el("img", { class: "picture", src: source, alt, loading: "lazy" });
   const rows = Math.ceil(group.prompts.captions.length / group.columns);
   const at = (index, count) => (count > 1 ? (100 * index) / (count - 1) : 0);
   const made = el("div", { class: "picture", role: "img", "aria-label": alt });
@@ -52,7 +52,7 @@ function picture(run, which, place) {
 // The pictures of the dense model and of a run for one prompt, above a caption.
 function pair(run, which, place, ...caption) {
   const cell = (one, name) => el("div", {}, el("small", {}, name), full(one, which, place));
-  const two = which === "s" || run.sheet ? el("div", { class: "two" }, dense() ? cell(dense(), "dense") : null, cell(run, "pruned")) : null;
+  const two = which === "s" || run.link ? el("div", { class: "two" }, dense() ? cell(dense(), "dense") : null, cell(run, "pruned")) : null;
   return el("figure", { class: "pair" }, two, el("figcaption", {}, ...caption));
 }
 
@@ -97,8 +97,10 @@ function drawLegend() {
     drawGallery();
   };
   const button = (name) => el("button", { type: "button", "aria-pressed": String(!state.off.has(name)), click: toggle(name) }, swatch(name), name);
+  const some = state.off.size < series.length;
+  const every = el("button", { type: "button", click: () => { state.off = new Set(some ? series : []); drawLegend(); drawChart(); drawGallery(); } }, some ? "none" : "all");
   const focused = [...document.querySelectorAll(".legend button")].indexOf(document.activeElement);
-  fill(document.querySelector(".legend"), series.map(button));
+  fill(document.querySelector(".legend"), series.map(button), series.length > 2 ? every : null);
   document.querySelectorAll(".legend button")[focused]?.focus();
 }
 
@@ -151,7 +153,11 @@ async function drawChart() {
     path.setAttribute("role", "button");
     path.addEventListener("focus", () => tip(run, box().right, box().bottom));
     path.addEventListener("blur", () => tip(null));
-    path.addEventListener("keydown", (event) => event.key === "Enter" && openRun(run));
+    path.addEventListener("keydown", (event) => {
+      if (event.key !== "Enter" && event.key !== " ") return;
+      event.preventDefault(); // or the same key presses the dialog's first button
+      openRun(run);
+    });
   }
   $("chart").dataset.drawn = `${key} ${axis} ${shown.length}`;
 }
@@ -182,13 +188,14 @@ function openRun(run) {
   });
   const broken = () => { $("run").close(); state.broken = group.runs.indexOf(run); drawPrompts(); $("prompts").scrollIntoView(); };
   fill($("run"), 
+    el("button", { type: "button", class: "close", "aria-label": "close", click: () => $("run").close() }, "\u2715"),
     el("h2", { id: "run-name" }, run.name),
     el("p", { class: "note" }, linked(run, run.run), ...["results.json", "config.yaml"].flatMap((file) => [" \u00b7 ", linked(run, file, file)])),
     el("p", {}, Object.entries(group.axes).map(([key, name]) => `${name} ${run.axes[key].toFixed(1)} %`).join(", ") + `, n = ${run.n}`),
     run.bad ? el("p", { class: "bad" }, `${run.bad} of its images are black or came out of numbers that are not finite.`) : null,
     el("div", { class: "cards" }, group.samples.map((prompt, place) => (run.samples[place] ? pair(run, "s", place, prompt) : null))),
     el("div", { class: "wide" }, el("table", {}, el("tr", {}, ["score", "this run", "difference to the dense model, 95 %"].map((head) => el("th", {}, head))), rows)),
-    el("p", { class: "controls" }, run.prompts && run.rank ? el("button", { type: "button", click: broken }, "which prompts it broke") : null, el("button", { type: "button", click: () => $("run").close() }, "close")),
+    el("p", { class: "controls" }, run.prompts && run.rank ? el("button", { type: "button", click: broken }, "which prompts it broke") : null),
   );
   $("run").showModal();
 }
@@ -329,10 +336,10 @@ function drawPrompts() {
   const words = (place) => {
     const said = run.prompts.scores ? [`CLIP score ${round(dense().prompts.scores[place])} \u2192 ${round(run.prompts.scores[place])}`] : [];
     const verdict = (one) => (one.prompts.right[place] === "1" ? "right" : "wrong");
-    if (run.prompts.right && dense().prompts.right) said.push(`${verdict(dense())} \u2192 ${verdict(run)}`);
-    return said.join(", ");
+    if (run.prompts.right && dense().prompts.right) said.push(`read as ${verdict(dense())} \u2192 ${verdict(run)}`);
+    return said.flatMap((line) => [line, el("br")]);
   };
-  fill($("pairs"), places.slice(0, state.count).map((place) => pair(run, "c", place, el("b", {}, group.prompts.captions[place]), ` ${words(place)}`)));
+  fill($("pairs"), places.slice(0, state.count).map((place) => pair(run, "c", place, el("b", {}, group.prompts.captions[place]), el("br"), ...words(place))));
   $("more").hidden = places.length <= state.count;
 }
 
@@ -368,7 +375,7 @@ function drawGroup(number) {
   $("ranked").textContent = `Ranked: first the runs that surely lost at most ${percent(group.safe)} of the dense CLIP score, by the worse end of the interval, the sparsest first; then the others, what lost least first.`;
   options($("measure"), group.measures.map((one) => [one.key, label(one)]), state.measure);
   for (const id of ["axis", "along"]) options($(id), Object.entries(group.axes), id === "axis" ? state.axis : "own");
-  const captions = group.prompts && dense()?.sheet ? group.prompts.captions.map((text, place) => [`c${place}`, text]) : [];
+  const captions = group.prompts && dense()?.link ? group.prompts.captions.map((text, place) => [`c${place}`, text]) : [];
   options($("prompt"), [...group.samples.map((text, place) => [`s${place}`, text]), ...captions], "s0");
   $("gallery").hidden = !$("prompt").value;
   $("slider").value = 0;
@@ -396,6 +403,7 @@ for (const id of ["prompt", "along", "slider"]) $(id).addEventListener("input", 
 $("broken").addEventListener("change", (event) => { state.broken = Number(event.target.value); state.count = STEP; drawPrompts(); });
 $("order").addEventListener("change", (event) => { state.order = event.target.value; state.count = STEP; drawPrompts(); });
 $("about").addEventListener("change", (event) => { state.about = event.target.value; state.count = STEP; drawPrompts(); });
+$("run").addEventListener("click", (event) => event.target === $("run") && $("run").close()); // beside it
 $("more").addEventListener("click", () => { state.count += STEP; drawPrompts(); });
 document.addEventListener("load", (event) => { // pictures of few pixels are enlarged as they are
   if (event.target.naturalWidth && event.target.naturalWidth <= 128) document.documentElement.classList.add("small-pictures");

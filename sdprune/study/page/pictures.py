@@ -7,6 +7,7 @@ import io
 import re
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from hashlib import sha256
 from os import cpu_count
 from pathlib import Path
@@ -18,7 +19,9 @@ from sdprune.errors import InputError
 from sdprune.files import replacing
 from sdprune.runs.png import read_png
 
-SAMPLE_SIDE, TILE_SIDE, COLUMNS = 384, 128, 16
+SAMPLE_SIDE, COLUMNS = 384, 16
+LARGE = 256
+"""Pixels a side; larger pictures have no sheet, the page links to the files of the run."""
 _GREY = (128, 128, 128)
 
 
@@ -45,10 +48,15 @@ class Pictures:
         return self._file(path.parents[1].name, [path], "webp", make)
 
     def sheet(self, directory: Path, paths: Sequence[Path]) -> str | None:
-        """Return the address of one picture with all of these, row by row, and the side of each; grey is missing."""
+        """Return the address of one picture with all of these, row by row; grey is missing.
+
+        None where there are none, or where they are large.
+        """
+        if _is_large(paths):
+            return None
 
         def make() -> bytes | None:
-            found = [_read(path, TILE_SIDE) for path in paths]
+            found = [_read(path, LARGE // 2) for path in paths]
             sizes = [one.size for one in found if one is not None]
             if not sizes:
                 return None
@@ -98,6 +106,14 @@ def _key(sources: Sequence[Path]) -> str:
         except (OSError, RuntimeError):
             facts.append(str(path))
     return sha256("\n".join(facts).encode(errors="replace")).hexdigest()[:12]
+
+
+def _is_large(paths: Iterable[Path]) -> bool:
+    """Whether the first of these that can be opened is large."""
+    for path in paths:
+        with suppress(OSError, ValueError, SyntaxError, Image.DecompressionBombError), Image.open(path) as picture:
+            return max(picture.size) > LARGE
+    return False
 
 
 def _read(path: Path, side: int) -> Image.Image | None:

@@ -194,6 +194,52 @@ def test_pages_leave_out_what_of_the_study_was_not_run(study, sdprune):
     assert {row["FID"] for row in table(study / "report", "table10")[1:]} == {"missing"}
 
 
+def test_losses_are_counted_by_what_captions_name(tmp_path, sdprune):
+    """COCO's captions have no grammar: words stand for categories, and those of one prompt in four are ten of forty."""
+    write(tmp_path, {}, 18.0, 0.314)
+    run = write(tmp_path, {"unet": spec(0.4)}, 20.0, 0.3)
+    assert sdprune("report", tmp_path).code == 0
+    rows = {(row["about"], row["value"]): row for row in table(tmp_path / "report", "categories")}
+    named = {  # by the number of the caption in CAPTIONS
+        ("object", "animal"): [0, 1, 2], ("object", "outdoor"): [0], ("object", "person"): [2],
+        ("object", "kitchen"): [3],
+        ("colour", "red"): [0], ("count", "two"): [1], ("relation", "on"): [0], ("relation", "riding"): [2],
+        ("kinds of objects named", "1"): [1, 3], ("kinds of objects named", "2"): [0, 2],
+    }  # fmt: skip
+    assert rows.keys() == named.keys()
+    scores = [np.load(one / "rows.npz")["clip:x-0.features"][:, 0] for one in (tmp_path / "dense-0", run)]
+    for label, of in named.items():
+        losses = [a - b for i, (a, b) in enumerate(zip(*scores, strict=True)) if i % 4 in of]
+        mean = sum(losses) / len(losses)
+        half = 1.96 * (sum((one - mean) ** 2 for one in losses) / (len(losses) - 1) / len(losses)) ** 0.5
+        row = rows[label]
+        assert int(row["n"]) == len(losses)
+        assert [float(row[name]) for name in ("mean loss", "low", "high")] == pytest.approx(
+            [mean, mean - half, mean + half], abs=1e-5
+        )
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        (Path.unlink, "No such file or directory"),
+        (lambda path: path.write_text("id,file_name,caption\n1,1.jpg,a\n"), "1 rows for 40 images"),
+        (lambda path: path.write_bytes(b"\xff\x00"), "utf-8"),
+        (lambda path: path.write_text(path.read_text().replace("two cats", "two dogs")), "other captions"),
+    ],
+)
+def test_a_run_without_its_captions_is_shown_without_prompts(study, sdprune, how, words):
+    run = next(study.glob("unet-*"))
+    how(run / "images.csv")
+    told = sdprune("report", study)
+    assert told.code == 0
+    assert told.err.startswith(f"sdprune: {run.name}: images.csv ")
+    assert told.err.endswith("its prompts are not shown\n")
+    assert words in told.err
+    runs = page_data((study / "report" / "report.html").read_text())["groups"][0]["runs"]
+    assert [one["run"] for one in runs if one["prompts"] is None] == [run.name]
+
+
 def test_runs_are_ranked_by_what_they_surely_kept(study, sdprune):
     """0.314 less 2 % is 0.30772; each interval's lower end is 0.002 below."""
     assert sdprune("report", study).code == 0
@@ -278,7 +324,7 @@ def test_runs_that_are_no_cells_of_the_study_have_a_table(study, sdprune, tmp_pa
     assert len(rows) == 12 - 5  # dense, 40 % of the U-Net, one of both, two splits are cells of the tables
     assert not any("text_encoder" in name and "unet" in name for name in rows)
     markdown = (tmp_path / "out" / "report.md").read_text()
-    assert "### All other runs" in markdown
+    assert markdown.index("### Runs that are no cells of the study") < markdown.index("### Table")
     assert "tables/runs.csv" in markdown
 
 

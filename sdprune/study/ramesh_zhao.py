@@ -69,7 +69,7 @@ def split(study: Study, total: float, text_share: float) -> tuple[float, float] 
 
 
 def report_tables(study: Study, references: Mapping[str, Scores]) -> list[Table]:
-    """Make Tables 1 to 10, then those of what else is known of every run."""
+    """Make the table of runs that are no cells of the study, Tables 1 to 10, and those of what else is known."""
     splits = {pair: split(study, *pair) for pair in product(TOTALS, SHARES)}
     best = [Cell.of("owl_magnitude", 0.6, 0.0), Cell.of("magnitude", 0.0, 0.4)]
     made = [_list(study, references, "2", "The best models with one component pruned", best)]
@@ -86,8 +86,7 @@ def report_tables(study: Study, references: Mapping[str, Scores]) -> list[Table]
         made.append(_list(study, references, str(first + 3), title, cells))
     made.insert(0, _budgets(splits, any(one.shown for one in made if one.name[5:] in ("3", "4", "5", "7", "8", "9"))))
     other = tables.others(study)  # before the claims look for pairs
-    made += [other] if other else []
-    made += sensitivity.tables(study)
+    made = [*([other] if other else []), *made, *sensitivity.tables(study)]
     return [*made, tables.drop_offs(study), _findings(study, splits), tables.everything(study)]
 
 

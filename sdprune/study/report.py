@@ -10,13 +10,14 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import vl_convert
 from jinja2 import Environment
 
 from sdprune.files import replacing, require_writable
 from sdprune.study.figures import Figure
 from sdprune.study.group import Study
-from sdprune.study.page.data import as_script, group
+from sdprune.study.page.data import as_script, by_category, group
 from sdprune.study.page.pictures import Pictures
 from sdprune.study.ramesh_zhao import Scores, load_reference, published, report_figures, report_tables
 from sdprune.study.records import read
@@ -46,8 +47,9 @@ def run(arguments: Sequence[str]) -> int:
     ]
     data = {"groups": [group(study, out, pictures) for study in groups]}
     pictures.tidy()
-    for study, section in zip(groups, sections, strict=True):
+    for study, section, shown in zip(groups, sections, data["groups"], strict=True):
         section["notes"] = list(dict.fromkeys(study.notes))
+        _write_table(out, f"{section['prefix']}categories", by_category(shown))
     _write(out / "report.md", _render("report.md", escape, sections=sections, found=found))
     address = _address if options.single_file else lambda figure: f"figures/{figure.name}"
     _write(
@@ -88,9 +90,7 @@ def _section(study: Study, references: Mapping[str, Scores], out: Path, prefix: 
     tables = report_tables(study, {**published(study), **references})
     figures = [figure._replace(name=f"{prefix}{figure.name}") for figure in report_figures(study)]
     for table in tables:
-        _write(
-            out / "tables" / f"{prefix}{table.name}.csv", table.cells.to_csv(index=False, lineterminator="\n").encode()
-        )
+        _write_table(out, f"{prefix}{table.name}", table.cells)
     for figure in figures:
         _write(out / "figures" / figure.name, figure.content)
     return {
@@ -102,6 +102,10 @@ def _section(study: Study, references: Mapping[str, Scores], out: Path, prefix: 
 def _address(figure: Figure) -> str:
     kind = "image/svg+xml" if figure.name.endswith(".svg") else "image/png"
     return f"data:{kind};base64,{base64.b64encode(figure.content).decode()}"
+
+
+def _write_table(out: Path, name: str, cells: pd.DataFrame) -> None:
+    _write(out / "tables" / f"{name}.csv", cells.to_csv(index=False, lineterminator="\n").encode())
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -93,7 +93,7 @@ def others(study: Study) -> Table | None:
         rows.append([*row, *(difference(run, name) for name in compared)])
     columns = ["run", "text encoder", "image", "zeros", *metrics, *(f"{name} - dense" for name in compared)]
     note = "Differences are to the dense model, with 95 % intervals."
-    return Table("others", "All other runs", pd.DataFrame(rows, columns=columns), note)
+    return Table("others", "Runs that are no cells of the study", pd.DataFrame(rows, columns=columns), note)
 
 
 def drop_offs(study: Study) -> Table:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -119,6 +119,22 @@ def group(study: Study, out: Path, pictures: Pictures) -> dict[str, Any]:
         "files": [_address(str(path)) for path in _drawn(Path(), prompts)],
         "columns": COLUMNS,
     }
+
+
+def by_category(shown: Mapping[str, Any]) -> pd.DataFrame:
+    """Return what each run of a described group lost by category of prompts, for papers."""
+    labels = (shown["prompts"] or {"labels": []})["labels"]
+    rows = [
+        [run["run"], about, value, n, measure, *means[place]]
+        for run in shown["runs"]
+        for measure, means in (
+            ("clip_score", (run["prompts"] or {}).get("lost", ())),
+            ("correct", (run["prompts"] or {}).get("broke", ())),
+        )
+        for place, (about, value, n) in enumerate(labels)
+        if run["kind"] != "dense" and means
+    ]
+    return pd.DataFrame(rows, columns=["run", "about", "value", "n", "measure", "mean loss", "low", "high"])
 
 
 def _address(path: str) -> str:

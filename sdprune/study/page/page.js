@@ -316,16 +316,17 @@ function losses(run, key) {
 }
 
 function drawPrompts() {
-  const runs = group.runs.filter((run) => run.prompts && run.kind !== "dense");
+  const runs = group.runs.filter((run) => run.prompts && run.kind !== "dense").sort((a, b) => a.rank - b.rank);
   $("prompts").hidden = !(group.prompts && runs.length);
   if ($("prompts").hidden) return;
-  if (!runs.includes(group.runs[state.broken])) state.broken = group.runs.indexOf(runs.reduce((a, b) => (b.rank > a.rank ? b : a)));
+  const first = () => runs.find((run) => run.lost === null || run.lost > group.safe) || runs.at(-1); // where it begins to break
+  if (!runs.includes(group.runs[state.broken])) state.broken = group.runs.indexOf(first());
   const run = group.runs[state.broken];
   const by = [["scores", "CLIP score lost"], ["right", "what the examiner read"]].filter(([key]) => run.prompts[key] && dense().prompts[key]);
   if (!by.length) return ($("prompts").hidden = true);
   if (!by.some(([key]) => key === state.order)) state.order = by[0][0];
   const labels = group.prompts.labels;
-  options($("broken"), runs.toSorted((a, b) => a.rank - b.rank).map((one) => [group.runs.indexOf(one), one.name]), state.broken);
+  options($("broken"), runs.map((one) => [group.runs.indexOf(one), one.name]), state.broken);
   options($("order"), by, state.order);
   options($("about"), [["", "all prompts"], ...labels.map(([about, value, n], i) => [i, `${about}: ${value} (${n})`])], state.about);
   drawCategories(run);

@@ -12,6 +12,7 @@ from PIL import Image
 
 from sdprune.runs.record import Record
 
+CAPTIONS = ("a dog on a red bench", "two cats", "a man riding a horse", "a bowl of soup")
 SIZES = {"text_encoder": 340_387_840, "unet": 865_910_724, "vae": 83_653_863}
 
 
@@ -60,6 +61,10 @@ def write(root: Path, prune, fid, clip, n=40, images=None, sizes=SIZES, seed=0, 
     np.savez(run / "rows.npz", **{"clip:x-0.texts": texts, "clip:x-0.features": features})
     for number in range(2):
         Image.new("RGB", (32, 32), (int(255 * share), 0, 99)).save(run / "samples" / f"{number}.png")
+    with (run / "images.csv").open("w", newline="") as file:
+        csv.writer(file).writerows(
+            [("id", "file_name", "caption"), *((i, f"{i}.jpg", CAPTIONS[i % 4]) for i in range(n))]
+        )
     return run
 
 
@@ -130,21 +135,127 @@ def test_drop_offs_and_findings_follow_from_the_scores(study, sdprune):
     assert claims["Text encoder: OWL improves Wanda"]["pairs"] == "0"
 
 
-def test_the_page_holds_everything_in_itself(study, sdprune):
+def test_the_report_leads_to_nothing_outside_itself_and_the_runs(study, sdprune):
     write(study, {"unet": spec(0.6)}, 300, 0.2, images={"black": 3, "not_finite": 2, "invalid": [1, 2, 3]})
     assert sdprune("report", study).code == 0
-    page = (study / "report" / "report.html").read_text()
-    assert not re.search(r'(src|href)="(?!data:)', page)
-    assert page.count("<img") == len(list((study / "report" / "figures").iterdir())) >= 8
+    out = study / "report"
+    page = (out / "report.html").read_text()
+    links = re.findall(r'(?:src|href)="(?!#)([^"]*)"', without_scripts(page))
+    assert sorted(links) == sorted(f"figures/{path.name}" for path in (out / "figures").iterdir())
+    assert len(links) >= 8
+    runs = page_data(page)["groups"][0]["runs"]
+    assert len(runs) == 12
+    for run in runs:
+        assert (out / run["link"] / "results.json").exists()
+        assert all((out / address).exists() and (out / run["link"] / file).exists() for address, file in run["samples"])
     assert "3 images are wholly black, 2 came out of numbers that are not finite" in page
-    markdown = (study / "report" / "report.md").read_text()
+    markdown = (out / "report.md").read_text()
     for link in re.findall(r"\]\((figures/[^)]*)\)", markdown):
-        assert (study / "report" / link).exists()
-    curve = next((study / "report" / "figures").glob("figure_9*.svg")).read_text()
+        assert (out / link).exists()
+    curve = next((out / "figures").glob("figure_9*.svg")).read_text()
     assert "magnitude" in curve
     assert "Wanda" in curve
-    strip = np.asarray(Image.open(next((study / "report" / "figures").glob("figure_11*.png"))))
+    strip = np.asarray(Image.open(next((out / "figures").glob("figure_11*.png"))))
     assert strip.shape[1] > strip.shape[0]  # dense, 40 %, 60 % across; two prompts down
+
+
+def without_scripts(page: str) -> str:
+    """The page's own elements."""
+    return re.sub("<script.*?</script>", "", page, flags=re.DOTALL)
+
+
+def page_data(page: str):
+    """What the page's script reads."""
+    return json.loads(re.search(r'<script id="data" type="application/json">(.*?)</script>', page)[1])
+
+
+def test_a_single_file_holds_figures_and_sample_pictures_in_itself(study, sdprune):
+    assert sdprune("report", study, "--single-file").code == 0
+    page = (study / "report" / "report.html").read_text()
+    assert not (study / "report" / "pictures").exists()
+    assert not re.search(r'(src|href)="(?!data:|#)', without_scripts(page))
+    runs = page_data(page)["groups"][0]["runs"]
+    assert {address[:22] for run in runs for address, _ in run["samples"]} == {"data:image/webp;base64"}
+    assert {run["link"] for run in runs} == {None}
+
+
+def test_pages_leave_out_what_of_the_study_was_not_run(study, sdprune):
+    """Tables without a run are folded in the page and named in report.md; their CSV files have all cells."""
+    assert sdprune("report", study).code == 0
+    page, markdown = ((study / "report" / f"report.{kind}").read_text() for kind in ("html", "md"))
+    assert not any(
+        "missing" in row for row in re.findall(r"^\|.*", markdown.split("### Table 6")[1].split("###")[0], re.M)
+    )
+    folded = re.findall(r"<details><summary>(Table \d+)", page)
+    assert folded == ["Table 7", "Table 8", "Table 9", "Table 10"]
+    assert re.findall(r"<details open><summary>(Table \d+)", page) == [f"Table {n}" for n in range(1, 7)]
+    assert re.findall(r"^### (Table \d+)", markdown, re.M) == [f"Table {n}" for n in range(1, 7)]
+    assert re.findall(r"^- (Table \d+)", markdown, re.M) == folded
+    assert {row["FID"] for row in table(study / "report", "table10")[1:]} == {"missing"}
+
+
+def test_losses_are_counted_by_what_captions_name(tmp_path, sdprune):
+    """COCO's captions have no grammar: words stand for categories, and those of one prompt in four are ten of forty."""
+    write(tmp_path, {}, 18.0, 0.314)
+    run = write(tmp_path, {"unet": spec(0.4)}, 20.0, 0.3)
+    assert sdprune("report", tmp_path).code == 0
+    rows = {(row["about"], row["value"]): row for row in table(tmp_path / "report", "categories")}
+    named = {  # by the number of the caption in CAPTIONS
+        ("object", "animal"): [0, 1, 2], ("object", "outdoor"): [0], ("object", "person"): [2],
+        ("object", "kitchen"): [3],
+        ("colour", "red"): [0], ("count", "two"): [1], ("relation", "on"): [0], ("relation", "riding"): [2],
+        ("kinds of objects named", "1"): [1, 3], ("kinds of objects named", "2"): [0, 2],
+    }  # fmt: skip
+    assert rows.keys() == named.keys()
+    scores = [np.load(one / "rows.npz")["clip:x-0.features"][:, 0] for one in (tmp_path / "dense-0", run)]
+    for label, of in named.items():
+        losses = [a - b for i, (a, b) in enumerate(zip(*scores, strict=True)) if i % 4 in of]
+        mean = sum(losses) / len(losses)
+        half = 1.96 * (sum((one - mean) ** 2 for one in losses) / (len(losses) - 1) / len(losses)) ** 0.5
+        row = rows[label]
+        assert int(row["n"]) == len(losses)
+        assert [float(row[name]) for name in ("mean loss", "low", "high")] == pytest.approx(
+            [mean, mean - half, mean + half], abs=1e-5
+        )
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        (Path.unlink, "No such file or directory"),
+        (lambda path: path.write_text("id,file_name,caption\n1,1.jpg,a\n"), "1 rows for 40 images"),
+        (lambda path: path.write_bytes(b"\xff\x00"), "utf-8"),
+        (lambda path: path.write_text(path.read_text().replace("two cats", "two dogs")), "other captions"),
+    ],
+)
+def test_a_run_without_its_captions_is_shown_without_prompts(study, sdprune, how, words):
+    run = next(study.glob("unet-*"))
+    how(run / "images.csv")
+    told = sdprune("report", study)
+    assert told.code == 0
+    assert told.err.startswith(f"sdprune: {run.name}: images.csv ")
+    assert told.err.endswith("its prompts are not shown\n")
+    assert words in told.err
+    runs = page_data((study / "report" / "report.html").read_text())["groups"][0]["runs"]
+    assert [one["run"] for one in runs if one["prompts"] is None] == [run.name]
+
+
+def test_runs_are_ranked_by_what_they_surely_kept(study, sdprune):
+    """0.314 less 2 % is 0.30772; each interval's lower end is 0.002 below."""
+    assert sdprune("report", study).code == 0
+    runs = page_data((study / "report" / "report.html").read_text())["groups"][0]["runs"]
+    ranked = [run["name"] for run in sorted(runs, key=lambda run: run["rank"]) if run["rank"]]
+    kept = [
+        "text_encoder magnitude 47.5 % + unet magnitude 35 %",
+        "unet magnitude 40 %",
+        "text_encoder magnitude 18 % + unet magnitude 21 %",
+        "text_encoder magnitude 50 %",
+        "text_encoder magnitude 30 %",
+    ]
+    assert ranked[:5] == kept
+    assert ranked[5] == "text_encoder magnitude 53 % + unet magnitude 7 %"  # 0.307
+    assert ranked[-1] == "text_encoder wanda 60 %"  # 0.248
+    assert [run["name"] for run in runs if run["rank"] == 0] == ["dense"]
 
 
 def test_the_same_records_give_the_same_files(study, sdprune, tmp_path):
@@ -213,7 +324,7 @@ def test_runs_that_are_no_cells_of_the_study_have_a_table(study, sdprune, tmp_pa
     assert len(rows) == 12 - 5  # dense, 40 % of the U-Net, one of both, two splits are cells of the tables
     assert not any("text_encoder" in name and "unet" in name for name in rows)
     markdown = (tmp_path / "out" / "report.md").read_text()
-    assert "### All other runs" in markdown
+    assert markdown.index("### Runs that are no cells of the study") < markdown.index("### Table")
     assert "tables/runs.csv" in markdown
 
 

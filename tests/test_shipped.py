@@ -90,3 +90,5 @@ def test_the_wheel_holds_them_as_files(tmp_path):
     with zipfile.ZipFile(tmp_path / done.stdout.split()[-1]) as wheel:
         for path in FILES:
             assert wheel.read(f"sdprune/{path.relative_to(ROOT)}") == path.read_bytes()
+        for name in ("page.html", "page.css", "page.js", "report.md"):
+            assert wheel.read(f"sdprune/study/page/{name}") == (ROOT / "sdprune/study/page" / name).read_bytes()

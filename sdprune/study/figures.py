@@ -120,6 +120,11 @@ def methods(study: Study, caption: str, lines: Mapping[str, pd.DataFrame], colum
     return _sheet(f"{caption}: {prompts[0]}", rows, ["dense", *(f"{100 * sparsity:g} %" for sparsity in sparsities)])
 
 
+def damaged_sample(run: str, place: int) -> str:
+    """Say that a run's sample picture is not shown."""
+    return f"{run}: samples/{place}.png is missing or damaged, its place stays empty"
+
+
 def _sample(study: Study, run: pd.Series | None, prompt: str) -> np.ndarray:
     """Return a run's picture of a prompt, white where it has none."""
     if run is not None and prompt in run["samples"]:
@@ -127,7 +132,7 @@ def _sample(study: Study, run: pd.Series | None, prompt: str) -> np.ndarray:
         found = sample(run, place, _SIDE)
         if found is not None:
             return found
-        study.notes.append(f"{run['run']}: samples/{place}.png is missing or damaged, it is shown white")
+        study.notes.append(damaged_sample(run["run"], place))
     return np.full((_SIDE, _SIDE, 3), 255, dtype=np.uint8)
 
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -16,7 +17,7 @@ from sdprune.errors import InputError
 from sdprune.pruning import Budget, InfeasibleError, Size
 from sdprune.study import figures, sensitivity, tables
 from sdprune.study.figures import Figure
-from sdprune.study.group import Cell, Study, number
+from sdprune.study.group import DENSE, Cell, Study, number
 from sdprune.study.tables import MISSING, Table, difference, percent, rounded
 
 TOTALS, SHARES = (0.2, 0.3, 0.4, 0.5, 0.6), (0.75, 0.5, 0.25)
@@ -68,10 +69,10 @@ def split(study: Study, total: float, text_share: float) -> tuple[float, float] 
 
 
 def report_tables(study: Study, references: Mapping[str, Scores]) -> list[Table]:
-    """Make Tables 1 to 10, then those of what else is known of every run."""
+    """Make the table of runs that are no cells of the study, Tables 1 to 10, and those of what else is known."""
     splits = {pair: split(study, *pair) for pair in product(TOTALS, SHARES)}
     best = [Cell.of("owl_magnitude", 0.6, 0.0), Cell.of("magnitude", 0.0, 0.4)]
-    made = [_budgets(splits), _list(study, references, "2", "The best models with one component pruned", best)]
+    made = [_list(study, references, "2", "The best models with one component pruned", best)]
     for first, method, words in (
         (3, "magnitude", "magnitude"), (7, "owl_magnitude", "magnitude, with OWL on the text encoder"),
     ):  # fmt: skip
@@ -83,27 +84,27 @@ def report_tables(study: Study, references: Mapping[str, Scores]) -> list[Table]
         cells = [Cell.of(method, *pair) for pair in ((0.0, 0.0), *STEPS)]
         title = f"Both components, down from the drop-off points, {words}"
         made.append(_list(study, references, str(first + 3), title, cells))
+    made.insert(0, _budgets(splits, any(one.shown for one in made if one.name[5:] in ("3", "4", "5", "7", "8", "9"))))
     other = tables.others(study)  # before the claims look for pairs
-    made += [other] if other else []
-    made += sensitivity.tables(study)
+    made = [*([other] if other else []), *made, *sensitivity.tables(study)]
     return [*made, tables.drop_offs(study), _findings(study, splits), tables.everything(study)]
 
 
-def _table(number: str, title: str, cells: pd.DataFrame, note: str = "") -> Table:
-    return Table(f"table{number}", f"Table {number}. {title}", cells, note)
+def _table(number: str, title: str, cells: pd.DataFrame, *rest: Any, **more: Any) -> Table:
+    return Table(f"table{number}", f"Table {number}. {title}", cells, *rest, **more)
 
 
 Splits = dict[tuple[float, float], tuple[float, float] | None]
 
 
-def _budgets(splits: Splits) -> Table:
+def _budgets(splits: Splits, shown: bool) -> Table:
     rows = []
     for (total, share), found in splits.items():
         ratio = f"{share * 100:.0f}:{100 - share * 100:.0f}"
         rows.append([f"{total:.0%}", ratio, *(["infeasible"] * 2 if found is None else [f"{s:.0%}" for s in found])])
     note = "By the parameters of this model's components: s_text = total * share * (P_text + P_unet) / P_text."
     cells = pd.DataFrame(rows, columns=["total", "text : image", "text", "image"])
-    return _table("1", "Sparsities by total and share", cells, note)
+    return _table("1", "Sparsities by total and share", cells, note, shown=shown)
 
 
 def _score(study: Study, cell: Cell, metric: str, digits: int) -> str:
@@ -115,12 +116,13 @@ def _score(study: Study, cell: Cell, metric: str, digits: int) -> str:
 
 
 def _matrix(study: Study, table: str, title: str, metric: str, digits: int, splits: Splits, method: str) -> Table:
-    rows = []
+    rows, has_run = [], []
     for total in TOTALS:
-        pairs = [splits[total, share] for share in SHARES]
-        scores = ["N/A" if one is None else _score(study, Cell.of(method, *one), metric, digits) for one in pairs]
-        rows.append([f"{total:.0%}", *scores])
-    return _table(table, title, pd.DataFrame(rows, columns=["total", "75:25", "50:50", "25:75"]))
+        cells = [None if one is None else Cell.of(method, *one) for one in (splits[total, share] for share in SHARES)]
+        rows.append([f"{total:.0%}", *("N/A" if one is None else _score(study, one, metric, digits) for one in cells)])
+        has_run.append(any(one in study.cells for one in cells))
+    found = pd.DataFrame(rows, columns=["total", "75:25", "50:50", "25:75"])
+    return _table(table, title, found, has_run=has_run, shown=any(has_run))
 
 
 def _list(study: Study, references: Mapping[str, Scores], table: str, title: str, cells: Sequence[Cell]) -> Table:
@@ -128,7 +130,9 @@ def _list(study: Study, references: Mapping[str, Scores], table: str, title: str
     found = pd.DataFrame([_row(study, references, cell) for cell in cells])
     if not found["choices"].any():
         del found["choices"]
-    return _table(table, title, found)
+    has_run = [cell in study.cells for cell in cells]
+    shown = any(ran for cell, ran in zip(cells, has_run, strict=True) if cell != DENSE)
+    return _table(table, title, found, has_run=has_run, shown=shown)
 
 
 def _row(study: Study, references: Mapping[str, Scores], cell: Cell) -> dict[str, str]:
@@ -182,7 +186,9 @@ def _findings(study: Study, splits: Splits) -> Table:
         "Each pair is two models drawn from the same prompts and noise; a pair decides when the 95 % interval of the "
         "difference of their CLIP scores leaves 0 out. With so many pairs one in twenty decides by chance."
     )
-    return Table("findings", "What of the study holds here", tables.comparisons(study, claims), note)
+    found = tables.comparisons(study, claims)
+    has_run = list(found["pairs"] != "0")
+    return Table("findings", "What of the study holds here", found, note, has_run, any(has_run))
 
 
 def report_figures(study: Study) -> list[Figure]:

@@ -119,7 +119,7 @@ def _row(directory: Path, config: Mapping[str, Any], results: Mapping[str, Any])
     numbers = {f"{part}/{name}": one for part in ("metrics", "comparison") for name, one in results[part].items()}
     numbers.pop("comparison/dense", None)
     missing = [name for name, number in numbers.items() if not math.isfinite(number)]
-    return {
+    row = {
         "run": printable(directory.name),
         "directory": str(directory),
         "title": _title(config, results),
@@ -139,6 +139,12 @@ def _row(directory: Path, config: Mapping[str, Any], results: Mapping[str, Any])
         "text_encoders": names["text"],
         "sensitivity": _sensitivity(results.get("pruning") or {}),
     }
+    shares = [
+        row[name] for name in row if name == "nominal" or name.startswith("zeros of") or name.endswith("_sparsity")
+    ]
+    if not all(0 <= share <= 1 for share in shares):
+        raise ValueError(f"its sparsities are {shares}")
+    return row
 
 
 def _title(config: Mapping[str, Any], results: Mapping[str, Any]) -> str:

@@ -1,19 +1,24 @@
-"""From records to tables and figures: CSV, Markdown and one self-contained HTML page."""
+"""From records to a page to explore, and to the study's tables and figures: HTML, Markdown, SVG, PNG and CSV."""
 
 from __future__ import annotations
 
 import base64
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+import vl_convert
 from jinja2 import Environment
 
 from sdprune.files import replacing, require_writable
 from sdprune.study.figures import Figure
 from sdprune.study.group import Study
+from sdprune.study.page.data import as_script, by_category, group
+from sdprune.study.page.pictures import Pictures
 from sdprune.study.ramesh_zhao import Scores, load_reference, published, report_figures, report_tables
 from sdprune.study.records import read
 from sdprune.study.text import escape
@@ -31,17 +36,29 @@ def run(arguments: Sequence[str]) -> int:
     out = Path(options.out or Path(options.directories[0]) / "report")
     found = read(options.directories)
     require_writable(out, "--out")
+    folder = None if options.single_file else out / "pictures"
+    if folder:
+        require_writable(folder, "--out")
+    pictures = Pictures(folder)
     groups = [Study(runs) for _, runs in found.runs.groupby("group")]
     groups.sort(key=lambda study: -len(study.runs))
     sections = [
         _section(study, references, out, f"{number}_" if number > 1 else "") for number, study in enumerate(groups, 1)
     ]
-    environment = Environment()
-    environment.filters |= {"uri": _uri, "escaped": escape}
-    for page in ("report.md", "report.html"):
-        environment.autoescape = page == "report.html"
-        template = environment.from_string((files("sdprune.study") / page).read_text())
-        _write(out / page, template.render(sections=sections, found=found).encode())
+    data = {"groups": [group(study, out, pictures) for study in groups]}
+    pictures.tidy()
+    for study, section, shown in zip(groups, sections, data["groups"], strict=True):
+        section["notes"] = list(dict.fromkeys(study.notes))
+        _write_table(out, f"{section['prefix']}categories", by_category(shown))
+    _write(out / "report.md", _render("report.md", escape, sections=sections, found=found))
+    address = _address if options.single_file else lambda figure: f"figures/{figure.name}"
+    _write(
+        out / "report.html",
+        _render(
+            "page.html", None, sections=sections, found=found, data=as_script(data), address=address,
+            style=_shipped("page.css"), script=_shipped("page.js"), charts=_charts(),
+        ),
+    )  # fmt: skip
     notes = [line for section in sections for line in section["notes"]]
     for line in [*(f"left out: {one}" for one in found.left_out), *notes]:
         print(f"sdprune: {line}", file=sys.stderr)
@@ -50,26 +67,45 @@ def run(arguments: Sequence[str]) -> int:
     return 0
 
 
+@cache
+def _charts() -> str:
+    """Vega-Embed with Vega-Lite and Vega, as one script without imports."""
+    return vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")
+
+
+def _shipped(name: str) -> str:
+    return (files("sdprune.study.page") / name).read_text(encoding="utf-8")
+
+
+def _render(name: str, escaped: Callable[[str], str] | None, **values: Any) -> bytes:
+    """Fill a template; HTML escapes all texts by itself, Markdown those that pass through the filter `escaped`."""
+    environment = Environment(autoescape=escaped is None)
+    if escaped is not None:
+        environment.filters["escaped"] = escaped
+    return environment.from_string(_shipped(name)).render(values).encode()
+
+
 def _section(study: Study, references: Mapping[str, Scores], out: Path, prefix: str) -> dict[str, Any]:
     """Write a group's tables and figures, and return what the pages show of it."""
     tables = report_tables(study, {**published(study), **references})
     figures = [figure._replace(name=f"{prefix}{figure.name}") for figure in report_figures(study)]
     for table in tables:
-        _write(
-            out / "tables" / f"{prefix}{table.name}.csv", table.cells.to_csv(index=False, lineterminator="\n").encode()
-        )
+        _write_table(out, f"{prefix}{table.name}", table.cells)
     for figure in figures:
         _write(out / "figures" / figure.name, figure.content)
     return {
         "title": study.runs["title"].iloc[0], "runs": len(study.runs), "tables": tables, "figures": figures,
-        "invalid": study.runs[study.runs["invalid"] > 0].to_dict("records"), "notes": list(dict.fromkeys(study.notes)),
-        "prefix": prefix,
+        "invalid": study.runs[study.runs["invalid"] > 0].to_dict("records"), "prefix": prefix,
     }  # fmt: skip
 
 
-def _uri(figure: Figure) -> str:
+def _address(figure: Figure) -> str:
     kind = "image/svg+xml" if figure.name.endswith(".svg") else "image/png"
     return f"data:{kind};base64,{base64.b64encode(figure.content).decode()}"
+
+
+def _write_table(out: Path, name: str, cells: pd.DataFrame) -> None:
+    _write(out / "tables" / f"{name}.csv", cells.to_csv(index=False, lineterminator="\n").encode())
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import pandas as pd
@@ -24,10 +24,19 @@ class Table(NamedTuple):
     title: str
     cells: pd.DataFrame
     note: str = ""
+    has_run: Sequence[bool] | None = None
+    """For each row whether a run stands behind it; None where the rows are runs themselves."""
+    shown: bool = True
+    """Whether pages show it, and only its rows with runs; else it is folded, or in its CSV alone."""
+
+    @property
+    def rows(self) -> pd.DataFrame:
+        """The rows that pages show."""
+        return self.cells[list(self.has_run)] if self.has_run is not None and self.shown else self.cells
 
     def markdown(self) -> str:
         """Return the table in GitHub's Markdown."""
-        head, *rows = [f"| {' | '.join(map(escape, row))} |" for row in (self.cells.columns, *self.cells.values)]
+        head, *rows = [f"| {' | '.join(map(escape, row))} |" for row in (self.cells.columns, *self.rows.values)]
         lines = [f"### {escape(self.title)}", "", head, f"|{' --- |' * len(self.cells.columns)}", *rows]
         return "\n".join([*lines, "", *([escape(self.note), ""] if self.note else [])])
 
@@ -84,7 +93,7 @@ def others(study: Study) -> Table | None:
         rows.append([*row, *(difference(run, name) for name in compared)])
     columns = ["run", "text encoder", "image", "zeros", *metrics, *(f"{name} - dense" for name in compared)]
     note = "Differences are to the dense model, with 95 % intervals."
-    return Table("others", "All other runs", pd.DataFrame(rows, columns=columns), note)
+    return Table("others", "Runs that are no cells of the study", pd.DataFrame(rows, columns=columns), note)
 
 
 def drop_offs(study: Study) -> Table:

@@ -42,11 +42,11 @@ SWEEP.add_argument(
 )  # fmt: skip
 
 REPORT = Verb(
-    "sdprune report", "sdprune report DIR [DIR ...] [--out DIR] [--reference FILE]", allow_abbrev=False,
+    "sdprune report", "sdprune report DIR [DIR ...] [--out DIR] [--reference FILE] [--single-file]", allow_abbrev=False,
     formatter_class=argparse.RawDescriptionHelpFormatter, description="""\
-Make the study's tables and figures from the runs below these directories: report.html (one page with everything in
-it), report.md, figures/ and tables/*.csv. Runs of unlike prompts, noise, sampling or protocol are reported apart.
-Damaged and unfinished runs are left out, and named.""",
+Show the runs below these directories: report.html (a page to explore in a browser, from disk and without a network),
+its pictures/, and for papers report.md, figures/ and tables/*.csv, with the study's own. Runs of unlike prompts, noise,
+sampling or protocol are reported apart. Damaged and unfinished runs are left out, and named.""",
 )  # fmt: skip
 REPORT.add_argument("directories", nargs="+", metavar="DIR", help="a directory with runs below it")
 REPORT.add_argument("--out", type=path, metavar="DIR", help="where to; <first DIR>/report by default")
@@ -54,4 +54,8 @@ REPORT.add_argument(
     "--reference", type=path, metavar="FILE",
     help="results of others to stand beside: a CSV with text_method, unet_method, text_sparsity, unet_sparsity, fid "
     "and clip_score. The published ones stand beside runs of SD2 anyway.",
+)  # fmt: skip
+REPORT.add_argument(
+    "--single-file", action="store_true",
+    help="put figures and sample pictures into report.html itself; pictures of captions stay out",
 )  # fmt: skip

@@ -1,0 +1,292 @@
+"""The report's page in a real browser: headless Chromium, opened from disk."""
+
+import csv
+import io
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_report import spec, write
+from test_report_damage import change
+
+from sdprune.__main__ import main
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium: apt-get install chromium")
+playwright = pytest.importorskip("playwright.sync_api", reason="there is no playwright: pip install '.[test]'")
+
+N = 24
+WORLD = [
+    f"a {colour} {shape}" for colour in ("red", "green", "blue") for shape in ("star", "ring", "moon", "cross")
+] * 2
+EVIL = "<script>window.hacked = 1</script><img src=x onerror='window.hacked = 2'>"
+# By what is pruned: the FID, the CLIP score, the colour of its pictures.
+RUNS = {
+    "dense": ({}, 18.07, 0.314, (10, 10, 10)),
+    "magnitude 30": ({"text_encoder": spec(0.3)}, 17.15, 0.313, (200, 0, 0)),
+    "magnitude 60": ({"text_encoder": spec(0.6)}, 27.2, 0.268, (0, 200, 0)),
+    "wanda 60": ({"text_encoder": spec(0.6, "Wanda")}, 29.2, 0.248, (0, 0, 200)),
+    "unet 40": ({"unet": spec(0.4)}, 9.5, 0.31, (200, 200, 0)),
+}
+
+
+def record(root, prune, fid, clip, colour, captions=WORLD, side=32):
+    """A record with pictures of one colour; its clip scores fall with the number of the caption."""
+    run = write(root, prune, fid, clip, n=len(captions))
+    for path in [run / "samples" / f"{i}.png" for i in range(2)] + [run / "images" / f"{i}.png" for i in range(N)]:
+        Image.new("RGB", (side, side), colour).save(path)
+    lost = np.linspace(0, 0.2, len(captions)) if prune else np.zeros(len(captions))
+    angles = np.arccos(0.9 - lost + 0.0 * clip)
+    features = np.stack([np.cos(angles), np.sin(angles)], 1)
+    np.savez(
+        run / "rows.npz", **{"clip:x-0.texts": np.tile([1.0, 0.0], (len(captions), 1)), "clip:x-0.features": features}
+    )
+    with (run / "images.csv").open("w", newline="") as file:
+        csv.writer(file).writerows(
+            [("id", "file_name", "caption"), *((i, f"{i}.jpg", c) for i, c in enumerate(captions))]
+        )
+    return run
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    root = tmp_path_factory.mktemp("page") / "runs"
+    for run in RUNS.values():
+        record(root, *run)
+    assert main(["report", str(root)]) == 0
+    return root / "report" / "report.html"
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=flags)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def visit(chromium):
+    """Open a page from disk; whatever it asks the network for, and every error of it, fails the test at the end."""
+    wrong, contexts = [], []
+
+    def visit(path, width=1280, **options):
+        context = chromium.new_context(viewport={"width": width, "height": 900}, **options)
+        contexts.append(context)
+        page = context.new_page()
+        page.set_default_timeout(15_000)
+        page.on("console", lambda line: wrong.append(line.text) if line.type in ("error", "warning") else None)
+        page.on("pageerror", lambda error: wrong.append(str(error)))
+        page.on(
+            "request", lambda one: None if one.url.startswith(("file:", "data:", "blob:")) else wrong.append(one.url)
+        )
+        page.route(re.compile("^https?:|^wss?:"), lambda route: route.abort())
+        page.goto(f"file://{path}")
+        page.wait_for_selector("#chart[data-drawn]")
+        return page
+
+    yield visit
+    for context in contexts:
+        context.close()
+    assert wrong == []
+
+
+def colours(locator):
+    """Of the middle of each of these elements, as they are on the screen."""
+    locator.first.evaluate("one => one.scrollIntoView({block: 'center'})")
+    boxes = [one.bounding_box() for one in locator.all()]
+    picture = Image.open(io.BytesIO(locator.page.screenshot())).convert("RGB")
+    return [picture.getpixel((int(box["x"] + box["width"] / 2), int(box["y"] + box["height"] / 2))) for box in boxes]
+
+
+def point(page, name):
+    """A run's mark in the chart."""
+    return page.locator(f"{POINTS}[aria-label='{name}']")
+
+
+def close(one, other):
+    """Whether two colours differ by no more than JPEG does."""
+    return max(abs(a - b) for a, b in zip(one, other, strict=True)) < 12
+
+
+POINTS = "#chart .mark-symbol path"
+
+
+def test_the_chart_shows_each_run_and_reacts(report, visit):
+    page = visit(report)
+    assert page.locator(POINTS).count() == len(RUNS)
+    point(page, "unet magnitude 40 %").hover()
+    tip = page.locator("#tip").inner_text()
+    assert tip.startswith("unet magnitude 40 %")
+    assert "FID 9.500 (\u22128.570 [\u22129.570, \u22127.570] to the dense model)" in tip  # 9.5 - 18.07, +- 1
+    assert f"n = {N}" in tip
+    page.get_by_role("button", name="text_encoder magnitude", exact=True).click()
+    page.wait_for_selector("#chart[data-drawn$=' 2']")
+    assert page.locator(POINTS).count() == len(RUNS) - 2
+    page.get_by_role("button", name="text_encoder magnitude", exact=True).click()
+    page.locator("#measure").select_option("fid")
+    page.locator("#axis").select_option("nominal")
+    page.wait_for_selector("#chart[data-drawn='fid nominal 3']")
+    words = page.locator("#chart").inner_text()
+    assert "FID (lower is better)" in words
+    assert "nominal sparsity, %" in words
+
+
+def test_a_point_opens_its_run_by_mouse_and_by_keyboard(report, visit):
+    page = visit(report)
+    point(page, "text_encoder wanda 60 %").click()
+    dialog = page.get_by_role("dialog")
+    assert dialog.get_by_role("heading").inner_text() == "text_encoder wanda 60 %"
+    link = dialog.get_by_role("link", name="results.json").get_attribute("href")
+    assert (report.parent / link).resolve().parent.name == "text_encoder-Wanda-Uniform-0.6-0"
+    pictures = dialog.locator("figure", has_text="a dog").get_by_role("img")
+    assert [one.get_attribute("alt") for one in pictures.all()] == ["dense: a dog", "text_encoder wanda 60 %: a dog"]
+    assert colours(pictures) == [RUNS["dense"][3], RUNS["wanda 60"][3]]
+    page.keyboard.press("Escape")
+    assert dialog.count() == 0
+    assert page.locator("tr.chosen").inner_text().split("\t")[1] == "text_encoder wanda 60 %"
+    point(page, "unet magnitude 40 %").focus()
+    page.keyboard.press("Enter")
+    assert page.get_by_role("dialog").get_by_role("heading").inner_text() == "unet magnitude 40 %"
+
+
+def test_the_slider_changes_the_pictures(report, visit):
+    """Each method shows its sparsest run up to the slider, or the dense model; held ones show the dense model's."""
+    page = visit(report)
+    slider, cards = page.locator("#slider"), page.locator("#cards .picture")
+    names = page.locator("#cards figcaption b").all_inner_texts()
+    assert names == ["dense", "unet magnitude", "text_encoder magnitude", "text_encoder wanda"]
+
+    dense = RUNS["dense"][3]
+    slider.fill("0")
+    assert colours(cards) == [dense] * 4
+    slider.fill("1")  # 30 %
+    assert page.locator("#at").inner_text() == "30.0 %"
+    assert colours(cards) == [dense, dense, RUNS["magnitude 30"][3], dense]
+    slider.focus()
+    page.keyboard.press("End")  # 60 %
+    assert colours(cards) == [dense, *(RUNS[name][3] for name in ("unet 40", "magnitude 60", "wanda 60"))]
+    page.locator("#cards button").nth(3).focus()
+    page.keyboard.down(" ")
+    assert colours(cards)[3] == dense
+    page.keyboard.up(" ")
+    assert colours(cards)[3] == RUNS["wanda 60"][3]
+    page.locator("#prompt").select_option(label=WORLD[5])  # of the captions, which lie in sheets
+    assert close(colours(cards)[3], RUNS["wanda 60"][3])
+    assert cards.nth(3).get_attribute("aria-label") == f"text_encoder wanda 60 %: {WORLD[5]}"
+
+
+def test_the_table_sorts_filters_and_is_copied(report, visit):
+    page = visit(report, permissions=["clipboard-read", "clipboard-write"])
+    head = page.locator("#table th", has_text=re.compile("^FID$"))
+
+    def fids():
+        place = page.locator("#table th").all_inner_texts().index("FID")
+        return [float(row.locator("td").nth(place).inner_text()) for row in page.locator("#table tbody tr").all()]
+
+    ranks = [row.split("\t")[0] for row in page.locator("#table tbody tr").all_inner_texts()]
+    assert ranks == ["", "1", "2", "3", "4"]
+    head.get_by_role("button").click()
+    assert head.get_attribute("aria-sort") == "ascending"
+    assert fids() == [9.5, 17.15, 18.07, 27.2, 29.2]
+    page.keyboard.press("Enter")  # the focus stays on the head
+    assert fids() == [29.2, 27.2, 18.07, 17.15, 9.5]
+    page.locator("#filter").fill("text_encoder 60")
+    assert fids() == [29.2, 27.2]
+    page.get_by_text("columns").click()
+    page.get_by_label("n", exact=True).check()
+    page.get_by_role("button", name="copy table").click()
+    page.wait_for_function("document.getElementById('copied').textContent === '2 rows copied'")
+    lines = [line.split("\t") for line in page.evaluate("navigator.clipboard.readText()").splitlines()]
+    assert [line[lines[0].index("n")] for line in lines] == ["n", str(N), str(N)]
+    assert [line[1] for line in lines] == ["run", "text_encoder wanda 60 %", "text_encoder magnitude 60 %"]
+
+
+def test_prompts_are_ordered_by_what_they_lost(report, visit):
+    """The later a caption, the more it lost: 0 to 0.2 in equal steps."""
+    page = visit(report)
+    pairs = page.locator("#pairs figure")
+    page.locator("#broken").select_option(label="text_encoder wanda 60 %")
+    captions = pairs.locator("b").all_inner_texts()
+    assert captions == WORLD[::-1][: len(captions)]
+    assert "CLIP score 0.9000 \u2192 0.7000" in pairs.first.inner_text()
+    assert all(map(close, colours(pairs.first.locator(".picture")), (RUNS["dense"][3], RUNS["wanda 60"][3])))
+    page.get_by_role("button", name="show more").click()
+    assert pairs.locator("b").all_inner_texts() == WORLD[::-1]
+    rows = {row[0]: row[1:] for row in (one.split("\t") for one in page.locator("#categories tr").all_inner_texts())}
+    losses = {shape: [0.2 * i / (N - 1) for i, text in enumerate(WORLD) if shape in text] for shape in ("moon", "star")}
+    for shape, found in losses.items():
+        mean, half = np.mean(found), 1.96 * np.std(found, ddof=1) / len(found) ** 0.5
+        assert rows[f"shape: {shape}"][:3] == ["6", f"{mean:.4f}", f"[{mean - half:.4f}, {mean + half:.4f}]"]
+    page.locator("#categories").get_by_role("button", name="moon").click()
+    assert pairs.locator("b").all_inner_texts() == [text for text in WORLD[::-1] if "moon" in text]
+
+
+@pytest.mark.parametrize("width", [420, 1280, 1600])
+def test_nothing_is_wider_than_the_window_light_and_dark(report, visit, width):
+    page = visit(report, width, color_scheme="dark")
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    back = "getComputedStyle(document.body).backgroundColor"
+    light = {"light": "rgb(255, 255, 255)", "dark": page.evaluate(back)}
+    assert light["dark"] != light["light"]
+    for theme in ("light", "dark"):
+        page.locator("#theme").select_option(theme)
+        assert page.evaluate(back) == light[theme]
+    point(page, "unet magnitude 40 %").click()
+    box = page.get_by_role("dialog").bounding_box()
+    assert box["x"] >= 0
+    assert box["x"] + box["width"] <= width
+
+
+def test_html_of_others_is_shown_and_never_run(tmp_path, visit):
+    """In captions, prompts, model names, names of runs and reasons; also what would end the script with the data."""
+    for prune, *rest in list(RUNS.values())[:3]:
+        run = record(tmp_path, {c: {**one, "include": [EVIL[:24]]} for c, one in prune.items()}, *rest, [EVIL] * N)
+        change(run, "results.json", lambda results: results.update(samples=[EVIL, "</script>" + EVIL]))
+        change(run, "config.json", lambda facts: facts.update(pipeline={"model": EVIL}))
+        run.rename(tmp_path / f"{run.name}<script>window.hacked = 3<")
+    damaged = tmp_path / "<script>window.hacked = 4<"
+    damaged.mkdir()
+    (damaged / "results.json").write_text("{")
+    assert main(["report", str(tmp_path), "--out", str(tmp_path / "out")]) == 0
+    page = visit(tmp_path / "out" / "report.html")
+    assert EVIL in page.locator("#best").inner_text()
+    assert EVIL in page.locator("#pairs").inner_text()
+    assert EVIL in page.locator("#title").inner_text()
+    assert "window.hacked = 4" in page.locator("#study").inner_text()
+    page.locator(POINTS).last.click()
+    assert "window.hacked = 3" in page.get_by_role("dialog").inner_text()
+    assert page.evaluate("window.hacked") is None
+    assert page.locator("script").count() == 3
+    assert json.loads(page.locator("#data").text_content())["groups"][0]["samples"][0] == EVIL
+
+
+def test_large_pictures_are_the_files_of_the_runs(tmp_path, visit):
+    """They are not read one by one for small copies; those of sample prompts are."""
+    for name in ("dense", "wanda 60"):
+        record(tmp_path, *RUNS[name], side=300)
+    assert main(["report", str(tmp_path)]) == 0
+    page = visit(tmp_path / "report" / "report.html")
+    pictures = page.locator("#pairs figure").first.get_by_role("img")
+    sources = [(tmp_path / "report" / one.get_attribute("src")).resolve() for one in pictures.all()]
+    assert [path.relative_to(tmp_path).parts for path in sources] == [
+        ("dense-0", "images", f"{N - 1}.png"), ("text_encoder-Wanda-Uniform-0.6-0", "images", f"{N - 1}.png"),
+    ]  # fmt: skip
+    assert colours(pictures) == [RUNS["dense"][3], RUNS["wanda 60"][3]]
+    assert len(list((tmp_path / "report" / "pictures").iterdir())) == 2 * 2
+
+
+def test_a_single_file_opens_alone(report, tmp_path, visit):
+    assert main(["report", str(report.parents[1]), "--single-file", "--out", str(tmp_path / "out")]) == 0
+    alone = shutil.copy(tmp_path / "out" / "report.html", tmp_path / "alone.html")
+    shutil.rmtree(tmp_path / "out")
+    page = visit(alone)
+    page.locator("#slider").fill("2")
+    assert colours(page.locator("#cards .picture"))[1] == RUNS["unet 40"][3]
+    assert page.locator("#pairs figure").count() > 0
+    point(page, "unet magnitude 40 %").click()
+    assert page.get_by_role("dialog").get_by_role("link").count() == 0

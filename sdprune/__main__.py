@@ -13,7 +13,7 @@ from types import TracebackType
 from sdprune.errors import InputError, unknown
 from sdprune.errors import cause as _cause
 
-HELP = """usage: sdprune [--help] [--version] {fit,predict,search,sweep,report} ...
+HELP = """usage: sdprune [--help] [--version] {fit,predict,search,sweep,report,inspect} ...
 
 Find out how much of a text-to-image model can be pruned away before the pictures suffer.
 
@@ -22,6 +22,7 @@ Find out how much of a text-to-image model can be pruned away before the picture
   search   --config FILE   find and certify the sparsest model that is still as good as the dense one
   sweep    FILE ...        run every cell of W&B sweep files here, without a server
   report   DIR ...         make the study's tables and figures from the runs in these directories
+  inspect  MODEL           say what a model is made of and what pruning it costs, without its weights
 
 FILE is a path, or the name of a file that comes with sdprune: mini/predict, sd2/predict; of sweeps mini_sparsity.
 Any value of a configuration can be given as an option after it:
@@ -31,7 +32,7 @@ Any value of a configuration can be given as an option after it:
 
 Exit codes: 0 done, 1 failed, 2 bad input, 130 interrupted.
 """
-VERBS = ("fit", "predict", "search", "sweep", "report")
+VERBS = ("fit", "predict", "search", "sweep", "report", "inspect")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if first not in VERBS:
             raise unknown("verb", first, VERBS)
-        if first in ("sweep", "report") and (len(arguments) == 1 or {"-h", "--help"} & set(arguments)):
+        if first in ("sweep", "report", "inspect") and (len(arguments) == 1 or {"-h", "--help"} & set(arguments)):
             from sdprune.study import usage
 
             print(getattr(usage, first.upper()), end="")
@@ -65,6 +66,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from sdprune.configuration.quiet import quiet
 
         quiet()
+        if first == "inspect":
+            from sdprune.inspection import verb
+
+            return verb.run(arguments[1:])
         from sdprune.cli import run
 
         run(arguments)

@@ -22,8 +22,8 @@ def test_version_and_help_import_nothing_heavy():
     code = """
 import sys
 from sdprune.__main__ import main
-for arguments in (["--version"], ["--help"], [], ["predct"], ["sweep", "--help"], ["report", "-h"], ["report"]):
-    main(arguments)
+for line in ("--version", "--help", "", "predct", "sweep --help", "report -h", "report", "inspect"):
+    main(line.split())
 heavy = {"torch", "lightning", "jsonargparse", "diffusers", "transformers", "numpy"} & set(sys.modules)
 sys.exit(f"imported {heavy}" if heavy else 0)
 """
@@ -35,7 +35,7 @@ sys.exit(f"imported {heavy}" if heavy else 0)
     assert done.stdout.count("usage: sdprune report DIR") == 2
     assert (
         done.stderr == "sdprune: error: Unknown verb 'predct'. Did you mean 'predict'? "
-        "Choices: fit, predict, search, sweep, report.\n"
+        "Choices: fit, predict, search, sweep, report, inspect.\n"
     )
 
 

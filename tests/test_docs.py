@@ -12,6 +12,7 @@ from command_lines import ROOT
 
 import sdprune as package
 from sdprune.configuration.shipped import located
+from sdprune.study.usage import INSPECT
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 TEXTS = {page.relative_to(ROOT).as_posix(): page.read_text() for page in PAGES}
@@ -27,7 +28,7 @@ def commands(text):
     lines = [line for block in blocks(text, "bash") for line in block.replace("\\\n", " ").splitlines()]
     inline = re.findall(r"`([^`]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
     lines += [" ".join(code.split()) for code in inline]
-    found = [re.search(r"\bsdprune (?:fit|predict|search|sweep|report) .*", line) for line in lines]
+    found = [re.search(r"\bsdprune (?:fit|predict|search|sweep|report|inspect) .*", line) for line in lines]
     return [shlex.split(one[0], comments=True)[1:] for one in found if one]
 
 
@@ -88,6 +89,8 @@ def test_every_command_parses(sdprune, here, page, words):
     if verb == "report":
         told = sdprune(*words)
         assert (told.code, "No finished run below" in told.err) == (2, True), told.err
+    elif verb == "inspect":
+        assert vars(INSPECT.parse(rest))["model"]
     elif verb == "sweep":
         told = sdprune(verb, *(one for word in rest for one in smaller(word, here)), "--dry-run")
         assert (told.code, told.err) == (0, "")
@@ -112,7 +115,7 @@ def smaller(word, directory):
 
 def test_the_commands_are_found():
     assert len(COMMANDS) > 30
-    assert {words[0] for _, words in COMMANDS} == {"fit", "predict", "search", "sweep", "report"}
+    assert {words[0] for _, words in COMMANDS} == {"fit", "predict", "search", "sweep", "report", "inspect"}
     assert {"shifted.py", "brightness.py"} <= FILES.keys()
 
 

@@ -26,6 +26,11 @@ class Pass:
     prune: list[list[Target]] = field(default_factory=list)
     """Groups of layers that are pruned when it is over."""
 
+    @property
+    def memory(self) -> int:
+        """Bytes of its sums, over the running batch and over all."""
+        return sum(_bytes(one, target) for one, targets in self.observed for target in targets)
+
     def missing(self, stored: dict[str, set[str]]) -> bool:
         """Whether any of its statistics is not stored; `stored` has the layers of each statistic by name."""
         return any(target.name not in stored.get(one.name, ()) for one, targets in self.observed for target in targets)
@@ -76,7 +81,7 @@ def _packages(
     left = memory
     for one in sorted(statistics, key=lambda one: sum(map(one.bytes_of, targets))):
         for target in targets:
-            size = 2 * one.bytes_of(target)  # of the batch and in all
+            size = _bytes(one, target)
             if size > memory:
                 raise InputError(
                     f"The {one.name} of layer {target.name!r} takes {size / 2**30:.1f} GiB, more than the "
@@ -90,3 +95,7 @@ def _packages(
             packages[-1][-1][1].append(target)
             left -= size
     return packages
+
+
+def _bytes(statistic: InputStatistic, target: Target) -> int:
+    return 2 * statistic.bytes_of(target)  # of the batch and in all

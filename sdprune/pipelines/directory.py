@@ -97,6 +97,17 @@ class ModelDirectory:
         Raises:
             InputError: its configuration is damaged, or describes far more parameters than its files hold.
         """
+        module = self.empty_module(name)
+        described = sum(parameter.numel() for parameter in module.parameters())
+        if described > 2 * (stored := self._stored(name)):  # loading would fill memory before it finds out
+            raise InputError(
+                f"{self.path / name} lacks most of its weights: its config.json describes {described:,} parameters, "
+                f"its safetensors hold {stored:,}. It is damaged or belongs to another configuration. {REPLACE}"
+            )
+        return module
+
+    def empty_module(self, name: str) -> nn.Module:
+        """The same from the configuration alone: the weights need not be there."""
         import torch
 
         config, cls = self.config(name), self.type_of(name)
@@ -106,12 +117,6 @@ class ModelDirectory:
             else:
                 options = cls.config_class.from_dict(config)
                 module = cls._from_config(options, attn_implementation="sdpa", dtype=torch.float32)
-        described = sum(parameter.numel() for parameter in module.parameters())
-        if described > 2 * (stored := self._stored(name)):  # loading would fill memory before it finds out
-            raise InputError(
-                f"{self.path / name} lacks most of its weights: its config.json describes {described:,} parameters, "
-                f"its safetensors hold {stored:,}. It is damaged or belongs to another configuration. {REPLACE}"
-            )
         return module.eval()
 
     def _stored(self, name: str) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
@@ -20,7 +21,7 @@ class Dependencies(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self._marks: dict[int, int] = {}
-        self._kept: list[Any] = []  # an address is not given to others
+        self._known: list[StorageWeakRef] = []  # keep addresses from being given to others, and no memory
 
     def marks(self, values: Any) -> int:
         """The marks of all tensors in nested values."""
@@ -34,7 +35,7 @@ class Dependencies(TorchDispatchMode):
         for value in _tensors(values):
             storage = value.untyped_storage()
             if storage._cdata not in self._marks:
-                self._kept.append(storage)
+                self._known.append(StorageWeakRef(storage))
             self._marks[storage._cdata] = marks
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -45,7 +45,7 @@ def inspect(
     modules = modules_of(family)
     prunable = {name: modules[name] for name in roles}
     every = {name: _targets(module, LAYER_KINDS) for name, module in prunable.items()}
-    found = trace(family, prunable, every)
+    found = trace(family, modules, every)
     chosen = {name: _targets(module, layers) for name, module in prunable.items()}
     components: dict[str, Any] = {}
     for name, module in modules.items():

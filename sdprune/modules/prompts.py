@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -76,8 +77,8 @@ class PromptSubject:
         observer.batch_size, observer.valid = len(batch.prompts), batch.valid
         if not self.calibration.padding:
             observer.tokens = self.component.tokens(batch.prompts)
-        if self.component.role == "denoiser":
-            observer.unconditional = self.calibration.unconditional
+        observer.weights = partial(self.component.weights, unconditional=self.calibration.unconditional)
+        observer.rows = self.component.rows
 
     def facts(self) -> dict[str, Any]:
         """What its statistics depend on beside model and prompts."""
@@ -104,7 +105,9 @@ class Requests:
     def of_model(self, component: str, names: Iterable[str], spec: PruneSpec) -> list[Request]:
         """Statistics of the dense model, of all layers of the kinds that a specification names."""
         kinds = sorted(set(spec.layers))
-        every = PruneSpec(layers=kinds, timesteps=spec.timesteps)
+        every = PruneSpec(
+            layers=kinds, timesteps=spec.timesteps, exclude=self.subjects[component].component.idle(kinds)
+        )
         common = {"component": component, "layers": kinds, **self.facts, **self.subjects[component].facts()}
         found = []
         for name in sorted(names):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
@@ -49,15 +50,17 @@ class PromptSubject:
         return self.component.module
 
     @property
-    def is_chain(self) -> bool:  # noqa: D102
-        return self.component.is_chain
-
-    @property
     def steps(self) -> int:  # noqa: D102
         return self.component.steps(self.sampling)
 
     def run(self, batch: Batch, before_step: Callable[[int], None]) -> None:  # noqa: D102
         self.component.run(batch.prompts, self._seeds(batch), self.sampling, before_step)
+
+    def replays(self, sequential: bool) -> bool:  # noqa: D102
+        return self.component.role == "text" or not sequential or self.calibration.latents == "dense"
+
+    def replaying(self, before_step: Callable[[int], None]) -> AbstractContextManager[Callable[[int], None]]:  # noqa: D102
+        return self.component.counting(before_step)
 
     def dense_inputs(self, batch: Batch, probe: Probe) -> Callable[[], Tensor]:  # noqa: D102
         keep = self.component.predictions if probe.read_at == "prediction" else self.component.dense_inputs
@@ -141,4 +144,7 @@ class Requests:
             return dense
         before = tuple(self.of_allocation(component, spec))
         more = {"prune": spec.describe(), "allocation": [request.facts for request in before]}
+        subject = self.subjects[component]
+        if subject.component.role == "denoiser" and subject.calibration.latents != "pruned":
+            more["latents"] = subject.calibration.latents
         return [replace(one, spec=spec, sequential=True, facts={**one.facts, **more}, before=before) for one in dense]

@@ -70,6 +70,7 @@ class CalibrationPlan:
             report,
             data.calibration_n,
             data.calibration_batch,
+            self.calibration.kept,
         )
 
 

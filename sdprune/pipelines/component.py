@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from fnmatch import fnmatchcase
 from inspect import BoundArguments, signature
 from typing import TYPE_CHECKING, Any, ClassVar, Optional
@@ -32,8 +32,6 @@ class Component(ABC):
 
     role: ClassVar[str]
     """`text` or `denoiser`: budgets split the pruned weights between the two."""
-    is_chain: ClassVar[bool]
-    """Whether its blocks run one after another, each on what the one before gave: then they can be run one by one."""
 
     def __init__(self, family: DiffusersFamily, name: str) -> None:
         self.family, self.name = family, name
@@ -64,6 +62,10 @@ class Component(ABC):
             sampling: how images are drawn.
             before_step: called before each call with the number of its denoising step.
         """
+
+    def counting(self, before_step: Callable[[int], None]) -> AbstractContextManager[Callable[[int], None]]:
+        """Entered while it is called without the pipeline: what it gives is to be called when a step begins."""
+        return nullcontext(before_step)
 
     @abstractmethod
     def dense_inputs(
@@ -119,7 +121,6 @@ class TextEncoder(Component):
     """Reads tokens. Runs without guidance: the empty prompt would count as often as all others together."""
 
     role = "text"
-    is_chain = True
 
     def steps(self, sampling: Sampling) -> int:  # noqa: D102
         return 1
@@ -175,7 +176,6 @@ class Denoiser(Component):
     """Predicts noise. Runs by drawing images, all steps, with the guidance of generation."""
 
     role = "denoiser"
-    is_chain = False
 
     def __init__(self, family: DiffusersFamily, name: str) -> None:
         super().__init__(family, name)
@@ -188,10 +188,14 @@ class Denoiser(Component):
         self, prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling,
         before_step: Optional[Callable[[int], None]] = None,
     ) -> None:  # fmt: skip
+        with self.counting(before_step or (lambda step: None)) as begin_step:
+            self.family.generate(prompts, seeds, sampling, decode=False, before_step=begin_step)
+
+    @contextmanager
+    def counting(self, before_step: Callable[[int], None]) -> Iterator[Callable[[int], None]]:  # noqa: D102
         def begin_step(step: int) -> None:
             self._number = -1
-            if before_step is not None:
-                before_step(step)
+            before_step(step)
 
         def begin_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self._number += 1
@@ -199,7 +203,7 @@ class Denoiser(Component):
 
         handle = self.module.register_forward_pre_hook(begin_call, with_kwargs=True)
         try:
-            self.family.generate(prompts, seeds, sampling, decode=False, before_step=begin_step)
+            yield begin_step
         finally:
             handle.remove()
             self._arguments = None

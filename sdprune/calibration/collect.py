@@ -170,15 +170,18 @@ class Collector:
         if len(ordered) < 2 or not flow.blocks:
             return ordered if spec else passes, None
         kept = most_kept(flow, ordered) * subject.steps * -(-self.images // self.processes.world_size)
-        what = f"{subject.name} ({', '.join(one.statistic for one in group)}): {len(ordered)} passes"
-        if kept > self.keep:
-            self.costs.append(
-                f"{what}, each with its pipeline. It would run once if {_gib(kept)} in a file of each process "
-                f"were kept, more than the {_gib(self.keep)} of --model.calibration.kept_gib."
+        runs_once = kept <= self.keep
+        chosen = ordered if spec or runs_once else passes
+        what = f"{subject.name} ({', '.join(one.statistic for one in group)}): {len(chosen)} passes"
+        if runs_once:
+            how = f"one of them with its pipeline; keeps up to {_gib(kept)} in a file of each process."
+        else:
+            how = (
+                f"each with its pipeline. It would run once if {_gib(kept)} in a file of each process were kept, more "
+                f"than the {_gib(self.keep)} of --model.calibration.kept_gib."
             )
-            return ordered if spec else passes, None
-        self.costs.append(f"{what}, one of them with its pipeline; keeps up to {_gib(kept)} in a file of each process.")
-        return ordered, flow
+        self.costs.append(f"{what}, {how}")
+        return chosen, flow if runs_once else None
 
     def _next_group(self) -> None:
         self._group += 1
@@ -287,4 +290,4 @@ class Collector:
 
 
 def _gib(size: int) -> str:
-    return f"{size / 2**30:.1f} GiB"
+    return f"{size / 2**30:.3g} GiB"

@@ -168,15 +168,15 @@ def _costs(targets: Sequence[Target], order: Sequence[str], steps: int, memory: 
         found[name] = {
             "statistics": [one.name for one in statistics],
             "bytes": sum(one.bytes_of(target) for one in statistics for target in targets),
-            "one_pass": _passes(targets, statistics, memory),
+            "one_pass": _passes(targets, statistics, memory, None, order),
             "sequential": _passes(targets, statistics, memory, PruneSpec(0.5, criterion=criterion), order),
         }
     return found
 
 
 def _passes(
-    targets: Sequence[Target], statistics: Sequence[InputStatistic], memory: int, spec: Optional[PruneSpec] = None,
-    order: Sequence[str] = (),
+    targets: Sequence[Target], statistics: Sequence[InputStatistic], memory: int, spec: Optional[PruneSpec],
+    order: Sequence[str],
 ) -> Optional[dict[str, int]]:  # fmt: skip
     """How many passes gather the statistics, and the bytes of the largest; None where a layer exceeds the memory."""
     try:

@@ -1,22 +1,28 @@
 """What every family must do, on tiny pipelines with random weights; plain diffusers is the oracle."""
 
+import fnmatch
 import inspect
 import json
 import warnings
 
 import numpy as np
+import pandas
 import pytest
 import tiny_families
 import torch
-from command_lines import CONFIGS, CPU, the_run
+from command_lines import CONFIGS, CPU, process, the_run
 from lightning import Trainer
+from safetensors.torch import load_file
 
 import sdprune.pipelines
-from sdprune.data import CocoDataModule
+from sdprune.calibration.collect import Collector
+from sdprune.calibration.settings import Calibration
+from sdprune.data import CocoDataModule, TextFile
 from sdprune.errors import InputError
 from sdprune.mini.source import EmbeddedWorld
-from sdprune.modules import PruningModule
+from sdprune.modules import CalibrationModule, PruningModule
 from sdprune.pipelines import DiffusersFamily, Sampling
+from sdprune.pipelines.sampling import image_seed
 from sdprune.pruning import Budget, PruneSpec
 from sdprune.pruning.allocation.sensitivity import Sensitivity
 
@@ -29,7 +35,7 @@ OWN_SIZE = {"use_resolution_binning": False}
 CALLS = {  # what plain diffusers is called with to draw by a guidance scale
     "PixArtSigma": lambda scale: {"guidance_scale": scale, "clean_caption": False, **OWN_SIZE},
     "Sana": lambda scale: {"guidance_scale": scale, **OWN_SIZE},
-    "QwenImage": lambda scale: {"true_cfg_scale": scale, **({"negative_prompt": [" ", " "]} if scale > 1 else {})},
+    "QwenImage": lambda scale: {"true_cfg_scale": scale, **({"negative_prompt": " "} if scale > 1 else {})},
     "ZImage": lambda scale: {"guidance_scale": scale - 1},
 }
 TOKENS = {  # of the prompts, special ones included, that are no padding; templates and instructions are tokens too
@@ -80,12 +86,14 @@ def plain(directory):
     return pipe
 
 
-def drawn_plainly(name, pipe, steps, guidance):
+def drawn_plainly(name, pipe, steps, guidance, prompts=PROMPTS, seeds=SEEDS):
     """Pictures of plain diffusers in grey levels, from the noise that its own generators draw."""
     call = CALLS.get(name, lambda scale: {"guidance_scale": scale})(guidance)
-    generators = [torch.Generator("cpu").manual_seed(seed) for seed in SEEDS]
+    if "negative_prompt" in call:
+        call["negative_prompt"] = [" "] * len(prompts)
+    generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     images = pipe(
-        list(PROMPTS), num_inference_steps=steps, generator=generators, output_type="np", **SMALL, **call
+        list(prompts), num_inference_steps=steps, generator=generators, output_type="np", **SMALL, **call
     ).images
     return (images * 255).round()
 
@@ -273,20 +281,38 @@ def each(name, option):
 
 
 def test_a_budget_predict_and_report(family, sdprune, tmp_path):
-    name, _ = family
     drawn = ["--data.n=4", "--data.batch_size=2", "--model.samples=[a red star]", "--model.budget.total=0.05"]
     drawn += ["--model.budget.counting=actual", "--model.budget.decimals=4"]
     told = sdprune(*small("predict", "predict.yaml", family, tmp_path, *drawn))
     assert (told.code, told.err) == (0, "")
-    results = json.loads((the_run(tmp_path, "text_encoder") / "results.json").read_text())
+    run = the_run(tmp_path, "text_encoder")
+    results = json.loads((run / "results.json").read_text())
+    sparsities = json.loads((run / "config.json").read_text())["prune"]
     assert results["sparsity"]["prunable"]["pruned_fraction"] == pytest.approx(0.05, abs=1e-4)
     text = [one for component, one in results["sparsity"]["components"].items() if "text" in component]
     pruned = sum(one["pruned"] for one in text)
     assert pruned == pytest.approx(results["sparsity"]["prunable"]["pruned"] / 2, rel=0.01)
     told = sdprune("report", tmp_path, f"--out={tmp_path / 'report'}")
     assert (told.code, told.err) == (0, "")
-    table = (tmp_path / "report" / "tables" / "runs.csv").read_text()
-    assert all(component in table for component in components_of(name))
+    table = pandas.read_csv(tmp_path / "report" / "tables" / "runs.csv")
+    for kind, role in (("text", "text"), ("image", "denoiser")):
+        own = [spec["sparsity"] for name, spec in sparsities.items() if results["roles"][name] == role]
+        assert set(table[kind]) == {0.0, own[0]}
+        assert own == own[:1] * len(own)
+
+
+def test_a_budget_of_shares_by_component(sdprune, tmp_path, tmp_path_factory):
+    family = saved("StableDiffusion3", tmp_path_factory)
+    options = ["--model.budget={total: 0.1, counting: actual, decimals: 4}"]
+    options += ["--model.budget.shares={text_encoder_2: 0.01, text_encoder_3: 0.04, transformer: 0.95}"]
+    told = sdprune(*small("fit", "prune.yaml", family, tmp_path, *options))
+    assert (told.code, told.err) == (0, "")
+    (found,) = tmp_path.glob("pruned-*")
+    sparsity = json.loads((found / "pruning_report.json").read_text())["sparsity"]
+    pruned = {name: one["pruned"] / sparsity["prunable"]["pruned"] for name, one in sparsity["components"].items()}
+    assert sparsity["prunable"]["pruned_fraction"] == pytest.approx(0.1, abs=1e-4)
+    wanted = {"text_encoder": 0, "text_encoder_2": 0.01, "text_encoder_3": 0.04, "transformer": 0.95, "vae": 0}
+    assert pruned == pytest.approx(wanted, abs=1e-3)
 
 
 def test_a_measured_budget_reads_every_component_at_the_prediction(family, miniature, tmp_path):
@@ -310,3 +336,139 @@ def test_another_familys_model_names_the_family(family):
     for other in tiny_families.FAMILIES.keys() - {name}:
         with pytest.raises(InputError, match=rf"use --model\.pipeline={name}\."):
             _ = made(other, directory).prunable
+
+
+# --- calibration ----------------------------------------------------------------------------------------------
+
+ALIKE = ["a red star", "two cats !", "blue boxes"]  # of one length: nothing in a batch is padded to another's
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("\n".join(ALIKE))
+    return TextFile(str(path))
+
+
+@pytest.mark.parametrize("unconditional", [1.0, 0.25])
+def test_statistics_of_a_denoiser_are_those_of_single_images(family, miniature, prompts, tmp_path, unconditional):
+    """Batches of two, the last with filler; the copy without prompt counts as much as is said, wherever it is."""
+    name, directory = family
+    model, sampling = made(name, directory), Sampling(steps=2, guidance=GUIDED, **SMALL)
+    module = CalibrationModule(
+        model, [model.denoiser], ["input_norm"], sampling=sampling,
+        calibration=Calibration(unconditional=unconditional), store=str(tmp_path / "statistics"),
+    )  # fmt: skip
+    data = CocoDataModule(prompts, calibration_n=3, calibration_batch_size=2)
+    trainer = Trainer(accelerator="cpu", logger=False, use_distributed_sampler=False, enable_progress_bar=False)
+    trainer.predict(module, datamodule=data, return_predictions=False)
+    (file,) = tmp_path.glob("statistics/*-input_norm-*/*.safetensors")
+    found = load_file(file)
+    pipe, wanted = plain(directory), {}
+    denoiser = getattr(pipe, model.denoiser)
+    for layer in found:
+        denoiser.get_submodule(layer).register_forward_pre_hook(
+            lambda module, args, layer=layer: wanted.setdefault(layer, []).append(args[0].double())
+        )
+    for position, prompt in enumerate(ALIKE):
+        drawn_plainly(name, pipe, 2, GUIDED, [prompt], [image_seed(0, f"calibration:{position}")])
+    assert found.keys() == wanted.keys()
+    for layer, inputs in wanted.items():
+        calls = len(inputs) // 6  # a step; three images, two steps
+        halves = {"Flux": [1.0], "QwenImage": [1.0], "ZImage": [1.0, unconditional]}.get(name, [unconditional, 1.0])
+        norms = torch.zeros(2, inputs[0].shape[-1], dtype=torch.float64)
+        for number, one in enumerate(inputs):
+            weights = [unconditional] if number % calls else halves
+            squares = [part.square().flatten(0, -2).sum(0) for part in one.chunk(len(weights))]
+            norms[number // calls % 2] += sum(w * square for w, square in zip(weights, squares, strict=True)) / calls
+        torch.testing.assert_close(found[layer][:, 0].double(), norms / 3, rtol=2e-4, atol=1e-6, msg=layer)
+
+
+def test_interrupted_and_resumed_by_two_processes(sdprune, tmp_path, tmp_path_factory, monkeypatch):
+    """Of the family whose layers see items of unlike length one behind the other."""
+    family = saved("ZImage", tmp_path_factory)
+    options = [*each("ZImage", "sparsity=0.4"), *each("ZImage", "criterion=Wanda")]
+    options.append("--model.prune.transformer.order=sequential")
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    assert sdprune(*small("fit", "prune.yaml", family, whole, *options)).code == 0
+    end_pass, passes = Collector.end_pass, []
+
+    def interrupted(collector):
+        passes.append(collector)
+        if len(passes) == 3:
+            raise KeyboardInterrupt
+        end_pass(collector)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Collector, "end_pass", interrupted)
+        assert sdprune(*small("fit", "prune.yaml", family, resumed, *options)).code == 130
+    done = process(small("fit", "prune.yaml", family, resumed, *options, "--trainer.devices=2"))
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr[-2000:]
+    files = {path.relative_to(whole): path.read_bytes() for path in whole.rglob("*.safetensors")}
+    assert files == {path.relative_to(resumed): path.read_bytes() for path in resumed.rglob("*.safetensors")}
+    assert len(files) >= 5
+
+
+# --- a further family, and what all rely on -------------------------------------------------------------------
+
+ALPHA = """
+from sdprune.pipelines.pixart_sigma import PixArtSigma
+
+
+class PixArtAlpha(PixArtSigma):
+    \"\"\"A diffusers `PixArtAlphaPipeline`.
+
+    Args:
+        model: a hub id or a diffusers directory.
+        revision: branch, tag or commit of a hub id.
+        variant: file variant of a hub id or directory.
+    \"\"\"
+
+    pipeline = "PixArtAlphaPipeline"
+"""
+
+
+def test_a_family_of_ones_own_is_one_file_and_one_config(sdprune, tmp_path, monkeypatch):
+    from diffusers import PixArtAlphaPipeline
+
+    PixArtAlphaPipeline(**tiny_families.pixart_sigma().components).save_pretrained(tmp_path / "model")
+    (tmp_path / "alpha.py").write_text(ALPHA)
+    (tmp_path / "own.yaml").write_text(
+        (CONFIGS / "prune.yaml").read_text()
+        .replace("class_path: StableDiffusion", "class_path: alpha.PixArtAlpha")
+        .replace("model: miniature", "model: model")
+    )  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    options = [f"--model.sampling={{steps: 2, guidance: 3.0, height: {SIDE}, width: {SIDE}}}", CPU]
+    options += ["--model.prune={transformer: {sparsity: 0.5, criterion: Wanda}}", "--data.calibration_n=2"]
+    told = sdprune("fit", "--config", "own.yaml", *options, "--model.output=runs", "--model.store=statistics")
+    assert (told.code, told.err) == (0, "")
+    (found,) = (tmp_path / "runs").glob("pruned-*")
+    weights = plain(found).transformer.named_parameters()
+    zeros = [(one == 0).float().mean() for name, one in weights if name.endswith("to_q.weight")]
+    assert zeros
+    assert all(abs(one - 0.5) < 0.01 for one in zeros)
+
+
+def test_diffusers_has_what_a_family_relies_on(family):
+    import diffusers
+    import transformers
+
+    name, directory = family
+    cls, pipe = getattr(sdprune.pipelines, name), plain(directory)
+    assert type(pipe).__name__ == cls.pipeline
+    for library, classes in cls.parts.values():
+        assert any(hasattr({"diffusers": diffusers, "transformers": transformers}[library], one) for one in classes)
+    assert all(hasattr(diffusers, one) for one in cls.schedulers)
+    model = made(name, directory)
+    takes = inspect.signature(pipe.__call__).parameters
+    common = {"prompt", "height", "width", "num_inference_steps", "latents", "generator", "output_type"}
+    assert takes.keys() >= common | cls.call.keys() | model.guide(2.0, 1).keys() | cls.call.keys()
+    assert {"prompt", "device"} <= inspect.signature(pipe.encode_prompt).parameters.keys()
+    assert pipe.vae_scale_factor in (2, 4)
+    first, *others = inspect.signature(getattr(pipe, model.denoiser).forward).parameters
+    assert first in ("sample", "hidden_states", "x")
+    assert cls.timestep in others
+    for component, patterns in cls.idle.items():
+        names = [layer for layer, _ in getattr(pipe, component).named_modules()]
+        assert all(fnmatch.filter(names, pattern) for pattern in patterns)

@@ -10,6 +10,7 @@ import pandas
 import pytest
 import tiny_families
 import torch
+import yaml
 from command_lines import CONFIGS, CPU, process, the_run
 from lightning import Trainer
 from safetensors.torch import load_file
@@ -448,6 +449,22 @@ def test_a_family_of_ones_own_is_one_file_and_one_config(sdprune, tmp_path, monk
     zeros = [(one == 0).float().mean() for name, one in weights if name.endswith("to_q.weight")]
     assert zeros
     assert all(abs(one - 0.5) < 0.01 for one in zeros)
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.parent.glob("*/predict.yaml")), ids=lambda path: path.parent.name)
+def test_a_shipped_configuration_has_the_pipelines_own_steps_and_guidance(path):
+    import diffusers
+
+    options = yaml.safe_load(path.read_text())["model"]["init_args"]
+    cls = getattr(sdprune.pipelines, options["pipeline"]["class_path"])
+    model = cls(**options["pipeline"]["init_args"])
+    assert options["prune"].keys() == set(components_of(cls.__name__))
+    takes = inspect.signature(getattr(diffusers, cls.pipeline).__call__).parameters
+    if path.parent.name in ("mini", "z_image"):  # made for fewer steps
+        return
+    assert options["sampling"]["steps"] == takes["num_inference_steps"].default
+    for name, value in model.guide(options["sampling"]["guidance"], 1).items():
+        assert name == "negative_prompt" or value == takes[name].default
 
 
 def test_diffusers_has_what_a_family_relies_on(family):

@@ -108,17 +108,19 @@ def _check_tokens(text: Any, tokenizer: Any) -> None:
 def _compute_shapes(module: nn.Module, method: str) -> None:
     """Make a method of a module on the meta device return zeros of the right shapes on the CPU."""
     import torch
-    from torch.utils._pytree import tree_map_only
+    from torch.utils._pytree import tree_flatten, tree_map_only
 
-    run = getattr(module, method)
+    run, found = getattr(module, method), {}
 
     @wraps(run)
     def shapes(*args: Any, **kwargs: Any) -> Any:
         kwargs.pop("attention_mask", None)  # its values decide which way is taken, and on the meta device it has none
         args, kwargs = tree_map_only(torch.Tensor, lambda one: one.to("meta"), (args, kwargs))
-        with torch.device("meta"):
-            output = run(*args, **kwargs)
-        return tree_map_only(torch.Tensor, lambda one: torch.zeros_like(one, device="cpu"), output)
+        key = tuple(one.shape for one in tree_flatten((args, kwargs))[0] if isinstance(one, torch.Tensor))
+        if key not in found:  # all steps are alike
+            with torch.device("meta"):
+                found[key] = run(*args, **kwargs)
+        return tree_map_only(torch.Tensor, lambda one: torch.zeros_like(one, device="cpu"), found[key])
 
     setattr(module, method, shapes)
 

@@ -220,8 +220,8 @@ def require_pipeline(where: str, index: Any, pipelines: Mapping[str, str]) -> No
         if found == pipeline != wanted:
             raise InputError(f"{where} is a {found!r}, not a {wanted}: use --model.pipeline={family}.")
     if found != wanted:
-        choices = " or ".join(pipelines.values())
-        raise InputError(f"{where} is a {found[:100]!r}, which is not supported. Give a {choices}.")
+        choices = ", ".join(pipelines.values())
+        raise InputError(f"{where} is a {found[:100]!r}, which is not supported. Choices: {choices}.")
 
 
 def scheduler_class(name: str, fitting: Sequence[str] = (), kind: str = "scheduler") -> Any:

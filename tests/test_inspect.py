@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from fnmatch import fnmatchcase
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import full_size
@@ -14,7 +15,7 @@ import torch
 from command_lines import fit
 from safetensors.torch import load_file
 
-import sdprune.pipelines
+from sdprune import pipelines
 from sdprune.pipelines import Sampling
 
 PROMPTS = [["a red star"], ["two blue cats"]]
@@ -36,7 +37,7 @@ def family(request, tmp_path_factory):
 
 
 def loaded(name, directory):
-    model = getattr(sdprune.pipelines, name)(str(directory))
+    model = getattr(pipelines, name)(str(directory))
     model.load(torch.float32, torch.device("cpu"))
     return model
 
@@ -52,7 +53,7 @@ def latents(model, prompts=("a red star",), seed=3, steps=1, guidance=1):
 
 
 def test_only_what_no_output_depends_on_can_be_zeroed_unseen(sdprune, family):
-    """Each module that is named, and then each layer that is not, is zeroed in the real model."""
+    """What is named, all at once, then block by block what is not, and in last blocks layer by layer."""
     name, directory, bare = family
     facts, model = facts_of(sdprune, bare), loaded(name, directory)
     dense = latents(model)
@@ -67,13 +68,31 @@ def test_only_what_no_output_depends_on_can_be_zeroed_unseen(sdprune, family):
         for one in unread:
             parameters[one].zero_()
         assert torch.equal(latents(model), dense), component
-        for one, value in parameters.items():
-            if one in unread or value.dim() < 2 or "position_embedding" in one:
-                continue
-            kept = value.clone()
-            value.zero_()
-            assert not torch.equal(latents(model), dense), one
-            value.copy_(kept)
+        blocks = [block["name"] for block in entry["blocks"] if block["name"] != "stem"]
+        read = {one: value for one, value in parameters.items() if one not in unread and value.dim() > 1}
+        groups = [[value for one, value in read.items() if one.startswith(f"{block}.")] for block in blocks]
+        last = {one: value for one, value in read.items() if one.startswith(f"{blocks[-1]}.")}
+        vain = [f"{one}.weight" for one in IN_VAIN.get(name, ())]
+        for group in [*groups, *([value] for one, value in last.items() if one not in vain)]:
+            kept = [value.clone() for value in group]
+            for value in group:
+                value.zero_()
+            assert not torch.equal(latents(model), dense)
+            for value, before in zip(group, kept, strict=True):
+                value.copy_(before)
+
+
+def test_layers_that_a_family_leaves_out_are_proved_to_be_without_effect(sdprune, family):
+    name, directory, _ = family
+    facts, model = facts_of(sdprune, directory), getattr(pipelines, name)(str(directory))
+    for component, part in model.prunable.items():
+        module, entry = part.meta_module(), facts["components"][component]
+        proved = [*entry["unread"]["modules"], *IN_VAIN.get(name, ())]
+        tied = [one.removesuffix(".weight") for names in entry["tied"] for one in names]
+        for pattern in part.idle(["Linear", "Conv2d"]):
+            for layer, one in module.named_modules():
+                if isinstance(one, (torch.nn.Linear, torch.nn.Conv2d)) and fnmatchcase(layer, pattern):
+                    assert layer in tied or any(f"{layer}.".startswith(f"{inner}.") for inner in proved), layer
 
 
 def test_sdxl_reads_neither_its_first_encoders_last_layer_nor_its_final_norm(sdprune, tmp_path):
@@ -85,7 +104,7 @@ def test_sdxl_reads_neither_its_first_encoders_last_layer_nor_its_final_norm(sdp
 def test_inputs_that_depend_on_the_timestep_or_the_text_alone_are_equal_where_the_others_differ(sdprune, family):
     """Seen in runs of two prompts with two noises, step by step."""
     name, directory, bare = family
-    model, seen = loaded(name, directory), {}
+    model = loaded(name, directory)
     denoiser = model.components[model.denoiser]
     layers = {one: layer for one, layer in denoiser.named_modules() if isinstance(layer, torch.nn.Linear)}
     for one, layer in layers.items():
@@ -93,8 +112,8 @@ def test_inputs_that_depend_on_the_timestep_or_the_text_alone_are_equal_where_th
     runs = []
     for number, prompts in enumerate(PROMPTS):
         runs.append({})
-        latents(model, prompts, number, steps=3, guidance=5)
-    seen = {one: [run[one] for run in runs] for one in layers}
+        latents(model, prompts, number, steps=3)
+    seen = {one: [run[one] for run in runs] for one in layers if one in runs[0]}
     by_step = {one for one, (a, b) in seen.items() if all(map(torch.equal, a, b))}
     by_text = {one for one, (a, b) in seen.items() if all(torch.equal(a[0], x) for x in a)} - by_step
     inputs = facts_of(sdprune, bare)["components"][model.denoiser]["inputs"]
@@ -109,19 +128,26 @@ def test_sizes_are_those_of_the_files_and_blocks_run_in_this_order(sdprune, fami
     total = 0
     for component, entry in facts["components"].items():
         (file,) = (directory / component).glob("*.safetensors")
-        tensors = load_file(file)
-        tensors = {key: value for key, value in tensors.items() if "position_ids" not in key}
-        assert entry["parameters"] == sum(value.numel() for value in tensors.values())
-        assert entry["stored"] == {"bytes": file.stat().st_size, "numbers": {"F32": entry["parameters"]}}
+        tensors, module = load_file(file), model.components[component]
+        numbers = sum(value.numel() for value in tensors.values())
+        buffers = sum(value.numel() for key, value in module.named_buffers() if key in tensors)
+        assert entry["parameters"] == numbers - buffers
+        assert entry["stored"] == {"bytes": file.stat().st_size, "numbers": {"F32": numbers}}
         total += entry["parameters"]
         if entry["role"] is None:
             continue
-        kinds = entry["kinds"]
-        assert sum(kind["parameters"] for kind in kinds.values()) == entry["parameters"]
-        assert kinds["Linear"]["tensors"] == sum(block["layers"] for block in entry["blocks"])
-        assert kinds["Linear"]["parameters"] == sum(block["weights"] for block in entry["blocks"])
-        module, ran = model.components[component], []
-        blocks = [block["name"] for block in entry["blocks"] if block["name"] != "stem"]
+        assert sum(kind["parameters"] for kind in entry["kinds"].values()) == numbers - buffers
+        ran = []
+        embeddings = {id(one.weight) for one in module.modules() if isinstance(one, torch.nn.Embedding)}
+        weights = [
+            one.weight.numel()
+            for layer, one in module.named_modules()
+            if isinstance(one, torch.nn.Linear) and id(one.weight) not in embeddings
+            and not any(f"{layer}.".startswith(f"{inner}.") for inner in entry["unread"]["modules"])
+        ]  # fmt: skip
+        assert len(weights) == sum(block["layers"] for block in entry["blocks"])
+        assert sum(weights) == sum(block["weights"] for block in entry["blocks"])
+        blocks = [block["name"] for block in entry["blocks"] if block["name"] != "stem" and block["runs"]]
         for block in blocks:
             module.get_submodule(block).register_forward_pre_hook(lambda *_, block=block, ran=ran: ran.append(block))
         latents(model)
@@ -178,50 +204,38 @@ def test_tables_say_what_the_json_says(sdprune, family, tmp_path):
     assert max(map(len, sdprune("inspect", "--help").out.splitlines())) <= 120
 
 
-def test_stable_diffusion_2_in_full_size_takes_seconds_and_no_memory(tmp_path):
-    """From configurations alone; numbers are those of the published model."""
-    write_full_size(tmp_path)
+@pytest.mark.parametrize(
+    ("name", "parameters", "said"),
+    [  # of the published models
+        (
+            "StableDiffusion",
+            {"text_encoder": 340_387_840, "unet": 865_910_724},
+            "24 layers see the timestep alone (9.2%",
+        ),
+        ("Flux", {"text_encoder_2": 4_762_310_656, "transformer": 11_901_408_320}, "58 blocks in the order in which"),
+        (
+            "QwenImage",
+            {"text_encoder": 8_292_166_656, "transformer": 20_430_401_088},
+            "123 layers see the timestep alone",
+        ),
+    ],
+)
+def test_a_model_in_full_size_takes_seconds_and_little_memory(tmp_path, name, parameters, said):
+    full_size.save_configuration(name, tmp_path)
     code = (
         "import json, resource, sys\nfrom sdprune.__main__ import main\n"
         f"code = main(['inspect', {str(tmp_path)!r}, '--out', {str(tmp_path / 'facts.json')!r}])\n"
         "used = resource.getrusage(resource.RUSAGE_SELF)\n"
-        "print(json.dumps([code, used.ru_utime + used.ru_stime, used.ru_maxrss]), file=sys.stderr)"
+        "print(json.dumps([code, used.ru_utime + used.ru_stime, used.ru_maxrss]))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    exit_code, seconds, kilobytes = json.loads(done.stderr)
-    assert exit_code == 0
-    assert seconds < 10
+    exit_code, seconds, kilobytes = json.loads(done.stdout.splitlines()[-1])
+    assert (exit_code, done.stderr) == (0, "")
+    assert seconds < 20  # 6 to 9 on a free core
     assert kilobytes < 2e6
+    assert said in done.stdout
     facts = json.loads((tmp_path / "facts.json").read_text())
-    text, unet = facts["components"]["text_encoder"], facts["components"]["unet"]
-    assert (text["parameters"], unet["parameters"]) == (340_387_840, 865_910_724)
-    # 24 time layers, and the keys and values of 16 cross-attentions.
-    assert [len(unet["inputs"][one]["layers"]) for one in ("timestep_alone", "text_alone")] == [24, 32]
-    assert unet["inputs"]["timestep_alone"]["weights"] / unet["kinds"]["Linear"]["parameters"] == pytest.approx(
-        0.092, abs=5e-4
-    )
-    assert "24 layers see the timestep alone (9.2% of the Linear weights)" in done.stdout
-
-
-def write_full_size(directory):
-    """Stable Diffusion 2 without its weights."""
-    from diffusers import AutoencoderKL, UNet2DConditionModel
-    from transformers import CLIPTextConfig
-
-    with torch.device("meta"):
-        unet, vae = UNet2DConditionModel(**full_size.UNET), AutoencoderKL(**full_size.VAE)
-    unet.save_config(directory / "unet")
-    vae.save_config(directory / "vae")
-    CLIPTextConfig(**full_size.TEXT).save_pretrained(directory / "text_encoder")
-    (directory / "scheduler").mkdir()
-    (directory / "scheduler" / "scheduler_config.json").write_text('{"_class_name": "DDIMScheduler"}')
-    (directory / "tokenizer").mkdir()
-    index = {
-        "_class_name": "StableDiffusionPipeline", "text_encoder": ["transformers", "CLIPTextModel"],
-        "tokenizer": ["transformers", "CLIPTokenizer"], "unet": ["diffusers", "UNet2DConditionModel"],
-        "vae": ["diffusers", "AutoencoderKL"], "scheduler": ["diffusers", "DDIMScheduler"],
-    }  # fmt: skip
-    (directory / "model_index.json").write_text(json.dumps(index))
+    assert {part: facts["components"][part]["parameters"] for part in parameters} == parameters
 
 
 # --- what is wrong ----------------------------------------------------------------------------------------------
@@ -266,7 +280,8 @@ def test_a_model_of_no_family_names_the_families(sdprune, copy):
     damaged(copy, "model_index.json", _class_name="AudioLDMPipeline")
     told = sdprune("inspect", copy)
     assert (told.code, told.err.count("\n")) == (2, 1)
-    assert "names 'AudioLDMPipeline', which no family is for. Give a StableDiffusionPipeline or" in told.err
+    assert "names 'AudioLDMPipeline', which no family is for. Give a " in told.err
+    assert " or StableDiffusionXLPipeline or " in told.err
 
 
 def test_parts_that_do_not_fit_each_other_are_one_line(sdprune, copy):

@@ -46,7 +46,7 @@ def inspect(
     prunable = {name: modules[name] for name in roles}
     every = {name: _targets(module, LAYER_KINDS) for name, module in prunable.items()}
     found = trace(family, modules, every)
-    chosen = {name: _targets(module, layers) for name, module in prunable.items()}
+    chosen = {name: _useful(module, _targets(module, layers), found.unread[name]) for name, module in prunable.items()}
     components: dict[str, Any] = {}
     for name, module in modules.items():
         components[name] = {
@@ -73,6 +73,17 @@ def _targets(module: nn.Module, layers: Sequence[str]) -> list[Target]:
     """The layers of these kinds; those that the module lacks are not missed."""
     kinds = {kind for one in module.modules() if (kind := layer_kind(one)) in layers}
     return find_targets(module, [kind for kind in layers if kind in kinds]) if kinds else []
+
+
+def _useful(module: nn.Module, targets: Sequence[Target], unread: Sequence[str]) -> list[Target]:
+    """The layers that are worth to be pruned: some output depends on them, and their weight is no embedding too."""
+    tied = {name: set(names) for names in _tied(module) for name in names}
+    weights = {target.name: {f"{name}.weight" for name in target.names} for target in targets}
+    return [
+        target for target in targets
+        if not weights[target.name] & set(unread)
+        and tied.get(f"{target.name}.weight", set()) <= weights[target.name]
+    ]  # fmt: skip
 
 
 def _size(tensors: Any) -> int:
@@ -117,7 +128,12 @@ def _blocks(targets: Sequence[Target], order: Sequence[str]) -> list[dict[str, A
     place = {name: number for number, name in enumerate(order)}
     targets = sorted(targets, key=lambda target: place.get(target.name, len(place)))
     return [
-        {"name": name, "layers": len(members), "weights": _size(target.weight for target in members)}
+        {
+            "name": name,
+            "layers": len(members),
+            "weights": _size(target.weight for target in members),
+            "runs": any(target.name in place for target in members),
+        }
         for name, members in by_block(targets).items()
     ]
 

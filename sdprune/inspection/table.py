@@ -84,7 +84,7 @@ def _kin(block: Mapping[str, Any]) -> tuple[str, int, int]:
 
 def _run(run: Sequence[Mapping[str, Any]]) -> str:
     first, last = run[0], run[-1]
-    each = f"{first['layers']} layers, {_number(first['weights'])} weights"
+    each = f"{first['layers']} layers, {_number(first['weights'])} weights{'' if first['runs'] else ', never run'}"
     if first is last:
         return f"{first['name']}: {each}"
     return f"{first['name']} to {last['name'].rpartition('.')[2]}: {each} each"

@@ -56,9 +56,10 @@ class DiffusersFamily(ABC):
     float32_noise: ClassVar[bool] = False
     """Whether the pipeline takes its noise in float32 whatever the denoiser's dtype."""
     patch: ClassVar[int] = 1
-    """Latents along a side that the denoiser reads as one: height and width are multiples of so many."""
+    """Latents along a side that the denoiser reads as one: height and width are multiples of so many latents."""
     idle: ClassVar[Mapping[str, Sequence[str]]] = {}
-    """By component, shell patterns of layers that no picture depends on: they are not pruned."""
+    """By component, shell patterns of layers that no picture depends on: they are not pruned. `{last}` stands for the
+    number of the last of such blocks."""
 
     def __init__(self, model: str, revision: str = "main", variant: Optional[str] = None):
         self.model, self.revision, self.variant = model, revision, variant

@@ -114,7 +114,15 @@ class Component(ABC):
         if not patterns:
             return []
         names = [name for name, one in self.meta_module().named_modules() if layer_kind(one) in layers]
-        return [pattern for pattern in patterns if any(fnmatchcase(name, pattern) for name in names)]
+        named = [_of_last_block(pattern, names) for pattern in patterns]
+        return [pattern for pattern in named if any(fnmatchcase(name, pattern) for name in names)]
+
+
+def _of_last_block(pattern: str, names: Sequence[str]) -> str:
+    """A pattern with the number of the last block in place of `{last}`."""
+    before = pattern.partition("{last}")[0]
+    numbers = [name.removeprefix(before).partition(".")[0] for name in names if name.startswith(before)]
+    return pattern.replace("{last}", max(filter(str.isdigit, numbers), key=int, default="{last}"))
 
 
 class TextEncoder(Component):

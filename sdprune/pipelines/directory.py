@@ -259,6 +259,8 @@ def make_scheduler(name: str, own: Any, fitting: Sequence[str] = (), options: Ma
         options: over the configuration of the pipeline's own, where the class takes them.
     """
     cls = scheduler_class(name, fitting)
+    shift = own.config.get("flow_shift", own.config.get("shift"))  # one thing under two names
+    options = {**options, **({} if shift is None else {"flow_shift": shift, "shift": shift})}
     taken = {key: value for key, value in options.items() if key in inspect.signature(cls.__init__).parameters}
     with reading(f"Scheduler {name} cannot be used", "Choose another scheduler."):
         return cls.from_config(own.config, **taken)

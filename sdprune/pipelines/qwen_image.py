@@ -32,7 +32,12 @@ class QwenImage(DiffusersFamily):
     schedulers: ClassVar = ("FlowMatchEulerDiscreteScheduler", "FlowMatchLCMScheduler")
     unconditional = 1
     patch = 2
-    idle: ClassVar = {"text_encoder": ("model.visual.*", "lm_head")}
+    idle: ClassVar = {
+        "text_encoder": ("model.visual.*", "lm_head"),
+        "transformer": tuple(
+            f"transformer_blocks.{{last}}.{one}" for one in ("attn.add_q_proj", "attn.to_add_out", "txt_mlp.*")
+        ),
+    }
 
     def __init__(self, model: str = "Qwen/Qwen-Image", revision: str = "main", variant: Optional[str] = None):
         super().__init__(model, revision, variant)

@@ -34,6 +34,7 @@ class StableDiffusion3(DiffusersFamily):
         "FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler",
     )  # fmt: skip
     patch = 2
+    idle: ClassVar = {"transformer": ("transformer_blocks.{last}.attn.add_q_proj",)}
 
     def __init__(
         self,

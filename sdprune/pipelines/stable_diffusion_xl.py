@@ -26,6 +26,7 @@ class StableDiffusionXL(DiffusersFamily):
         "vae": ("diffusers", ("AutoencoderKL", "AutoencoderTiny")),
     }
     options: ClassVar = {"add_watermarker": False}
+    idle: ClassVar = {"text_encoder": ("encoder.layers.{last}.*", "text_model.encoder.layers.{last}.*")}
 
     def __init__(
         self,

@@ -31,7 +31,7 @@ class ZImage(DiffusersFamily):
     timestep = "t"
     float32_noise = True
     patch = 2
-    idle: ClassVar = {"text_encoder": ("lm_head",)}
+    idle: ClassVar = {"text_encoder": ("lm_head", "model.layers.{last}.*", "layers.{last}.*")}
 
     def __init__(self, model: str = "Tongyi-MAI/Z-Image-Turbo", revision: str = "main", variant: Optional[str] = None):
         super().__init__(model, revision, variant)

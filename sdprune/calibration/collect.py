@@ -12,7 +12,7 @@ from sdprune.calibration.execution import Flow, flow_of, order_of_calls
 from sdprune.calibration.gathering import Gathering
 from sdprune.calibration.observer import BatchSums, Totals
 from sdprune.calibration.passes import MEMORY, Pass, plan_passes
-from sdprune.calibration.progress import CalibrationState, ProgressReport
+from sdprune.calibration.progress import CalibrationState, ProgressReport, size_shown
 from sdprune.calibration.pruned_error import Measurement
 from sdprune.calibration.replay import most_kept
 from sdprune.calibration.requests import Request, Subject
@@ -174,11 +174,11 @@ class Collector:
         chosen = ordered if spec or runs_once else passes
         what = f"{subject.name} ({', '.join(one.statistic for one in group)}): {len(chosen)} passes"
         if runs_once:
-            how = f"one of them with its pipeline; keeps up to {_gib(kept)} in a file of each process."
+            how = f"one of them with its pipeline; keeps up to {size_shown(kept)} in a file of each process."
         else:
             how = (
-                f"each with its pipeline. It would run once if {_gib(kept)} in a file of each process were kept, more "
-                f"than the {_gib(self.keep)} of --model.calibration.kept_gib."
+                f"each with its pipeline. It would run once if {size_shown(kept)} in a file of each process were kept, "
+                f"more than the {size_shown(self.keep)} of --model.calibration.kept_gib."
             )
         self.costs.append(f"{what}, {how}")
         return chosen, flow if runs_once else None
@@ -287,7 +287,3 @@ class Collector:
         self._progress.save(self.batches, samples, sums)
         self._saved = time.monotonic()
         self._cost = self._saved - started
-
-
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.3g} GiB"

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from sdprune.calibration.progress import size_shown
 from sdprune.pruning.targets import LAYER_KINDS
 
 
@@ -21,7 +22,7 @@ def lines_of(facts: Mapping[str, Any]) -> list[str]:
         *(line for name, one in prunable.items() for line in _structure(name, one, facts["layers"])),
         "",
         f"Calibration of the {' and '.join(facts['layers'])} layers, {facts['steps']} denoising steps, "
-        f"{_bytes(facts['memory'])} for the sums of a pass:",
+        f"{size_shown(facts['memory'])} for the sums of a pass:",
         *_costs(prunable),
         "",
         *_pruned(facts["pruned"]),
@@ -35,7 +36,7 @@ def _table(head: list[tuple[str, ...]], components: Mapping[str, Any]) -> list[s
         layers = [_layers(kinds.get(kind)) for kind in LAYER_KINDS[:2]]
         other = sum(entry["parameters"] for kind, entry in kinds.items() if kind not in LAYER_KINDS)
         stored = one["stored"]
-        disk = "-" if stored is None else f"{_bytes(stored['bytes'])} {'+'.join(stored['numbers'])}"
+        disk = "-" if stored is None else f"{size_shown(stored['bytes'])} {'+'.join(stored['numbers'])}"
         rows.append((name, one["class"], _number(one["parameters"]), *layers, _number(other) if kinds else "-", disk))
     return _aligned(rows, left=(0, 1, 6))
 
@@ -108,10 +109,10 @@ def _costs(components: Mapping[str, Any]) -> list[str]:
                 sizes = (
                     ("a layer exceeds the memory", "-")
                     if whole is None
-                    else (str(whole["passes"]), _bytes(whole["memory"]))
+                    else (str(whole["passes"]), size_shown(whole["memory"]))
                 )
                 last = "-" if stages is None else str(stages["passes"])
-                rows.append((name, component, ", ".join(cost["statistics"]), _bytes(cost["bytes"]), *sizes, last))
+                rows.append((name, component, ", ".join(cost["statistics"]), size_shown(cost["bytes"]), *sizes, last))
     free = [name for name, cost in next(iter(components.values()))["criteria"].items() if not cost["statistics"]]
     return [*_aligned(rows, left=(0, 1, 2)), *(f"  {name} needs none." for name in free)]
 
@@ -144,7 +145,3 @@ def _aligned(rows: Sequence[Sequence[str]], left: Sequence[int]) -> list[str]:
 
 def _number(value: int) -> str:
     return f"{value / 1e6:,.1f} M" if value >= 100_000 else f"{value:,}"
-
-
-def _bytes(value: float) -> str:
-    return f"{value / 2**30:,.1f} GiB" if value >= 2**30 / 10 else f"{value / 2**20:,.1f} MiB"

@@ -14,7 +14,7 @@ from types import TracebackType
 from sdprune.errors import InputError, unknown
 from sdprune.errors import cause as _cause
 
-HELP = """usage: sdprune [--help] [--version] {fit,predict,search,sweep,report,pack,unpack} ...
+HELP = """usage: sdprune [--help] [--version] {fit,predict,search,sweep,report,inspect,pack,unpack} ...
 
 Find out how much of a text-to-image model can be pruned away before the pictures suffer.
 
@@ -23,6 +23,7 @@ Find out how much of a text-to-image model can be pruned away before the picture
   search   --config FILE   find and certify the sparsest model that is still as good as the dense one
   sweep    FILE ...        run every cell of W&B sweep files here, without a server
   report   DIR ...         make the study's tables and figures from the runs in these directories
+  inspect  MODEL           say what a model is made of and what pruning it costs, without its weights
   pack     DIR --out DIR   copy a pruned model into compact files, without loss
   unpack   DIR --out DIR   make the plain files of compact ones again, byte for byte
 
@@ -37,6 +38,7 @@ Exit codes: 0 done, 1 failed, 2 bad input, 130 interrupted.
 _APART = {  # verbs without a trainer: the module of their usage, and the function that runs them
     "sweep": ("sdprune.study.usage", "sdprune.study.sweep", "run"),
     "report": ("sdprune.study.usage", "sdprune.study.report", "run"),
+    "inspect": ("sdprune.inspection.usage", "sdprune.inspection.verb", "run"),
     "pack": ("sdprune.storage.usage", "sdprune.storage.directory", "run_pack"),
     "unpack": ("sdprune.storage.usage", "sdprune.storage.directory", "run_unpack"),
 }
@@ -63,10 +65,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             if len(arguments) == 1 or {"-h", "--help"} & set(arguments):
                 print(getattr(import_module(usage), first.upper()), end="")
                 return 0
-            return int(getattr(import_module(module), function)(arguments[1:]))
         from sdprune.configuration.quiet import quiet
 
         quiet()
+        if first in _APART:
+            return int(getattr(import_module(module), function)(arguments[1:]))
         from sdprune.cli import run
 
         run(arguments)

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Optional
@@ -111,13 +112,19 @@ def gather(
 class _Module:
     """A module of which nothing is known: it runs as a whole, and all of its inputs count."""
 
-    name, is_chain, steps = "module", False, 1
+    name, steps = "module", 1
 
     def __init__(self, module: nn.Module, calls: list[Call]) -> None:
         self.module, self.calls = module, calls
 
     def run(self, call: Call, before_step: Callable[[int], None]) -> None:
         self.module(*call.args, **call.kwargs)
+
+    def replays(self, sequential: bool) -> bool:
+        return False
+
+    def replaying(self, before_step: Callable[[int], None]) -> AbstractContextManager[Callable[[int], None]]:
+        return nullcontext(before_step)
 
     def first(self, samples: int) -> list[Call]:
         counts = list(accumulate(call.samples for call in self.calls))

@@ -66,14 +66,25 @@ def reason(error: BaseException) -> str:
     return text if named else f"{type(error).__name__}: {text}".rstrip(": ")
 
 
-def read_json(path: Path, then: str = REPLACE) -> Any:
+def read_json(path: Path, then: str = REPLACE, infinite: bool = False) -> Any:
     """Read strict JSON: no NaN, no Infinity.
+
+    Args:
+        path: the file.
+        then: the next step where it is damaged.
+        infinite: whether Infinity may be in it all the same, as in configurations of schedulers.
 
     Raises:
         InputError: the file is missing, damaged, or nested too deeply.
     """
+
+    def constant(name: str) -> float:
+        if infinite and name.endswith("Infinity"):
+            return float(name)
+        raise ValueError(f"{name} is no JSON")
+
     with reading(f"{path} is damaged", then):
-        values = json.loads(path.read_bytes(), parse_constant=_refuse_constant)
+        values = json.loads(path.read_bytes(), parse_constant=constant)
         _refuse_depth(values)
         return values
 
@@ -91,17 +102,17 @@ def _refuse_depth(values: Any) -> None:
     raise ValueError(f"nested more than {_DEEPEST} levels deep")
 
 
-def _refuse_constant(name: str) -> float:
-    raise ValueError(f"{name} is no JSON")
-
-
-def read_config(path: Path) -> dict[str, Any]:
+def read_config(path: Path, infinite: bool = False) -> dict[str, Any]:
     """Read a JSON object of a model's options.
+
+    Args:
+        path: the file.
+        infinite: whether Infinity may be in it.
 
     Raises:
         InputError: it is damaged, or has numbers that no model has.
     """
-    values = read_json(path)
+    values = read_json(path, infinite=infinite)
     if not isinstance(values, dict):
         raise InputError(f"{path} is damaged: expected an object of options. {REPLACE}")
     for key, number in _numbers(values):

@@ -30,7 +30,7 @@ class Verb(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise InputError, in one line."""
-        raise InputError(f"{self.prog}: {message.removeprefix('argument ')}. See {self.prog} --help.")
+        raise InputError(f"{self.prog}: {message.removeprefix('argument ').rstrip('.')}. See {self.prog} --help.")
 
 
 def path(value: str) -> str:
@@ -38,3 +38,10 @@ def path(value: str) -> str:
     if not value:
         raise argparse.ArgumentTypeError("the path is empty")
     return value
+
+
+def whole(value: str) -> int:
+    """Accept a whole number of 1 or more."""
+    if not value.isascii() or not value.isdecimal() or int(value) < 1:
+        raise argparse.ArgumentTypeError(f"{value!r} is no number of 1 or more, as in 2")
+    return int(value)

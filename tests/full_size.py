@@ -2,10 +2,18 @@
 
 from pathlib import Path
 
+import tiny_families
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderKLQwenImage,
+    FluxTransformer2DModel,
+    QwenImageTransformer2DModel,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel, PretrainedConfig, Qwen2_5_VLConfig, T5Config
 
 from sdprune.mini.models import build_scheduler
 from sdprune.mini.tokenizer import train_tokenizer
@@ -39,6 +47,54 @@ def save_full_size(directory: Path) -> Path:
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     ).save_pretrained(directory)  # fmt: skip
     return directory
+
+
+def save_configuration(name: str, directory: Path) -> Path:
+    """Write a family's pipeline in full size without weights; its tokenizers and its scheduler are the tiny ones."""
+    tiny_families.save(name, directory)
+    for file in directory.rglob("*.safetensors"):
+        file.unlink()
+    for part, config in CONFIGURATIONS[name].items():
+        with torch.device("meta"):
+            made = config()
+        (made.save_pretrained if isinstance(made, PretrainedConfig) else made.save_config)(directory / part)
+    return directory
+
+
+FLOW_VAE = {"latent_channels": 16, "shift_factor": 0.1159, "use_quant_conv": False, "use_post_quant_conv": False}
+CONFIGURATIONS = {
+    "StableDiffusion": {
+        "text_encoder": lambda: CLIPTextConfig(**TEXT), "unet": lambda: UNet2DConditionModel(**UNET),
+        "vae": lambda: AutoencoderKL(**VAE),
+    },
+    "Flux": {
+        "text_encoder": lambda: CLIPTextConfig(
+            vocab_size=49408, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
+            max_position_embeddings=77,
+        ),
+        "text_encoder_2": lambda: T5Config(
+            vocab_size=32128, d_model=4096, d_ff=10240, num_layers=24, num_heads=64, d_kv=64,
+            feed_forward_proj="gated-gelu", pad_token_id=0, eos_token_id=1,
+        ),
+        "transformer": lambda: FluxTransformer2DModel(guidance_embeds=True),
+        "vae": lambda: AutoencoderKL(**VAE, **FLOW_VAE),
+    },
+    "QwenImage": {
+        "text_encoder": lambda: Qwen2_5_VLConfig(
+            text_config={
+                "vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
+                "num_attention_heads": 28, "num_key_value_heads": 4, "tie_word_embeddings": False,
+                "rope_scaling": {"type": "mrope", "rope_type": "default", "mrope_section": [16, 24, 24]},
+            },
+            vision_config={
+                "depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "out_hidden_size": 3584,
+                "patch_size": 14, "fullatt_block_indexes": [7, 15, 23, 31],
+            },
+            tie_word_embeddings=False,
+        ),
+        "transformer": QwenImageTransformer2DModel, "vae": AutoencoderKLQwenImage,
+    },
+}  # fmt: skip
 
 
 def fill(model: nn.Module) -> None:

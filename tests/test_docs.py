@@ -12,6 +12,7 @@ from command_lines import ROOT
 
 import sdprune as package
 from sdprune.configuration.shipped import located
+from sdprune.inspection.usage import INSPECT
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 TEXTS = {page.relative_to(ROOT).as_posix(): page.read_text() for page in PAGES}
@@ -27,7 +28,8 @@ def commands(text):
     lines = [line for block in blocks(text, "bash") for line in block.replace("\\\n", " ").splitlines()]
     inline = re.findall(r"`([^`]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
     lines += [" ".join(code.split()) for code in inline]
-    found = [re.search(r"\bsdprune (?:fit|predict|search|sweep|report|pack|unpack) .*", line) for line in lines]
+    verbs = "fit|predict|search|sweep|report|inspect|pack|unpack"
+    found = [re.search(rf"\bsdprune (?:{verbs}) .*", line) for line in lines]
     return [shlex.split(one[0], comments=True)[1:] for one in found if one]
 
 
@@ -91,6 +93,8 @@ def test_every_command_parses(sdprune, here, page, words):
     elif verb in ("pack", "unpack"):
         told = sdprune(*words)
         assert (told.code, f"{rest[0]} is no directory" in told.err) == (2, True), told.err
+    elif verb == "inspect":
+        assert vars(INSPECT.parse(rest))["model"]
     elif verb == "sweep":
         told = sdprune(verb, *(one for word in rest for one in smaller(word, here)), "--dry-run")
         assert (told.code, told.err) == (0, "")
@@ -115,7 +119,8 @@ def smaller(word, directory):
 
 def test_the_commands_are_found():
     assert len(COMMANDS) > 30
-    assert {words[0] for _, words in COMMANDS} == {"fit", "predict", "search", "sweep", "report", "pack", "unpack"}
+    verbs = {"fit", "predict", "search", "sweep", "report", "inspect", "pack", "unpack"}
+    assert {words[0] for _, words in COMMANDS} == verbs
     assert {"shifted.py", "brightness.py"} <= FILES.keys()
 
 

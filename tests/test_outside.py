@@ -469,8 +469,8 @@ def assert_statistics_or_line(file):
     ("name", "words"),
     [
         ("StableDiffusionXLPipeline", ", not a StableDiffusionPipeline: use --model.pipeline=StableDiffusionXL."),
-        ("StableDiffusion3Pipeline", ", which is not supported. Give a StableDiffusionPipeline or Stable"),
-        ("FluxPipeline", ", which is not supported. Give a StableDiffusionPipeline or StableDiffusionXLPipeline."),
+        ("ZImagePipeline", ", not a StableDiffusionPipeline: use --model.pipeline=ZImage."),
+        ("KandinskyPipeline", ", which is not supported. Choices: StableDiffusionPipeline, FluxPipeline, "),
     ],
 )
 def test_a_pipeline_of_another_family(sdprune, model, tmp_path, name, words):

@@ -165,17 +165,37 @@ def test_layers_that_share_an_input_are_right_also_when_it_is_changed_in_place()
 @pytest.mark.parametrize("valid", [0, 1, 3])
 @pytest.mark.parametrize("copies", [1, 2])
 @pytest.mark.parametrize("unconditional", [0.0, 0.25, 1.0])
-def test_filler_does_not_count_and_the_unconditional_half_as_much_as_is_said(net, valid, copies, unconditional):
+@pytest.mark.parametrize("place", [0, 1])
+def test_filler_does_not_count_and_a_copy_as_much_as_is_said(net, valid, copies, unconditional, place):
     batch = torch.randn(copies * 3, 2, 5)
-    set_up = {"batch_size": 3, "valid": valid, "unconditional": unconditional}
+    weights = [unconditional if copies == 2 and copy == place else 1.0 for copy in range(copies)]
+    set_up = {"batch_size": 3, "valid": valid, "weights": lambda n: weights[:n]}
     norms = observe(net, InputNorm(), lambda _: net(batch), **set_up)["0"][0, 0]
     hessian = observe(net, Hessian(), lambda _: net(batch), **set_up)["0"][0]
     wanted = torch.zeros(5, 5, dtype=torch.float64)
     for copy in range(copies):
-        weight = unconditional if copies == 2 and copy == 0 else 1.0
         for item in range(valid):
-            wanted += weight * outer(batch[3 * copy + item].tolist())
+            wanted += weights[copy] * outer(batch[3 * copy + item].tolist())
     torch.testing.assert_close(norms, wanted.diagonal().contiguous(), rtol=1e-6, atol=1e-12)
+    torch.testing.assert_close(hessian.double(), wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("valid", [0, 1, 2])
+@pytest.mark.parametrize("unconditional", [0.0, 0.25, 1.0])
+def test_items_of_unlike_length_one_behind_the_other(net, valid, unconditional):
+    """Two copies of a batch of two: the second copy is the one without prompts, the second item may be filler."""
+    items = [torch.randn(length, 5) for length in (3, 1, 2, 4)]
+    set_up = {
+        "batch_size": 2,
+        "valid": valid,
+        "weights": lambda n: [1.0, unconditional],
+        "rows": lambda _: [3, 1, 2, 4],
+    }
+    hessian = observe(net, Hessian(), lambda _: net(torch.cat(items)), **set_up)["0"][0]
+    wanted = torch.zeros(5, 5, dtype=torch.float64)
+    for number, item in enumerate(items):
+        if number % 2 < valid:
+            wanted += (1.0 if number < 2 else unconditional) * outer(item.tolist())
     torch.testing.assert_close(hessian.double(), wanted, rtol=1e-5, atol=1e-5)
 
 

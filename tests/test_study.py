@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -61,11 +62,26 @@ def test_the_actual_reading_reaches_its_total():
         ({"total": 0.3, "text_share": -0.1}, "budget.text_share is -0.1"),
         ({"total": 0.3, "counting": "nominell"}, "Unknown counting 'nominell'. Did you mean 'nominal'"),
         ({"total": 0.3, "decimals": -1}, "budget.decimals is -1"),
+        ({"total": 0.3, "shares": {"unet": 0.5}}, "budget.shares is {'unet': 0.5}: give shares whose sum is 1."),
+        ({"total": 0.3, "shares": {"unet": 1.5}}, "budget.shares.unet is 1.5"),
+        ({"total": 0.3, "text_share": 0.4, "shares": {"unet": 1}}, "budget.text_share is 0.4: it has no effect with"),
+        ({"total": 0.3, "shares": {"unet": 1}, "split": "sensitivity"}, "budget.shares is {'unet': 1}, which has no"),
     ],
 )
 def test_impossible_budgets_are_refused(options, message):
-    with pytest.raises(InputError, match=message.replace(".", r"\.")):
+    with pytest.raises(InputError, match=re.escape(message)):
         Budget(**options)
+
+
+def test_shares_by_component():
+    """What each component loses is its share of the total of all; one that is left out stays dense."""
+    sizes = {"one": Size(100, 80), "two": Size(300, 200), "three": Size(600, 500)}
+    found = Budget(0.1, shares={"one": 0.25, "three": 0.75}, decimals=6).sparsities(sizes, ["one", "two"])
+    assert found == {"one": 0.25, "two": 0.0, "three": 0.125}
+    with pytest.raises(InfeasibleError, match="with 90% of it in one would prune 180 of 100 weights there"):
+        Budget(0.2, shares={"one": 0.9, "two": 0.1}).sparsities(sizes, ["one", "two"])
+    with pytest.raises(InputError, match="Unknown component 'onne'"):
+        Budget(0.2, shares={"onne": 1.0}).sparsities(sizes, ["one"])
 
 
 def test_a_budget_decides_sparsities_and_shares_records(sdprune, tmp_path):

@@ -132,7 +132,7 @@ def test_options_of_the_cells_without_a_dot_are_no_flags(sdprune, tmp_path, name
 def test_a_wrong_number_of_jobs_is_told(sdprune, tmp_path, jobs):
     told = sdprune("sweep", write(tmp_path / "grid.yaml"), f"--jobs={jobs}")
     assert told.code == 2
-    assert f"--jobs: {jobs!r} is no number of 1 or more, as in --jobs=2" in told.err
+    assert f"--jobs: {jobs!r} is no number of 1 or more, as in 2" in told.err
 
 
 SMALL = {"model.prune.text_encoder.sparsity": {"value": 0}}

@@ -1,5 +1,7 @@
 """Text encoders of other families: their blocks, and sequential order by replay, beside whole runs."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
@@ -50,13 +52,19 @@ def test_blocks_are_the_transformer_blocks(encoder):
 class Chain:
     """A text encoder as calibration sees it, block by block."""
 
-    name, is_chain, steps = "text_encoder", True, 1
+    name, steps = "text_encoder", 1
 
     def __init__(self, module):
         self.module = module
 
     def run(self, batch, before_step):
         self.module(batch)
+
+    def replays(self, sequential):
+        return True
+
+    def replaying(self, before_step):
+        return nullcontext(before_step)
 
     def try_out(self):
         self.module(batches()[0])
@@ -71,8 +79,8 @@ def test_replayed_blocks_give_what_whole_runs_give(encoder):
     ran: list[int] = []
     stack = encoder.encoder.block if isinstance(encoder, T5EncoderModel) else encoder.text_model.encoder.layers
     hooks = [
-        block.register_forward_pre_hook(
-            lambda module, args, i=i: ran.append(i) if "forward" not in vars(module) else None
+        block.register_forward_hook(
+            lambda module, args, output, i=i: ran.append(i) if "forward" not in vars(module) else None
         )
         for i, block in enumerate(stack)
     ]
@@ -86,8 +94,10 @@ def test_replayed_blocks_give_what_whole_runs_give(encoder):
     assert gathered.keys() == whole.keys()
     assert all(torch.equal(value, whole[name]) for name, value in gathered.items())
     assert all(torch.equal(value, before[name]) for name, value in encoder.state_dict().items())
-    # Each block dense and pruned for every batch, and once to see in which order the layers run.
-    assert len(ran) == len(stack) + 3 * (2 * len(stack) - (1 if isinstance(encoder, T5EncoderModel) else 0))
+    # Once to see how values go through the blocks, once in whole for every batch, then each block dense and pruned.
+    assert len(ran) == len(stack) + 3 * len(stack) + 3 * (
+        2 * len(stack) - (1 if isinstance(encoder, T5EncoderModel) else 0)
+    )
 
 
 @pytest.mark.parametrize("criterion", ["Magnitude", "Wanda", "SparseGPT"])

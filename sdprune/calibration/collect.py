@@ -8,19 +8,21 @@ from typing import Any, Optional
 
 import torch
 
-from sdprune.calibration.execution import order_of_calls
+from sdprune.calibration.execution import Flow, flow_of, order_of_calls
 from sdprune.calibration.gathering import Gathering
-from sdprune.calibration.observer import BatchSums, InputObserver, Totals
+from sdprune.calibration.observer import BatchSums, Totals
 from sdprune.calibration.passes import MEMORY, Pass, plan_passes
-from sdprune.calibration.progress import CalibrationState, ProgressReport
+from sdprune.calibration.progress import CalibrationState, ProgressReport, size_shown
 from sdprune.calibration.pruned_error import Measurement
+from sdprune.calibration.replay import most_kept
 from sdprune.calibration.requests import Request, Subject
 from sdprune.calibration.store import Store
 from sdprune.errors import InputError
 from sdprune.processes import Processes
-from sdprune.pruning import Statistics, Target, statistic
+from sdprune.pruning import Statistics, statistic
 from sdprune.pruning.statistics.pruned_error import Probe
 
+KEPT = 64 << 30
 _SAVING = 0.05  # share of the time that may go into saving sums for the case of an interruption
 
 
@@ -38,23 +40,25 @@ class Collector:
         processes: of this run.
         report: is called in every denoising step, and for every unit that is measured.
         images: number of calibration samples in a pass; 0 if that is not known.
+        keep: bytes of what blocks give that may be kept in a file by a process, so that the pipeline runs once.
         first: a batch of the first n samples, the same on every process.
     """
 
     def __init__(
         self, subjects: Mapping[str, Subject], requests: Iterable[Request], store: Store, memory: int = MEMORY,
         processes: Optional[Processes] = None, report: Optional[Callable[[CalibrationState], None]] = None,
-        images: int = 0, first: Callable[[int], Any] = lambda n: None,
+        images: int = 0, first: Callable[[int], Any] = lambda n: None, keep: int = KEPT,
     ) -> None:  # fmt: skip
         self.subjects, self.store, self.memory, self.images = subjects, store, memory, images
-        self.first = first
+        self.first, self.keep = first, keep
+        self.costs: list[str] = []
+        """What passes cost where there are several, in plain lines."""
         self.processes = processes or Processes()
-        self._orders: dict[str, list[str]] = {}
         self._groups = self._grouped(requests)
         self._planned = [self._plan(group) for group in self._groups]
         self.passes = sum(
             one.missing(self._layers(group))
-            for group, passes in zip(self._groups, self._planned, strict=True)
+            for group, (passes, _) in zip(self._groups, self._planned, strict=True)
             for one in passes
         )
         """Number of passes over the batches that this run makes."""
@@ -144,22 +148,40 @@ class Collector:
             groups.setdefault((request.component, id(request.spec) * own), []).append(request)
         return list(groups.values())
 
-    def _plan(self, group: Sequence[Request]) -> list[Pass]:
+    def _plan(self, group: Sequence[Request]) -> tuple[list[Pass], Optional[Flow]]:
+        """The passes, and how values go through the component's blocks where these are run one by one."""
         first, subject = group[0], self.subjects[group[0].component]
         if first.probe is not None:
-            return []
+            return [], None
         targets = first.targets(subject.module)
         statistics = [statistic(one.statistic, subject.steps, one.spec.timesteps) for one in group]
-        if not first.sequential:
-            return plan_passes(targets, statistics, self.memory)
-        return plan_passes(targets, statistics, self.memory, first.spec, self._order(subject, targets))
-
-    def _order(self, subject: Subject, targets: Sequence[Target]) -> list[str]:
-        """In which order the layers run."""
-        if subject.name not in self._orders:
-            with torch.inference_mode(False):
-                self._orders[subject.name] = order_of_calls(subject.module, targets, subject.try_out)
-        return self._orders[subject.name]
+        spec = first.spec if first.sequential else None
+        replays = subject.replays(first.sequential)
+        if spec is None:
+            passes = plan_passes(targets, statistics, self.memory)
+            if len(passes) < 2 or not replays:
+                return passes, None
+        with torch.inference_mode(False):
+            if not replays:
+                order = order_of_calls(subject.module, targets, subject.try_out)
+                return plan_passes(targets, statistics, self.memory, spec, order), None
+            flow = flow_of(subject.module, targets, subject.try_out)
+        ordered = plan_passes(targets, statistics, self.memory, spec, flow.order)
+        if len(ordered) < 2 or not flow.blocks:
+            return ordered if spec else passes, None
+        kept = most_kept(flow, ordered) * subject.steps * -(-self.images // self.processes.world_size)
+        runs_once = kept <= self.keep
+        chosen = ordered if spec or runs_once else passes
+        what = f"{subject.name} ({', '.join(one.statistic for one in group)}): {len(chosen)} passes"
+        if runs_once:
+            how = f"one of them with its pipeline; keeps up to {size_shown(kept)} in a file of each process."
+        else:
+            how = (
+                f"each with its pipeline. It would run once if {size_shown(kept)} in a file of each process were kept, "
+                f"more than the {size_shown(self.keep)} of --model.calibration.kept_gib."
+            )
+        self.costs.append(f"{what}, {how}")
+        return chosen, flow if runs_once else None
 
     def _next_group(self) -> None:
         self._group += 1
@@ -173,9 +195,8 @@ class Collector:
             self._measure(first, first.probe, dense)
             return self._next_group()
         spec = first.spec if first.sequential else None
-        self._gathering = Gathering(
-            self._subject.module, self._planned[self._group], spec, dense, self._subject.is_chain
-        )
+        passes, flow = self._planned[self._group]
+        self._gathering = Gathering(self._subject.module, passes, spec, dense, flow)
         self._number = -1
         self._next_pass()
 
@@ -243,18 +264,19 @@ class Collector:
     def _visit(self, batch: Any, index: int) -> dict[str, BatchSums]:
         subject = self._subject
 
-        def run(observers: Sequence[InputObserver]) -> None:
-            def before_step(step: int) -> None:
-                for observer in observers:
-                    observer.step = step
+        def run(before_step: Callable[[int], None]) -> None:
+            def begin(step: int) -> None:
+                before_step(step)
                 if step:
                     self._report.step()
 
-            subject.run(batch, before_step)
+            subject.run(batch, begin)
 
         # Only outside of inference mode tensors have a version, by which layers with one input share their sums.
         with torch.inference_mode(False), torch.no_grad():
-            return self._gathering.visit(self._number, index, run, lambda observer: subject.set_up(observer, batch))
+            return self._gathering.visit(
+                self._number, index, run, lambda observer: subject.set_up(observer, batch), subject.replaying
+            )
 
     def _save(self) -> None:
         started = time.monotonic()

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from functools import partial
+from dataclasses import dataclass, field
+from functools import partial, reduce
 from itertools import groupby
+from operator import or_
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_iter
 
+from sdprune.calibration.dependencies import Dependencies
+from sdprune.pruning.blocks import block_names
 from sdprune.pruning.targets import Target
 
 
@@ -45,6 +50,88 @@ def order_of_calls(component: nn.Module, targets: Sequence[Target], run: Callabl
         with torch.no_grad(), suppress(Stop):
             run()
     return list(order)
+
+
+@dataclass
+class Flow:
+    """How values go through the blocks of a component in one forward pass."""
+
+    order: list[str] = field(default_factory=list)
+    """Names of the layers in the order of their first calls."""
+    blocks: list[str] = field(default_factory=list)
+    """Names of the blocks in the order in which they run; none where they cannot be run one by one."""
+    places: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """By layer, how many blocks are done at its first and at its last call."""
+    sizes: list[int] = field(default_factory=list)
+    """Bytes that each block gives."""
+    inputs: int = 0
+    """Bytes of the component's own arguments."""
+    reads: list[tuple[int, int]] = field(default_factory=list)
+    """How many blocks are done where something reads what blocks gave, and bits for those blocks."""
+
+    def live(self, done: int) -> set[int]:
+        """Numbers of the blocks among the first ones that are done whose outputs are read later on."""
+        later = reduce(or_, (marks for place, marks in self.reads if place >= done), 0)
+        return {number for number in range(done) if later >> number & 1}
+
+
+def flow_of(component: nn.Module, targets: Sequence[Target], run: Callable[[], Any]) -> Flow:
+    """Follow the outputs of blocks through one forward pass.
+
+    Args:
+        component: holds the targets.
+        targets: the layers.
+        run: runs the component, or something that does; it is stopped after the component's first forward pass.
+
+    Returns:
+        No blocks where one runs several times or inside another, or is written into by a later one.
+    """
+    found, seen = Flow(), Dependencies()
+    running: list[str] = []
+    outputs: list[tuple[Tensor, int]] = []
+    sound = True
+
+    def called(module: nn.Module, args: Any, kwargs: Any) -> None:
+        found.inputs = bytes_of((args, kwargs))
+
+    def begin(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        nonlocal sound
+        sound = sound and not running and name not in found.blocks
+        running.append(name)
+        found.reads.append((len(found.blocks), seen.marks((args, kwargs))))
+
+    def end(name: str, module: nn.Module, args: Any, output: Any) -> None:
+        running.pop()
+        seen.mark(output, 1 << len(found.blocks))
+        outputs.extend((value, value._version) for value in tree_iter(output) if isinstance(value, Tensor))
+        found.sizes.append(bytes_of(output))
+        found.blocks.append(name)
+
+    def hear(target: Target, module: nn.Module, args: Any, kwargs: Any) -> None:
+        done = len(found.blocks)
+        found.places[target.name] = found.places.get(target.name, (done, done))[0], done
+        if not running:
+            found.reads.append((done, seen.marks((args, kwargs))))
+
+    with ExitStack() as stack:
+        stack.callback(component.register_forward_pre_hook(called, with_kwargs=True).remove)
+        for name in block_names(component):
+            block = component.get_submodule(name)
+            stack.callback(block.register_forward_pre_hook(partial(begin, name), with_kwargs=True).remove)
+            stack.callback(block.register_forward_hook(partial(end, name)).remove)
+        for target in targets:
+            for one in target.by_module:
+                stack.callback(one.module.register_forward_pre_hook(partial(hear, one), with_kwargs=True).remove)
+        stack.enter_context(seen)
+        found.order = order_of_calls(component, targets, run)
+    if not sound or any(value._version != version for value, version in outputs):
+        found.blocks = []
+    return found
+
+
+def bytes_of(values: Any) -> int:
+    """Bytes of all tensors in nested values."""
+    return sum(value.numel() * value.element_size() for value in tree_iter(values) if isinstance(value, Tensor))
 
 
 def stages(targets: Sequence[Target], order: Sequence[str]) -> list[list[Target]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -36,9 +36,11 @@ class InputObserver:
         statistic: what to sum.
 
     Before a batch set what is to count; by default everything counts 1:
-        batch_size, valid: items of the batch and how many of them are no filler. Under classifier-free guidance a U-Net
-            sees them twice over: [all items without a prompt, all items with theirs].
-        unconditional: weight of the first of these halves.
+        batch_size, valid: items of the batch and how many of them are no filler. Under classifier-free guidance a
+            denoiser sees them twice over, with and without their prompts, in one call or in two.
+        weights: of each copy of the batch in the call that runs, given how many there are.
+        rows: how many rows each item has, given the name of a layer that sees items of unlike length one behind the
+            other; None for a layer that sees [items, ...].
         tokens: bool [batch_size, length]: positions that count, in layers that see [batch_size, length, columns].
         step: the denoising step that runs, from 0.
     """
@@ -48,7 +50,8 @@ class InputObserver:
         self.statistic = statistic
         self.batch_size: Optional[int] = None
         self.valid: Optional[int] = None
-        self.unconditional = 1.0
+        self.weights: Callable[[int], Sequence[float]] = lambda copies: [1.0] * copies
+        self.rows: Callable[[str], Optional[Sequence[int]]] = lambda layer: None
         self.tokens: Optional[Tensor] = None
         self.step = 0
         self._sums = BatchSums()
@@ -98,20 +101,32 @@ class InputObserver:
 
     def _counted(self, name: str, inputs: Tensor) -> Tensor:
         """What of the inputs counts, multiplied with the root of its weight."""
-        if self.valid is None and self.tokens is None and self.unconditional == 1:
+        if self.batch_size is None and self.valid is None and self.tokens is None:
             return inputs
-        if not self.batch_size or len(inputs) % self.batch_size:
+        rows = self.rows(name)
+        items = len(inputs) if rows is None else len(rows)
+        if not self.batch_size or items % self.batch_size:
             raise InputError(
-                f"Layer {name!r} sees {len(inputs)} items, no multiple of batch_size {self.batch_size}: "
+                f"Layer {name!r} sees {items} items, no multiple of batch_size {self.batch_size}: "
                 "set batch_size beside valid, or choose batches that need no filler."
             )
+        weights = self.weights(items // self.batch_size)
+        if rows is not None:
+            parts = enumerate(inputs.split(list(rows)))
+            valid = self.batch_size if self.valid is None else self.valid
+            kept = [(number // self.batch_size, part) for number, part in parts if number % self.batch_size < valid]
+            return torch.cat([inputs[:0].float(), *(_weighted(part, weights[copy]) for copy, part in kept)])
         copies = inputs.unflatten(0, (-1, self.batch_size))
-        if self.unconditional != 1 and len(copies) == 2:
-            copies = torch.cat([copies[:1].float() * math.sqrt(self.unconditional), copies[1:].float()])
+        if any(weight != 1 for weight in weights):
+            copies = torch.stack([_weighted(copy, weight) for copy, weight in zip(copies, weights, strict=True)])
         copies = copies[:, : self.valid]
         if self.tokens is not None and copies.shape[2:-1] == self.tokens.shape[1:]:
             return copies[:, self.tokens[: self.valid].to(copies.device)]
         return copies.flatten(0, 1)
+
+
+def _weighted(inputs: Tensor, weight: float) -> Tensor:
+    return inputs.float() * math.sqrt(weight)
 
 
 class Totals:

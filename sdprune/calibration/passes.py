@@ -26,6 +26,11 @@ class Pass:
     prune: list[list[Target]] = field(default_factory=list)
     """Groups of layers that are pruned when it is over."""
 
+    @property
+    def memory(self) -> int:
+        """Bytes of its sums, over the running batch and over all."""
+        return sum(_bytes(one, target) for one, targets in self.observed for target in targets)
+
     def missing(self, stored: dict[str, set[str]]) -> bool:
         """Whether any of its statistics is not stored; `stored` has the layers of each statistic by name."""
         return any(target.name not in stored.get(one.name, ()) for one, targets in self.observed for target in targets)
@@ -50,14 +55,17 @@ def plan_passes(
         statistics: what to gather of each.
         memory: bytes that the sums of one pass may take, over the running batch and over all.
         spec: in sequential order, how layers are pruned at the end of their stage.
-        order: in sequential order, names of the layers in the order in which they run, see `order_of_calls`.
+        order: names of the layers in the order in which they run, see `order_of_calls`; needed in sequential order.
+            In one pass it puts layers that run one after another into one package, with all of their statistics.
 
     Raises:
         InputError: the statistics of a single layer exceed the memory.
     """
-    parts = stages(targets, order) if spec else [list(targets)]
+    parts = stages(targets, order) if spec else [_sorted(targets, order)]
     passes = [
-        Pass(observed, number) for number, part in enumerate(parts) for observed in _packages(part, statistics, memory)
+        Pass(observed, number)
+        for number, part in enumerate(parts)
+        for observed in _packages(part, statistics, memory, bool(order))
     ]
     if spec is None:
         return passes
@@ -68,25 +76,36 @@ def plan_passes(
     return passes
 
 
+def _sorted(targets: Sequence[Target], order: Sequence[str]) -> list[Target]:
+    place = {name: number for number, name in enumerate(order)}
+    return sorted(targets, key=lambda target: place.get(target.name, len(place)))
+
+
 def _packages(
-    targets: Sequence[Target], statistics: Sequence[InputStatistic], memory: int
+    targets: Sequence[Target], statistics: Sequence[InputStatistic], memory: int, by_layer: bool
 ) -> list[list[tuple[InputStatistic, list[Target]]]]:
-    """Statistics and layers whose sums fit into memory together, the small statistics first."""
-    packages: list[list[tuple[InputStatistic, list[Target]]]] = [[]]
+    """Statistics and layers whose sums fit into memory together: layer by layer, or the small statistics first."""
+    by_size = sorted(statistics, key=lambda one: sum(map(one.bytes_of, targets)))
+    if by_layer:
+        pairs = [(one, target) for target in targets for one in by_size]
+    else:
+        pairs = [(one, target) for one in by_size for target in targets]
+    packages: list[dict[str, tuple[InputStatistic, list[Target]]]] = [{}]
     left = memory
-    for one in sorted(statistics, key=lambda one: sum(map(one.bytes_of, targets))):
-        for target in targets:
-            size = 2 * one.bytes_of(target)  # of the batch and in all
-            if size > memory:
-                raise InputError(
-                    f"The {one.name} of layer {target.name!r} takes {size / 2**30:.1f} GiB, more than the "
-                    f"{memory / 2**30:.1f} GiB it may: raise the limit, or exclude the layer."
-                )
-            if size > left:
-                packages.append([])
-                left = memory
-            if not packages[-1] or packages[-1][-1][0] is not one:
-                packages[-1].append((one, []))
-            packages[-1][-1][1].append(target)
-            left -= size
-    return packages
+    for one, target in pairs:
+        size = _bytes(one, target)
+        if size > memory:
+            raise InputError(
+                f"The {one.name} of layer {target.name!r} takes {size / 2**30:.1f} GiB, more than the "
+                f"{memory / 2**30:.1f} GiB it may: raise the limit, or exclude the layer."
+            )
+        if size > left:
+            packages.append({})
+            left = memory
+        packages[-1].setdefault(one.name, (one, []))[1].append(target)
+        left -= size
+    return [list(package.values()) for package in packages]
+
+
+def _bytes(statistic: InputStatistic, target: Target) -> int:
+    return 2 * statistic.bytes_of(target)  # of the batch and in all

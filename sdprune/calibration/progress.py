@@ -77,3 +77,8 @@ class ProgressReport:
         if self._report is not None and self._passes:
             done = min(self._images, self._over + self._running)
             self._report(CalibrationState(self._what, self._number, self._passes, self._images, done))
+
+
+def size_shown(size: float) -> str:
+    """A number of bytes, for people."""
+    return f"{size / 2**30:,.1f} GiB" if size >= 2**30 / 10 else f"{size / 2**20:,.1f} MiB"

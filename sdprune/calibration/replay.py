@@ -1,88 +1,233 @@
-"""Running a chain of blocks one or two at a time, on what those before them gave."""
+"""Running blocks of a component on what those before them gave: no pass after the first one runs the pipeline."""
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Union
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map, tree_map_only
 
-from sdprune.calibration.execution import Stop
-from sdprune.calibration.observer import InputObserver
-from sdprune.pruning.blocks import STEM
-from sdprune.pruning.targets import Target
+from sdprune.calibration.execution import Flow, Stop
+from sdprune.calibration.passes import Pass
+
+
+class Call(NamedTuple):
+    """Arguments of one call of the component, kept."""
+
+    args: Any
+    kwargs: Any
+
+
+Event = Union[int, Call]
+"""A denoising step that begins, or a call."""
 
 
 class Replay:
-    """Runs a chain of blocks from where it stopped: those that are done give what they gave before.
+    """Runs a component on the calls that it had when its pipeline ran, pass by pass from the block that it stopped at.
+
+    What blocks gave is kept as long as something that runs later reads it, see `Flow.live`. Blocks that are done give
+    it again, or numbers of no meaning where nothing reads them any more.
 
     Args:
-        component: holds the blocks, which its forward calls one after another.
-        stages: its layers, stage by stage in the order in which they run; their blocks make the chain.
+        component: holds the blocks.
+        flow: how values go through them.
+        passes: see `plan_passes`; layers that run earlier come in earlier passes.
     """
 
-    def __init__(self, component: nn.Module, stages: Sequence[Sequence[Target]]) -> None:
-        self.blocks: list[nn.Module] = []
-        self.index: dict[str, int] = {}  # by layer, how many blocks come before
-        numbers: dict[str, int] = {}
-        for stage in stages:
-            block = stage[0].block
-            if block != STEM and block not in numbers:
-                numbers[block] = len(self.blocks)
-                self.blocks.append(component.get_submodule(block))
-            self.index |= {target.name: numbers.get(block, len(self.blocks)) for target in stage}
-        self.outputs: dict[int, tuple[int, Any]] = {}  # by batch: number of a block, what it gave
+    def __init__(self, component: nn.Module, flow: Flow, passes: Sequence[Pass]) -> None:
+        self.component, self.flow = component, flow
+        self.blocks = [component.get_submodule(name) for name in flow.blocks]
+        self.calls: dict[int, list[Event]] = {}
+        """By batch."""
+        self._kept = Kept()
+        self._outputs: dict[tuple[int, int], tuple[int, dict[int, Any]]] = {}
+        """By batch and call, how many blocks are done and what they gave."""
+        self._keep, self._stop = boundaries(flow, passes)
 
-    def run(self, key: int, observers: Sequence[InputObserver], run: Callable[[], Any]) -> None:
-        """Run a batch up to the last layer that is observed to."""
-        observed = [target for observer in observers for target in observer.targets.values()]
-        current = max(self.index[target.name] for target in observed)
-        done, output = self.outputs.get(key, (-1, None))
-        with ExitStack() as stack:
-            for block in self.blocks[: done + 1]:
-                stack.enter_context(_answering(block, output))
-            if current - 1 > done:
-                stack.enter_context(self._recording(key, current - 1))
-            stack.enter_context(_stopping_after(observed))
-            with suppress(Stop):
-                run()
+    def record(self, key: int, run: Callable[[Callable[[int], None]], Any]) -> None:
+        """Keep the calls of a batch.
+
+        Args:
+            key: of the batch.
+            run: runs the pipeline on it, and calls its argument when a denoising step begins.
+        """
+        events = self.calls.setdefault(key, [])
+        copies: dict[tuple[int, int], tuple[Tensor, Any]] = {}  # most arguments are the same in all steps
+
+        def keep(value: Tensor) -> Any:
+            place = (id(value), value._version)
+            if place not in copies:
+                copies[place] = (value, self._kept.put(value))
+            return copies[place][1]
+
+        def called(module: nn.Module, args: Any, kwargs: Any) -> None:
+            events.append(Call(*tree_map_only(Tensor, keep, (args, kwargs))))
+
+        hook = self.component.register_forward_pre_hook(called, with_kwargs=True)
+        try:
+            run(events.append)
+        finally:
+            hook.remove()
+
+    def run(self, number: int, key: int, before_step: Callable[[int], None]) -> None:
+        """Run a batch in a pass, as far as the pass and the one after it need.
+
+        Args:
+            number: of the pass.
+            key: of the batch.
+            before_step: called when a denoising step begins.
+        """
+        keep, stop = self._keep[number], self._stop[number]
+        for index, event in enumerate(self.calls[key]):
+            if isinstance(event, int):
+                before_step(event)
+                continue
+            done, outputs = self._outputs.get((key, index), (0, {}))
+            found = dict(outputs)
+            with ExitStack() as stack:
+                for place, block in enumerate(self.blocks[:done]):
+                    stack.enter_context(_answering(block, outputs[place]))
+                for place in range(done, keep):
+                    stack.enter_context(self._keeping(place, place in self.flow.live(keep), found))
+                if stop < len(self.blocks):
+                    stack.callback(self.blocks[stop].register_forward_pre_hook(_end).remove)
+                args, kwargs = _fetched(event.args), _fetched(event.kwargs)
+                with suppress(Stop):
+                    self.component(*args, **kwargs)
+            live = self.flow.live(keep)
+            self._outputs[key, index] = (
+                keep,
+                {
+                    place: value if place in live else tree_map_only(OnFile, lambda one: one.shape, value)
+                    for place, value in found.items()
+                },
+            )
 
     @contextmanager
-    def _recording(self, key: int, number: int) -> Iterator[None]:
+    def _keeping(self, place: int, live: bool, found: dict[int, Any]) -> Iterator[None]:
         def keep(module: nn.Module, args: Any, output: Any) -> None:
-            self.outputs[key] = (number, output)
+            found[place] = tree_map_only(Tensor, self._kept.put if live else _shape_of, output)
 
-        handle = self.blocks[number].register_forward_hook(keep)
+        hook = self.blocks[place].register_forward_hook(keep)
         try:
             yield
         finally:
-            handle.remove()
+            hook.remove()
+
+
+def boundaries(flow: Flow, passes: Sequence[Pass]) -> tuple[list[int], list[int]]:
+    """By pass, how many blocks are done for good after it, and in front of which one it may stop.
+
+    A block is done when no layer of it, nor one before it, is observed in a later pass or pruned before that.
+    """
+    end = len(flow.blocks)
+    heard = [_places(flow, [target.name for _, targets in one.observed for target in targets]) for one in passes]
+    pruned = [_places(flow, [target.name for group in one.prune for target in group]) for one in passes]
+    keep, stop = [], []
+    for number in range(len(passes)):
+        later = [place for places in heard[number + 1 :] for place, _ in places]
+        later += [place for places in pruned[number:-1] for place, _ in places]
+        keep.append(min(later, default=end) if number + 1 < len(passes) else 0)
+        stop.append(max([keep[-1], *(last + 1 for _, last in heard[number])]))
+    return keep, stop
+
+
+def most_kept(flow: Flow, passes: Sequence[Pass]) -> int:
+    """Bytes that are kept of one call on one prompt, at most."""
+    return flow.inputs + max(
+        sum(flow.sizes[place] for place in flow.live(keep)) for keep in boundaries(flow, passes)[0]
+    )
+
+
+def _places(flow: Flow, layers: Sequence[str]) -> list[tuple[int, int]]:
+    return [flow.places[layer] for layer in layers if layer in flow.places]
+
+
+def _end(*_: Any) -> None:
+    raise Stop
 
 
 @contextmanager
 def _answering(block: nn.Module, output: Any) -> Iterator[None]:
-    block.forward = lambda *args, **kwargs: output
+    before = vars(block).get("forward")
+    block.forward = lambda *args, **kwargs: _fetched(output)
     try:
         yield
     finally:
-        del block.forward
+        if before is None:
+            del block.forward
+        else:
+            block.forward = before
 
 
-@contextmanager
-def _stopping_after(targets: Sequence[Target]) -> Iterator[None]:
-    """End the run when every layer has heard its input; nothing after that is of use."""
-    modules = [one.module for target in targets for one in target.by_module]
-    waiting = {id(module) for module in modules}
+# --- what is kept ---------------------------------------------------------------------------------------------
 
-    def heard(module: nn.Module, args: Any) -> None:
-        waiting.discard(id(module))
-        if not waiting:
-            raise Stop
 
-    handles = [module.register_forward_pre_hook(heard) for module in modules]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+@dataclass(frozen=True)
+class Shape:
+    """Stands for a tensor whose numbers nothing reads any more."""
+
+    size: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+    def get(self) -> Tensor:
+        """Zeros."""
+        return torch.zeros(self.size, dtype=self.dtype, device=self.device)
+
+
+class OnFile:
+    """A tensor in a file."""
+
+    def __init__(self, kept: Kept, value: Tensor) -> None:
+        self.shape, self._kept = _shape_of(value), kept
+        self._bytes = value.numel() * value.element_size()
+        self._offset = kept.write(value.detach().contiguous().cpu())
+
+    def __del__(self) -> None:
+        self._kept.free.setdefault(self._bytes, []).append(self._offset)
+
+    def get(self) -> Tensor:
+        """A copy on the tensor's device."""
+        content = bytearray(self._bytes)
+        if content:
+            self._kept.file.seek(self._offset)
+            self._kept.file.readinto(content)
+        flat = torch.frombuffer(content, dtype=self.shape.dtype) if content else torch.empty(0, dtype=self.shape.dtype)
+        return flat.view(self.shape.size).to(self.shape.device)
+
+
+class Kept:
+    """Tensors in one temporary file below $TMPDIR, which the system deletes when the process ends, however it ends."""
+
+    def __init__(self) -> None:
+        self.file: Any = tempfile.TemporaryFile()  # noqa: SIM115  as long as this lives
+        self.free: dict[int, list[int]] = {}  # by number of bytes, where tensors lay
+        self._end = 0
+
+    def put(self, value: Tensor) -> OnFile:
+        """Keep a tensor."""
+        return OnFile(self, value)
+
+    def write(self, value: Tensor) -> int:
+        """Write a tensor of the CPU, and return where it lies."""
+        content = value.flatten().view(torch.uint8).numpy()
+        places = self.free.get(len(content))
+        offset = places.pop() if places else self._end
+        self._end = max(self._end, offset + len(content))
+        self.file.seek(offset)
+        self.file.write(content)
+        return offset
+
+
+def _shape_of(value: Tensor) -> Shape:
+    return Shape(value.shape, value.dtype, value.device)
+
+
+def _fetched(values: Any) -> Any:
+    return tree_map(lambda one: one.get() if isinstance(one, (OnFile, Shape)) else one, values)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Optional, Protocol
 
@@ -24,9 +25,8 @@ class Subject(Protocol):
     def module(self) -> nn.Module:
         """The component."""
 
-    @property
-    def is_chain(self) -> bool:
-        """Whether it is a plain chain of blocks."""
+    def replays(self, sequential: bool) -> bool:
+        """Whether its blocks may run without its pipeline, on the calls that the dense model made."""
 
     @property
     def steps(self) -> int:
@@ -34,6 +34,9 @@ class Subject(Protocol):
 
     def run(self, batch: Any, before_step: Callable[[int], None]) -> None:
         """Run it on a batch; `before_step` receives the number of each denoising step, from 0."""
+
+    def replaying(self, before_step: Callable[[int], None]) -> AbstractContextManager[Callable[[int], None]]:
+        """Entered while the component runs without its pipeline; what it gives is called when a step begins."""
 
     def dense_inputs(self, batch: Any, probe: Probe) -> Callable[[], Tensor]:
         """Keep its inputs in the dense model; what is returned runs it on them, [samples, n], and whatever the probe

@@ -2,8 +2,11 @@
 
 import math
 from dataclasses import dataclass
+from typing import Literal, get_args
 
-from sdprune.errors import InputError
+from sdprune.errors import InputError, unknown
+
+Latents = Literal["pruned", "dense"]
 
 
 @dataclass(frozen=True)
@@ -14,17 +17,32 @@ class Calibration:
         padding: whether a text encoder's padding tokens count, as they do in the published codes.
         unconditional: weight of the half of a guided batch that runs without its prompts; the other half has 1.
         hessian_gib: memory in GiB for the statistics gathered in one pass over the prompts; more make more passes.
+        kept_gib: disk space in GiB, below $TMPDIR, where each process may keep what blocks give, so that several passes
+            need one run of the pipeline. Where it is too little, every pass runs the pipeline.
+        latents: what a denoiser sees in sequential order: `pruned` latents, which it draws itself while its blocks are
+            pruned one after another, a run for each; or `dense` ones, which the dense model draws once.
     """
 
     padding: bool = True
     unconditional: float = 1.0
     hessian_gib: float = 8.0
+    kept_gib: float = 64.0
+    latents: Latents = "pruned"
 
     def __post_init__(self) -> None:
         if not 0 <= self.unconditional < math.inf:
             raise InputError(f"unconditional is {self.unconditional}: give a weight of 0 or more.")
         if not 0 < self.hessian_gib < math.inf:
             raise InputError(f"hessian_gib is {self.hessian_gib}: give the memory in GiB, as in 8.")
+        if not 0 <= self.kept_gib < math.inf:
+            raise InputError(f"kept_gib is {self.kept_gib}: give the disk space in GiB, as in 64.")
+        if self.latents not in get_args(Latents):
+            raise unknown("latents", self.latents, get_args(Latents))
+
+    @property
+    def kept(self) -> int:
+        """The disk space in bytes."""
+        return int(self.kept_gib * 2**30)
 
     @property
     def memory(self) -> int:

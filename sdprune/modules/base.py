@@ -103,9 +103,16 @@ class FrozenModule(LightningModule, ABC):
         locks = self.lock_statistics(plan)
         if locks:  # else no captions need be there
             with self.trainer.precision_plugin.forward_context():  # as in the predict loop of `fit`
-                plan.collector(self.data, self.on_calibration).run(self.calibration_batches)
+                self.collector_of(plan).run(self.calibration_batches)
         for lock in locks:
             lock.release()
+
+    def collector_of(self, plan: CalibrationPlan) -> Collector:
+        """Gathers what the store lacks; says what it costs first."""
+        collector = plan.collector(self.data, self.on_calibration)
+        for line in collector.costs:
+            self.say(line)
+        return collector
 
     def calibration_batches(self) -> Iterator[tuple[Batch, int, int]]:
         """The calibration batches of this process, each with its number and how many captions of it count."""
@@ -136,7 +143,7 @@ class CalibratingModule(FrozenModule):
         if self.acquire():
             self.load()
             self._locks += self.lock_statistics(self.calibration)
-            self.collector = self.calibration.collector(self.data, self.on_calibration)
+            self.collector = self.collector_of(self.calibration)
             self.data.passes = self.collector.passes
 
     def acquire(self) -> bool:

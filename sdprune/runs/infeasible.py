@@ -22,7 +22,7 @@ def infeasible_record(output: str, pipeline: Any, budget: Budget, prune: Mapping
     """
     specs = {name: spec.describe() for name, spec in prune.items()}
     facts = {"version": package_code(), "pipeline": facts_of(pipeline), "budget": budget.describe(), "prune": specs}
-    split = budget.split if budget.measured else f"{budget.text_share:g}"
+    split = budget.split if budget.measured else "shares" if budget.shares else f"{budget.text_share:g}"
     return Record(output, f"infeasible-{budget.total:g}-{split}", facts)
 
 

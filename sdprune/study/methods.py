@@ -24,7 +24,7 @@ def pruned(kind: str, config: Mapping[str, Any], results: Mapping[str, Any], nam
         return {f"{kind}_method": "", f"{kind}_sparsity": 0.0, f"{kind}_published": True}
     counts = results.get("pruning") or {}
     first, *others = specs
-    choices = _choices(specs[first])
+    choices = _choices(specs[first]) | ({"of": "+".join(specs)} if len(specs) < len(names) else {})
     sparsity = _sparsity(specs[first], counts.get(first))
     for name in others:  # they usually are pruned alike
         more = {f"{name} {key}": value for key, value in _choices(specs[name]).items() if value != choices.get(key)}

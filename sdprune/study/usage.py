@@ -4,17 +4,10 @@ from __future__ import annotations
 
 import argparse
 
-from sdprune.verb import Verb, path
+from sdprune.verb import Verb, path, whole
 
 CELL_OPTIONS = ("config", "seed_everything", "trainer", "model", "data", "wandb", "wandb_project", "wandb_group")
 """Options of `fit` and `predict` without a dot; here, since importing those verbs takes seconds."""
-
-
-def jobs(value: str) -> int:
-    """Accept a number of jobs."""
-    if not value.isascii() or not value.isdecimal() or int(value) < 1:
-        raise argparse.ArgumentTypeError(f"{value!r} is no number of 1 or more, as in --jobs=2")
-    return int(value)
 
 
 SWEEP = Verb(
@@ -32,7 +25,7 @@ Exit code: 0 when every cell is done, 1 when one failed, 2 when one can be seen 
 )  # fmt: skip
 SWEEP.add_argument("files", nargs="+", metavar="FILE", help="a path, or the name of a sweep that comes with sdprune")
 SWEEP.add_argument(
-    "--jobs", type=jobs, default=1, metavar="N",
+    "--jobs", type=whole, default=1, metavar="N",
     help="run N cells at once, each on its share of the cores; 1 by default. Bits of images depend on the number of "
     "threads: set OMP_NUM_THREADS to have the same with any number of jobs.",
 )  # fmt: skip

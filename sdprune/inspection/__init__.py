@@ -1,0 +1,1 @@
+"""`sdprune inspect`: what can be said of a model without its weights."""

@@ -1,0 +1,223 @@
+"""What a model is made of, and what pruning it would cost and leave, as JSON values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Optional
+
+from torch import nn
+
+from sdprune.calibration.passes import plan_passes
+from sdprune.errors import InputError, unknown
+from sdprune.inspection.model import modules_of, stored_of
+from sdprune.inspection.trace import LATENTS, TEXT, trace
+from sdprune.pipelines import DiffusersFamily
+from sdprune.pruning import Criterion, PruneSpec, Target, find_targets, statistic
+from sdprune.pruning.memory import named_tensors, region
+from sdprune.pruning.selection import count
+from sdprune.pruning.statistics import InputStatistic
+from sdprune.pruning.targets import LAYER_KINDS, by_block, layer_kind
+from sdprune.schema import choices_of
+
+
+def inspect(
+    family: DiffusersFamily, sparsities: Mapping[str, float], layers: Sequence[str], steps: int, memory: int
+) -> dict[str, Any]:
+    """Look at a model without its weights.
+
+    Args:
+        family: the model; nothing of it is loaded.
+        sparsities: by component, or by role (`text`, `denoiser`); a component's own goes first.
+        layers: kinds of layers that are pruned.
+        steps: denoising steps that statistics are kept of.
+        memory: bytes that the sums of one pass may take.
+
+    Returns:
+        JSON values.
+
+    Raises:
+        InputError: a configuration that is damaged, parts that do not fit each other, unknown names.
+    """
+    roles = {name: component.role for name, component in family.prunable.items()}
+    for name in sparsities:
+        if name not in roles and name not in roles.values():
+            raise unknown("component or role", name, dict.fromkeys([*roles, *roles.values()]))
+    modules = modules_of(family)
+    prunable = {name: modules[name] for name in roles}
+    every = {name: _targets(module, LAYER_KINDS) for name, module in prunable.items()}
+    found = trace(family, modules, every)
+    chosen = {name: _useful(module, _targets(module, layers), found.unread[name]) for name, module in prunable.items()}
+    components: dict[str, Any] = {}
+    for name, module in modules.items():
+        components[name] = {
+            "class": type(module).__name__, "role": roles.get(name),
+            "parameters": _size(module.parameters()), "stored": stored_of(family, name),
+        }  # fmt: skip
+        if name in roles:
+            denoises, order = name == family.denoiser, found.order[name]
+            components[name] |= {
+                "kinds": _kinds(module), "tied": _tied(module), "blocks": _blocks(chosen[name], order),
+                "unread": _unread(module, found.unread[name]),
+                "inputs": _inputs(chosen[name], {one: found.inputs[name, one] for one in order}, denoises),
+                "criteria": _costs(chosen[name], order, steps if denoises else 1, memory),
+            }  # fmt: skip
+    wanted = {name: sparsities.get(name, sparsities.get(role, 0.0)) for name, role in roles.items()}
+    return {
+        "family": type(family).__name__, "parameters": sum(one["parameters"] for one in components.values()),
+        "layers": list(layers), "steps": steps, "memory": memory, "components": components,
+        "pruned": _pruned(chosen, {name: components[name]["parameters"] for name in roles}, wanted),
+    }  # fmt: skip
+
+
+def _targets(module: nn.Module, layers: Sequence[str]) -> list[Target]:
+    """The layers of these kinds; those that the module lacks are not missed."""
+    kinds = {kind for one in module.modules() if (kind := layer_kind(one)) in layers}
+    return find_targets(module, [kind for kind in layers if kind in kinds]) if kinds else []
+
+
+def _useful(module: nn.Module, targets: Sequence[Target], unread: Sequence[str]) -> list[Target]:
+    """The layers that are worth to be pruned: some output depends on them, and their weight is no embedding too."""
+    tied = {name: set(names) for names in _tied(module) for name in names}
+    weights = {target.name: {f"{name}.weight" for name in target.names} for target in targets}
+    return [
+        target for target in targets
+        if not weights[target.name] & set(unread)
+        and tied.get(f"{target.name}.weight", set()) <= weights[target.name]
+    ]  # fmt: skip
+
+
+def _size(tensors: Any) -> int:
+    return sum(tensor.numel() for tensor in tensors)
+
+
+def _kinds(module: nn.Module) -> dict[str, dict[str, int]]:
+    """Tensors and parameters by kind: weights of LAYER_KINDS, which can be pruned, and everything else."""
+    found: dict[str, dict[str, int]] = {}
+    counted: set[int] = set()
+    for one in module.modules():
+        for name, parameter in one.named_parameters(recurse=False):
+            if id(parameter) in counted:
+                continue
+            counted.add(id(parameter))
+            kind = _kind(one, name)
+            entry = found.setdefault(kind, {"tensors": 0, "parameters": 0})
+            entry["tensors"] += 1
+            entry["parameters"] += parameter.numel()
+    return found
+
+
+def _kind(module: nn.Module, parameter: str) -> str:
+    kind = layer_kind(module)
+    if kind is not None and parameter == "weight":
+        return kind
+    if "norm" in type(module).__name__.lower():
+        return "norm"
+    return "Embedding" if isinstance(module, nn.Embedding) else "bias" if parameter == "bias" else "other"
+
+
+def _tied(module: nn.Module) -> list[list[str]]:
+    """Names of tensors that lie in the very same memory."""
+    places: dict[Any, list[str]] = {}
+    for name, tensor in named_tensors(module):
+        places.setdefault(region(tensor), []).append(name)
+    return [names for place, names in places.items() if place is not None and len(names) > 1]
+
+
+def _blocks(targets: Sequence[Target], order: Sequence[str]) -> list[dict[str, Any]]:
+    """The blocks in the order in which they first run."""
+    place = {name: number for number, name in enumerate(order)}
+    targets = sorted(targets, key=lambda target: place.get(target.name, len(place)))
+    return [
+        {
+            "name": name,
+            "layers": len(members),
+            "weights": _size(target.weight for target in members),
+            "runs": any(target.name in place for target in members),
+        }
+        for name, members in by_block(targets).items()
+    ]
+
+
+def _inputs(targets: Sequence[Target], marks: Mapping[str, int], denoises: bool) -> dict[str, Any]:
+    """A denoiser's layers that see at most one input a step, or the same one in all steps; and layers that never run.
+
+    Args:
+        targets: the layers.
+        marks: what the inputs depend on, of the layers that run, in that order.
+        denoises: whether this is the denoiser.
+    """
+    weights = {target.name: target.weight.numel() for target in targets}
+
+    def those(names: list[str]) -> dict[str, Any]:
+        return {"layers": names, "weights": sum(weights[one] for one in names)}
+
+    seen = {name: mark for name, mark in marks.items() if name in weights and denoises}
+    return {
+        "timestep_alone": those([name for name, mark in seen.items() if not mark & (LATENTS | TEXT)]),
+        "text_alone": those([name for name, mark in seen.items() if mark == TEXT]),
+        "never_called": those([name for name in weights if name not in marks]),
+    }
+
+
+def _unread(module: nn.Module, names: Sequence[str]) -> dict[str, Any]:
+    parameters = dict(module.named_parameters())
+    return {"modules": _outermost(module, names), "parameters": _size(parameters[one] for one in names)}
+
+
+def _outermost(module: nn.Module, parameters: Sequence[str]) -> list[str]:
+    """The largest modules that hold nothing but these parameters, and what is left of the parameters."""
+    left, found = set(parameters), []
+    for name, one in module.named_modules():
+        own = {f"{name}.{inner}".lstrip(".") for inner, _ in one.named_parameters()}
+        if own and own <= left:
+            found.append(name)
+            left -= own
+    return [*found, *sorted(left)]
+
+
+def _costs(targets: Sequence[Target], order: Sequence[str], steps: int, memory: int) -> dict[str, Any]:
+    """By criterion, the statistics that it reads, their bytes, and passes and memory in both orders."""
+    found: dict[str, Any] = {}
+    for name, cls in choices_of([Criterion]).items():
+        criterion: Criterion = cls()
+        statistics = [statistic(one, steps) for one in sorted(criterion.statistics)] if targets else []
+        found[name] = {
+            "statistics": [one.name for one in statistics],
+            "bytes": sum(one.bytes_of(target) for one in statistics for target in targets),
+            "one_pass": _passes(targets, statistics, memory, None, order),
+            "sequential": _passes(targets, statistics, memory, PruneSpec(0.5, criterion=criterion), order),
+        }
+    return found
+
+
+def _passes(
+    targets: Sequence[Target], statistics: Sequence[InputStatistic], memory: int, spec: Optional[PruneSpec],
+    order: Sequence[str],
+) -> Optional[dict[str, int]]:  # fmt: skip
+    """How many passes gather the statistics, and the bytes of the largest; None where a layer exceeds the memory."""
+    try:
+        passes = plan_passes(targets, statistics, memory, spec, order) if statistics else []
+    except InputError:
+        return None
+    return {"passes": len(passes), "memory": max((one.memory for one in passes), default=0)}
+
+
+def _pruned(
+    targets: Mapping[str, Sequence[Target]], parameters: Mapping[str, int], sparsities: Mapping[str, float]
+) -> dict[str, Any]:
+    """What these sparsities leave, layer by layer to the weight; sparsities are counted as `account` does."""
+    components = {}
+    for name, sparsity in sparsities.items():
+        zeros = sum(count(target.weight.numel(), sparsity) for target in targets[name])
+        weights = _size(target.weight for target in targets[name])
+        components[name] = {
+            "sparsity": sparsity, "weights": weights, "pruned": zeros, "left": parameters[name] - zeros,
+            "actual": zeros / parameters[name],
+        }  # fmt: skip
+    whole = sum(parameters.values())
+    pruned = sum(one["pruned"] for one in components.values())
+    nominal = sum(sparsities[name] * size for name, size in parameters.items()) / whole
+    return {
+        "components": components, "parameters": whole, "pruned": pruned, "left": whole - pruned, "nominal": nominal,
+        "actual": pruned / whole,
+    }  # fmt: skip

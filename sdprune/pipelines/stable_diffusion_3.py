@@ -1,0 +1,45 @@
+"""Stable Diffusion 3 and 3.5."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Optional
+
+from sdprune.pipelines.base import DiffusersFamily
+
+_CLIP = ("transformers", ("CLIPTextModelWithProjection",))
+_CLIP_TOKENIZER = ("transformers", ("CLIPTokenizer", "CLIPTokenizerFast"))
+
+
+class StableDiffusion3(DiffusersFamily):
+    """A diffusers `StableDiffusion3Pipeline`: two CLIP text encoders, a T5 text encoder and a transformer.
+
+    Args:
+        model: a hub id or a diffusers directory.
+        revision: branch, tag or commit of a hub id.
+        variant: file variant of a hub id or directory, e.g. fp16.
+    """
+
+    pipeline = "StableDiffusion3Pipeline"
+    parts: ClassVar = {
+        "text_encoder": _CLIP,
+        "text_encoder_2": _CLIP,
+        "text_encoder_3": ("transformers", ("T5EncoderModel",)),
+        "tokenizer": _CLIP_TOKENIZER,
+        "tokenizer_2": _CLIP_TOKENIZER,
+        "tokenizer_3": ("transformers", ("T5Tokenizer", "T5TokenizerFast")),
+        "transformer": ("diffusers", ("SD3Transformer2DModel",)),
+        "vae": ("diffusers", ("AutoencoderKL", "AutoencoderTiny")),
+    }
+    schedulers: ClassVar = (
+        "FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler",
+    )  # fmt: skip
+    patch = 2
+    idle: ClassVar = {"transformer": ("transformer_blocks.{last}.attn.add_q_proj",)}
+
+    def __init__(
+        self,
+        model: str = "stabilityai/stable-diffusion-3-medium-diffusers",
+        revision: str = "main",
+        variant: Optional[str] = None,
+    ):
+        super().__init__(model, revision, variant)

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sdprune.api import gather, prune
+    from sdprune.pipelines.loading import load
     from sdprune.pruning import PruneReport, PruneSpec
 
-__all__ = ["PruneReport", "PruneSpec", "gather", "prune"]
+__all__ = ["PruneReport", "PruneSpec", "gather", "load", "prune"]
 
 
 def __dir__() -> list[str]:
@@ -20,6 +21,10 @@ def __dir__() -> list[str]:
 def __getattr__(name: str) -> Any:
     if name not in __all__:  # torch takes seconds to import: `sdprune --version` does without
         raise AttributeError(f"module 'sdprune' has no attribute {name!r}")
+    if name == "load":
+        from sdprune.pipelines.loading import load
+
+        return load
     from sdprune import api
 
     return getattr(api, name)

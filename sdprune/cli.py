@@ -287,7 +287,7 @@ class SdpruneCLI(LightningCLI):
         for run in self.runs:
             config = self.given.clone()
             if run is not self.model:
-                unpruned: dict[str, Any] = {"prune": {}, "budget": None, "baseline": None}
+                unpruned: dict[str, Any] = {"prune": {}, "narrow": {}, "budget": None, "baseline": None}
                 for option, value in unpruned.items():
                     config[f"model.init_args.{option}"] = value
                 config["model.init_args.pipeline.init_args.model"] = run.pipeline.model

@@ -12,7 +12,7 @@ BELOW_ALL = {"errors", "files", "hub", "identity", "locks", "outside", "processe
 ALLOWED = {
     "pruning": {"pruning"},
     "calibration": {"calibration", "pruning"},
-    "pipelines": {"pipelines"},
+    "pipelines": {"pipelines", "pruning"},
     "data": {"data"},
     "metrics": {"metrics", "pipelines"},  # of pipelines only `resolve`
     "runs": {"runs", "data", "metrics", "pictures", "pruning"},

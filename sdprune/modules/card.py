@@ -12,7 +12,7 @@ from sdprune.errors import InputError
 from sdprune.files import read_json
 from sdprune.pipelines.resolve import MINIATURE
 
-SAME = ("version", "pipeline", "dtype", "prune", "calibration")
+SAME = ("version", "pipeline", "dtype", "prune", "calibration", "narrow", "narrow_calibration")
 """The facts that a record and a saved pipeline share when they are the same weights."""
 
 
@@ -66,7 +66,7 @@ def records_of(output: Path, facts: Mapping[str, Any]) -> Iterator[Measured]:
             measured = Measured(path.parent.name, read_json(path.parent / "config.json"), read_json(path))
         except InputError:
             continue  # a damaged record is for `sdprune report` to name
-        if all(measured.facts.get(name) == facts[name] for name in SAME):
+        if all(measured.facts.get(name) == facts.get(name) for name in SAME):
             yield measured
 
 

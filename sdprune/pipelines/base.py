@@ -160,6 +160,11 @@ class DiffusersFamily(ABC):
         return {name: part for name, part in self._pipe.components.items() if isinstance(part, nn.Module)}
 
     @property
+    def pipe(self) -> Any:
+        """The loaded pipeline of diffusers."""
+        return self._pipe
+
+    @property
     def tokenizers(self) -> dict[str, Any]:
         """The tokenizers of the loaded pipeline, by name."""
         return {name: part for name, part in self._pipe.components.items() if name in self._tokenizer_names}

@@ -7,11 +7,11 @@ sdprune.prune(module, sparsity=0.5, criterion="Wanda", inputs=batches)
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sdprune.api import gather, prune
+    from sdprune.api import gather, narrow, prune
     from sdprune.pipelines.loading import load
     from sdprune.pruning import PruneReport, PruneSpec
 
-__all__ = ["PruneReport", "PruneSpec", "gather", "load", "prune"]
+__all__ = ["PruneReport", "PruneSpec", "gather", "load", "narrow", "prune"]
 
 
 def __dir__() -> list[str]:

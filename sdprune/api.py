@@ -17,6 +17,9 @@ from sdprune.calibration.store import MemoryStore
 from sdprune.errors import InputError, unknown
 from sdprune.processes import Processes
 from sdprune.pruning import PruneReport, PruneSpec, Statistics, apply, targets_of
+from sdprune.pruning.narrowing import NarrowReport, NarrowSpec, choose, groups_of, pair_name, pairing
+from sdprune.pruning.narrowing import narrow as apply_narrowing
+from sdprune.pruning.narrowing.engine import LAYERS
 from sdprune.pruning.statistics.pruned_error import Probe, PrunedError
 
 
@@ -101,6 +104,45 @@ def gather(
     collector = Collector({"": subject}, requests, store, processes=Processes(alone=True), first=subject.first)
     collector.run(lambda: ((call, index, call.samples) for index, call in enumerate(calls)))
     return {one.statistic: dict(store.load(one.facts)) for one in requests if one.statistic in names}
+
+
+def narrow(
+    module: nn.Module,
+    spec: Optional[NarrowSpec] = None,
+    *,
+    inputs: Optional[Iterable[Any]] = None,
+    **options: Any,
+) -> NarrowReport:
+    """Remove attention heads, feed-forward neurons or channels of residual blocks from a module, in place.
+
+    Args:
+        module: any torch module with such parts, dense.
+        spec: what to remove and how; or give its fields as options: `neurons=0.3, criterion="Wanda"`.
+        inputs: for all but Magnitude without a refit, as in `prune`.
+        options: fields of NarrowSpec.
+
+    Returns:
+        What every part kept, and the parameters before and after.
+
+    Raises:
+        InputError: for choices that make no sense, parts that the module does not have, inputs that it does not take.
+    """
+    spec = spec or NarrowSpec(**options)
+    if not spec.shares:
+        raise InputError("Nothing is to be removed: give a share, as in neurons=0.3.")
+    if spec.calibrates and inputs is None:
+        raise InputError("Give the inputs to calibrate on, or criterion='Magnitude' with refit=False.")
+    batches = listed(inputs) if spec.calibrates and inputs is not None else []
+    groups = groups_of(module, spec)
+    parts = [(group, part) for group in groups for part in group.inputs]
+    readers = PruneSpec(layers=LAYERS, include=[group.path(part) for group, part in parts], timesteps=spec.timesteps)
+    units = choose(module, spec, gather(module, batches, readers, spec.statistics) if spec.statistics else {})
+    if not spec.refit:
+        return apply_narrowing(module, spec, units)
+    with pairing(module, groups, units):
+        pairs = PruneSpec(layers=["Linear"], include=[pair_name(group, part) for group, part in parts])
+        hessians = gather(module, batches, pairs, "hessian")["hessian"]
+    return apply_narrowing(module, spec, units, hessians)
 
 
 class _Module:

@@ -110,8 +110,12 @@ class FrozenModule(LightningModule, ABC):
 
     def narrow(self, plan: PruningPlan) -> dict[str, NarrowReport]:
         """Narrow the loaded pipeline, once the statistics for that are gathered; collective."""
-        self.gather(plan.narrowing.calibration)
-        return plan.narrowing.apply()
+        narrowing = plan.narrowing
+        self.gather(narrowing.choosing)
+        units = narrowing.choose()
+        with narrowing.pairing(units):
+            self.gather(narrowing.refitting)
+        return narrowing.apply(units)
 
     def calibration_batches(self) -> Iterator[tuple[Batch, int, int]]:
         """The calibration batches of this process, each with its number and how many captions of it count."""

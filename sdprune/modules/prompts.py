@@ -109,11 +109,12 @@ class Requests:
         return self._requests(component, names, every, {"layers": kinds})
 
     def of_layers(
-        self, component: str, names: Iterable[str], timesteps: Timesteps, layers: Sequence[str]
-    ) -> list[Request]:
-        """Statistics of the dense model, of some of its Linear and Conv2d layers."""
+        self, component: str, names: Iterable[str], timesteps: Timesteps, layers: Sequence[str],
+        more: Mapping[str, Any] | None = None,
+    ) -> list[Request]:  # fmt: skip
+        """Statistics of the dense model, of some of its Linear and Conv2d layers; `more` are further facts."""
         some = PruneSpec(layers=["Linear", "Conv2d"], include=list(layers), timesteps=timesteps)
-        return self._requests(component, names, some, {"layers": sorted(layers)})
+        return self._requests(component, names, some, {"layers": sorted(layers), **(more or {})})
 
     def _requests(
         self, component: str, names: Iterable[str], spec: PruneSpec, which: Mapping[str, Any]

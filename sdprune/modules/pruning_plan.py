@@ -122,7 +122,8 @@ class PruningPlan:
         """Everything that can be found wrong before the model is loaded: layer patterns, captions, the store."""
         for name, spec in self.specs.items():
             targets_of(self.narrowing.meta_module(name), spec)
-        self.narrowing.calibration.check(data)
+        self.narrowing.choosing.check(data)
+        self.narrowing.refitting.check(data)
         self.calibration.check(data)
 
     def apply(self) -> dict[str, PruneReport]:
@@ -234,7 +235,7 @@ class PruningOptions:
         """Whether calibration captions have to be there; needs no look at the model."""
         specs = [spec for spec in self.prune.values() if not spec.dense or self.budget is not None]
         measured = self.budget is not None and self.budget.measured
-        narrowed = any(spec.statistics for spec in self.narrow.values())
+        narrowed = any(spec.calibrates for spec in self.narrow.values())
         return measured or narrowed or any(spec.criterion.statistics or spec.allocation.statistics for spec in specs)
 
     def resolve(self, pipeline: DiffusersFamily, data: CocoDataModule, dtype: str) -> PruningPlan:
@@ -268,11 +269,16 @@ class PruningOptions:
 
     def _narrowing(self, pipeline: DiffusersFamily, data: CocoDataModule, dtype: str) -> NarrowingPlan:
         specs = {name: spec for name, spec in self.narrow.items() if spec.shares}
-        requests = self.requests(pipeline, data, dtype, any(spec.statistics for spec in specs.values()))
-        needed = narrowing_requests(pipeline, specs, requests)
-        flat = tuple(one for part in needed.values() for one in part)
-        calibration = CalibrationPlan(requests.subjects, flat, StatisticsStore(self.store), self.calibration)
-        return NarrowingPlan(pipeline, specs, needed, calibration)
+        requests = self.requests(pipeline, data, dtype, any(spec.calibrates for spec in specs.values()))
+        read = narrowing_requests(pipeline, specs, requests)
+        choosing, refitting = (
+            CalibrationPlan(
+                requests.subjects, tuple(one for pair in read.values() for one in pair[number]),
+                StatisticsStore(self.store), self.calibration,
+            )
+            for number in (0, 1)
+        )  # fmt: skip
+        return NarrowingPlan(pipeline, specs, read, choosing, refitting)
 
     def requests(
         self, pipeline: DiffusersFamily, data: CocoDataModule, dtype: str, wanted: bool = True,

@@ -1,4 +1,4 @@
-"""Which units of a group stay, and the weights of the layers that read them."""
+"""Which units of a group stay."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class _State:
     def __init__(self, reader: Reader, damping: float) -> None:
         self.columns = reader.columns
         self.weight = reader.target.matrix.double()
-        self.inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped(reader.statistics["hessian"], damping)))
+        self.inverse = torch.cholesky_inverse(torch.linalg.cholesky(_damped(reader.statistics["hessian"], damping)))
 
     def errors(self) -> Tensor:
         """What removing each unit alone costs: trace(W_u (H^-1_uu)^-1 W_u^T), [units]."""
@@ -100,28 +100,7 @@ class _State:
         self.inverse[:, columns] = 0
 
 
-def refitted(reader: Reader, units: Tensor, damping: float) -> Tensor:
-    """The weights of the columns that stay, so that the layer's outputs are closest to those of all columns.
-
-    They minimise |W' X' - W X|^2 + d |W' - W_kept|^2 over the calibration inputs, X' being those that stay:
-    W' = W_kept + W_removed H[removed, kept] (H[kept, kept] + d)^-1.
-
-    Args:
-        reader: the layer, dense; its Hessian is X X^T up to a factor.
-        units: numbers of those that stay.
-        damping: d, as a share of the mean diagonal of the Hessian.
-
-    Returns:
-        [rows, columns that stay], float64.
-    """
-    weight, hessian = reader.target.matrix.double(), damped(reader.statistics["hessian"], damping)
-    kept = torch.zeros(weight.shape[1], dtype=torch.bool, device=weight.device)
-    kept[reader.columns[units].flatten()] = True
-    solved = torch.linalg.solve(hessian[kept][:, kept], hessian[kept][:, ~kept])  # [kept, removed]
-    return weight[:, kept] + weight[:, ~kept] @ solved.T
-
-
-def damped(hessian: Tensor, damping: float) -> Tensor:
+def _damped(hessian: Tensor, damping: float) -> Tensor:
     """The Hessian in float64 with a share of its mean diagonal on the diagonal; of a layer without inputs it is 1."""
     found = hessian.double()
     mean = found.diagonal().mean()

@@ -13,13 +13,20 @@ from torch import Tensor, nn
 from sdprune.errors import InputError
 from sdprune.pruning.criteria.base import Ranking
 from sdprune.pruning.criteria.sparsegpt import SparseGPT
-from sdprune.pruning.narrowing.choose import Reader, by_score, greedy, refitted
+from sdprune.pruning.narrowing.choose import Reader, by_score, greedy
 from sdprune.pruning.narrowing.groups import Group, Slice, find_groups
+from sdprune.pruning.narrowing.refit import pair_name, refit
 from sdprune.pruning.narrowing.spec import KINDS, NarrowSpec
 from sdprune.pruning.plan import Statistics
 from sdprune.pruning.prunable import require_prunable
 from sdprune.pruning.statistics import statistic_class
 from sdprune.pruning.targets import Target, find_targets
+
+Units = Mapping[str, Tensor]
+"""Numbers of the units that stay, ascending, by the name of the group."""
+Layers = Mapping[str, Tensor]
+"""A statistic by layer."""
+LAYERS = ["Linear", "Conv2d"]
 
 
 @dataclass(frozen=True)
@@ -78,30 +85,62 @@ def groups_of(component: nn.Module, spec: NarrowSpec) -> list[Group]:
             has = f"it has {', '.join(sorted(kinds))}" if kinds else "it has nothing that can be narrowed"
             raise InputError(f"{kind} is {share:g}, and a {type(component).__name__} has no {kind}: {has}.")
     groups = [group for group in found if group.kind in spec.shares]
-    names = [name for group in groups for name, one in group.layers(component).items() if not _is_norm(one)]
-    require_prunable(component, find_targets(component, ["Linear", "Conv2d"], names))
+    parts = [(group, part) for group in groups for part in (*group.outputs, *group.inputs)]
+    names = dict.fromkeys(group.path(part) for group, part in parts if not _is_norm(group.layer(part)))
+    require_prunable(component, find_targets(component, LAYERS, list(names)))
     return groups
 
 
-@torch.no_grad()
-def narrow(component: nn.Module, spec: NarrowSpec, statistics: Optional[Statistics] = None) -> NarrowReport:
-    """Narrow a component in place.
+def choose(component: nn.Module, spec: NarrowSpec, statistics: Optional[Statistics] = None) -> Units:
+    """Decide which units of a dense component stay.
 
     Args:
         component: a text encoder, a U-Net or any other module with such groups.
         spec: what to remove and how; shares of 0 touch nothing.
-        statistics: of the inputs of the layers that read units, as in `sdprune.pruning.apply`.
+        statistics: those that the criterion names, of the layers that read units, as in `sdprune.pruning.apply`.
 
     Raises:
         InputError: see `groups_of`; missing statistics, by the layer.
     """
-    groups, before = groups_of(component, spec), _size(component)
-    report, digest = NarrowReport(spec.describe(), before, before), hashlib.sha256()
-    for group in groups:
+    found = {}
+    for group in groups_of(component, spec):
         count = group.kept(spec.shares[group.kind])
-        units = _narrow(component, group, count, spec, statistics or {})
-        report.groups.append(GroupReport(group.name, group.kind, group.units, count))
-        digest.update(f"{group.name} {group.kind} {units.tolist()}".encode())
+        found[group.name] = torch.arange(count)
+        if count < group.units:
+            readers = [_reader(group, one, spec, statistics or {}) for one in group.inputs]
+            if isinstance(spec.criterion, SparseGPT):
+                units = greedy(readers, spec.criterion.damping, group.parts, count)
+            else:
+                assert isinstance(spec.criterion, Ranking)
+                units = by_score(readers, spec.criterion, group.parts, count)
+            found[group.name] = units.cpu()
+    return found
+
+
+def narrow(component: nn.Module, spec: NarrowSpec, units: Units, pairs: Optional[Layers] = None) -> NarrowReport:
+    """Narrow a component in place.
+
+    Args:
+        component: dense.
+        spec: what to remove and how.
+        units: those that stay, by group, see `choose`.
+        pairs: where layers are refitted, the Hessian of each pair by its name, see `pairing`.
+
+    Raises:
+        InputError: a pair is missing, by the layer.
+    """
+    before, digest = _size(component), hashlib.sha256()
+    report = NarrowReport(spec.describe(), before, before)
+    for group in groups_of(component, spec):
+        kept = units[group.name]
+        report.groups.append(GroupReport(group.name, group.kind, group.units, len(kept)))
+        digest.update(f"{group.name} {group.kind} {kept.tolist()}".encode())
+        if len(kept) == group.units:
+            continue
+        group.keep(kept)
+        for part in group.inputs if spec.refit else ():
+            hessian = _found(pairs or {}, "hessian", pair_name(group, part), group.path(part))
+            refit(group.layer(part), hessian[0], spec.damping)
     report.parameters, report.hash = _size(component), digest.hexdigest()
     return report
 
@@ -109,46 +148,31 @@ def narrow(component: nn.Module, spec: NarrowSpec, statistics: Optional[Statisti
 def narrow_shapes(component: nn.Module, spec: NarrowSpec) -> None:
     """Give a component on the meta device the shapes that it will have: counts depend on no number."""
     for group in groups_of(component, spec):
-        group.keep(component, torch.arange(group.kept(spec.shares[group.kind])))
+        group.keep(torch.arange(group.kept(spec.shares[group.kind])))
 
 
-def _narrow(component: nn.Module, group: Group, count: int, spec: NarrowSpec, statistics: Statistics) -> Tensor:
-    """Narrow one group, and return the units that stay."""
-    if count == group.units:
-        return torch.arange(count)
-    readers = [_reader(component, one, group.units, spec, statistics) for one in group.inputs]
-    if isinstance(spec.criterion, SparseGPT):
-        units = greedy(readers, spec.criterion.damping, group.parts, count)
-    else:
-        assert isinstance(spec.criterion, Ranking)
-        units = by_score(readers, spec.criterion, group.parts, count)
-    new = [refitted(one, units, spec.damping) for one in readers] if spec.refit else []
-    group.keep(component, units)
-    for reader, weight in zip(readers, new, strict=False):
-        stored = reader.target.weight
-        stored.copy_(weight.view(stored.shape))
-    return units.cpu()
-
-
-def _reader(component: nn.Module, part: Slice, units: int, spec: NarrowSpec, statistics: Statistics) -> Reader:
-    (target,) = find_targets(component, ["Linear", "Conv2d"], [part.layer])
+def _reader(group: Group, part: Slice, spec: NarrowSpec, statistics: Statistics) -> Reader:
+    target = Target(group.path(part), group.layer(part), "")
     values = {name: _read(statistics, name, target, spec) for name in spec.statistics}
     kernel = target.shape[1] // target.channels
-    width = part.width * kernel
-    device = target.weight.device
-    columns = part.offset * kernel + torch.arange(units * width, device=device).view(units, width)
+    width, device = part.width * kernel, target.weight.device
+    columns = part.offset * kernel + torch.arange(group.units * width, device=device).view(group.units, width)
     return Reader(target, columns, values)
 
 
 def _read(statistics: Statistics, name: str, target: Target, spec: NarrowSpec) -> Tensor:
-    layers: Mapping[str, Tensor] = statistics.get(name, {})
-    if target.name not in layers:
+    stored = _found(statistics.get(name, {}), name, target.name, target.name)
+    found = statistic_class(name).read(target.name, stored, spec.timesteps)
+    return found.to(target.weight.device)[0]  # neither Linear nor these convolutions are grouped
+
+
+def _found(layers: Layers, statistic: str, key: str, layer: str) -> Tensor:
+    if key not in layers:
         raise InputError(
-            f"Statistic {name} of layer {target.name!r} is missing: calibration never ran the layer, or was of another "
+            f"Statistic {statistic} of layer {layer!r} is missing: calibration never ran the layer, or was of another "
             "model. Gather it again."
         )
-    found = statistic_class(name).read(target.name, layers[target.name], spec.timesteps)
-    return found.to(target.weight.device)[0]  # neither Linear nor these convolutions are grouped
+    return layers[key]
 
 
 def _is_norm(layer: nn.Module) -> bool:

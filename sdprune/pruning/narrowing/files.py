@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Optional
+from typing import Optional
 
 import torch
 from torch import nn
@@ -30,9 +30,9 @@ def fit_to_shapes(component: nn.Module, shapes: Shapes) -> bool:
     """
     prefix, narrowed = _prefix(component, shapes), False
     for group in find_groups(component):
-        count = _count(group, component, shapes, prefix)
+        count = _count(group, shapes, prefix)
         if count is not None and count != group.units:
-            group.keep(component, torch.arange(count))
+            group.keep(torch.arange(count))
             narrowed = True
     if narrowed:
         for name, parameter in component.named_parameters():
@@ -56,14 +56,13 @@ def _prefix(component: nn.Module, shapes: Shapes) -> str:
     return ""
 
 
-def _count(group: Group, component: nn.Module, shapes: Shapes, prefix: str) -> Optional[int]:
+def _count(group: Group, shapes: Shapes, prefix: str) -> Optional[int]:
     """How many units of a group a file has; None where it lacks the layer."""
-    layer = group.outputs[0].layer
-    width = sum(one.width for one in group.outputs if one.layer == layer)
-    name = f"{prefix}{layer}.weight"
+    first = group.outputs[0]
+    width = sum(one.width for one in group.outputs if one.layer == first.layer)
+    name = f"{prefix}{group.path(first)}.weight"
     shape = shapes.get(name)
-    weight: Any = component.get_submodule(layer).weight
-    if shape is None or tuple(shape[1:]) != tuple(weight.shape[1:]):
+    if shape is None or tuple(shape[1:]) != tuple(group.layer(first).weight.shape[1:]):
         return None  # narrowing leaves the inputs of this layer as they are: loading says what is wrong
     count, rest = divmod(shape[0], width)
     step = group.parts

@@ -30,8 +30,8 @@ class NarrowSpec:
         criterion: what ranks units, by the weights of the layer that reads them: Magnitude, Wanda, or a Ranking of
             your own, whose squared scores are added up; SparseGPT removes one after another, each time the one whose
             removal changes the layer's outputs least once the layer is refitted.
-        refit: whether the layer that reads the units is refitted to its dense outputs, by least squares on the
-            calibration inputs.
+        refit: whether the layer that reads the units is refitted to its dense outputs, weights and bias, by least
+            squares on the calibration inputs.
         damping: of that fit, as a share of the mean squared input: it draws the weights to the dense ones.
         timesteps: how much the denoising steps count in a U-Net's statistics: uniform, linear, log_decrease,
             log_increase.
@@ -69,10 +69,13 @@ class NarrowSpec:
 
     @property
     def statistics(self) -> frozenset[str]:
-        """Names of the statistics that are read, of the layers that read units."""
-        if not self.shares:
-            return frozenset()
-        return self.criterion.statistics | ({"hessian"} if self.refit else frozenset())
+        """Names of the statistics that the choice reads, of the layers that read units."""
+        return self.criterion.statistics if self.shares else frozenset()
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether calibration inputs are needed."""
+        return bool(self.shares) and (self.refit or bool(self.criterion.statistics))
 
     def describe(self) -> dict[str, Any]:
         """Everything that decides which units stay, and the weights, as plain JSON values."""
@@ -81,5 +84,5 @@ class NarrowSpec:
             "criterion": described(self.criterion),
             "refit": self.refit,
             "damping": self.damping if self.refit else None,
-            "timesteps": self.timesteps if self.statistics else None,
+            "timesteps": self.timesteps if self.calibrates else None,
         }

@@ -35,7 +35,7 @@ class AttentionHeads(Grouping):
             attributes = dict.fromkeys(counts, 1) | {
                 one: width // heads for one in _WIDTHS if getattr(module, one, None) == width
             }
-            slices = [Slice(f"{name}.{one}".lstrip("."), 0, width // heads) for one in names]
+            slices = [Slice(one, 0, width // heads) for one in names]
             return Group("heads", name, module, heads, tuple(slices[:3]), (slices[3],), counts=attributes)
         return None
 

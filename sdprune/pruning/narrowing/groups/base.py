@@ -22,7 +22,7 @@ class Slice:
     """Where the units of a group lie along one axis of a layer: unit u has `width` places from offset + u * width.
 
     Args:
-        layer: its name in the component.
+        layer: its name in the module of the group.
         offset: the place of unit 0.
         width: places of a unit.
     """
@@ -68,21 +68,24 @@ class Group:
         step = lcm(self.parts, self.multiple if self.units % self.multiple == 0 else 1)
         return max(1, int(self.units * (1 - share) / step + 0.5)) * step
 
-    def layers(self, component: nn.Module) -> dict[str, nn.Module]:
-        """The layers by name, those that make the units first."""
-        return {one.layer: component.get_submodule(one.layer) for one in (*self.outputs, *self.inputs)}
+    def path(self, part: Slice) -> str:
+        """Name of a layer in the component."""
+        return f"{self.name}.{part.layer}".lstrip(".")
+
+    def layer(self, part: Slice) -> Any:
+        """A layer."""
+        return self.module.get_submodule(part.layer)
 
     @torch.no_grad()
-    def keep(self, component: nn.Module, units: Tensor) -> None:
+    def keep(self, units: Tensor) -> None:
         """Remove all other units.
 
         Args:
-            component: that the group was found in.
             units: numbers of those that stay, ascending.
         """
         for axis, slices in ((0, self.outputs), (1, self.inputs)):
             for name in dict.fromkeys(one.layer for one in slices):
-                layer = component.get_submodule(name)
+                layer = self.module.get_submodule(name)
                 places = torch.cat([one.places(units) for one in slices if one.layer == name])
                 _take(layer, axis, places)
         for attribute, width in self.counts.items():

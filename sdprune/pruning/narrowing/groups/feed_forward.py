@@ -39,6 +39,6 @@ def _group(name: str, module: nn.Module, first: Sequence[str], second: str) -> O
     rows, units = {layers[one].out_features for one in first}, layers[second].in_features
     if not rows <= {units, 2 * units} or len(rows) != 1:
         return None
-    offsets, prefix = range(0, rows.pop(), units), f"{name}.".lstrip(".")
-    made = tuple(Slice(f"{prefix}{one}", offset) for one in first for offset in offsets)
-    return Group("neurons", name, module, units, made, (Slice(f"{prefix}{second}"),), multiple=_MULTIPLE)
+    offsets = range(0, rows.pop(), units)
+    made = tuple(Slice(one, offset) for one in first for offset in offsets)
+    return Group("neurons", name, module, units, made, (Slice(second),), multiple=_MULTIPLE)

@@ -25,10 +25,9 @@ class ResnetChannels(Grouping):
         units, time = second.in_channels, getattr(module, "time_emb_proj", None)
         if first.out_channels != units or norm.num_channels != units or {first.groups, second.groups} != {1}:
             return None
-        prefix = f"{name}.".lstrip(".")
-        made = [Slice(f"{prefix}conv1"), Slice(f"{prefix}norm2")]
+        made = [Slice("conv1"), Slice("norm2")]
         if time is not None:
             if not isinstance(time, nn.Linear) or time.out_features not in (units, 2 * units):
                 return None
-            made += [Slice(f"{prefix}time_emb_proj", offset) for offset in range(0, time.out_features, units)]
-        return Group("channels", name, module, units, tuple(made), (Slice(f"{prefix}conv2"),), parts=norm.num_groups)
+            made += [Slice("time_emb_proj", offset) for offset in range(0, time.out_features, units)]
+        return Group("channels", name, module, units, tuple(made), (Slice("conv2"),), parts=norm.num_groups)

@@ -295,6 +295,10 @@ def test_it_is_a_plain_pipeline_when_sdprune_loads_it(narrowed, tmp_path):
         stored, loaded = load_file(file), getattr(pipe, name).state_dict()
         assert stored.keys() == loaded.keys()
         assert all(torch.equal(loaded[key], value) for key, value in stored.items())
+    card = (narrowed / "README.md").read_text()
+    assert "sdprune.load(" in card
+    assert "from_pretrained" not in card
+    assert "- `unet`, narrowed: 33 of 50 heads" in card
     pipe.set_progress_bar_config(disable=True)
     image = pipe("a red star", num_inference_steps=1, output_type="np").images
     assert image.shape == (1, 64, 64, 3)

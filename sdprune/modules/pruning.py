@@ -146,6 +146,8 @@ class PruningModule(CalibratingModule):
             specs,
             measured,
             self.pipeline.unused,
+            dict.fromkeys(self.pipeline.files.narrowed, "before this pruning")
+            | {name: narrowed_line(report.summary()) for name, report in self.narrowed.items()},
         )
         (part / "README.md").write_text(card)
         layers = {name: [asdict(layer) for layer in report.layers] for name, report in reports.items()}

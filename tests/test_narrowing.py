@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from copy import deepcopy
 
 import pytest
 import torch
@@ -228,6 +229,42 @@ def test_greedy_removes_what_costs_least(batches):
     while len(left) > 8:
         left.remove(min(left, key=lambda unit: error([one for one in left if one != unit])))
     assert torch.equal(small.fc1.weight, dense.fc1.weight[left])
+
+
+def test_joint_attention_loses_heads_of_both_streams():
+    """As in diffusion transformers: queries, keys and values of text and picture, and the outputs of both."""
+    from diffusers.models.attention import JointTransformerBlock
+
+    generator = torch.Generator().manual_seed(2)
+    text, picture, time = (torch.randn(2, length, 24, generator=generator) for length in (5, 7, 1))
+    inputs = [{"hidden_states": picture, "encoder_hidden_states": text, "temb": time[:, 0]}]
+    for last in (False, True):  # the last block gives no text
+        torch.manual_seed(0)
+        dense = JointTransformerBlock(24, 4, 6, context_pre_only=last, qk_norm="rms_norm").eval()
+        small = deepcopy(dense)
+        report = package.narrow(small, heads=0.5, criterion="Magnitude", refit=False)
+        assert [(one.name, one.units, one.kept) for one in report.groups] == [("attn", 4, 2)]
+        outs = ["attn.to_out.0"] if last else ["attn.to_out.0", "attn.to_add_out"]
+        kept = dense.attn.to_q.weight.unflatten(0, (4, 6))
+        kept = [
+            one for one in range(4) if any(torch.equal(kept[one], row) for row in small.attn.to_q.weight.view(2, 6, 24))
+        ]
+        mask = torch.zeros(4, 6)
+        mask[kept] = 1
+        for name in outs:
+            dense.get_submodule(name).register_forward_pre_hook(lambda _, args, mask=mask: (args[0] * mask.flatten(),))
+        with torch.no_grad():
+            for one, other in zip(dense(**inputs[0]), small(**inputs[0]), strict=True):
+                assert one is other is None or torch.allclose(one, other, atol=1e-5)
+        error = {}
+        for refit in (False, True):
+            again = deepcopy(dense)
+            for name in outs:
+                again.get_submodule(name)._forward_pre_hooks.clear()
+            wanted = again(**inputs[0])
+            package.narrow(again, heads=0.5, criterion="Magnitude", refit=refit, inputs=inputs)
+            error[refit] = float((again(**inputs[0])[1] - wanted[1]).square().sum().detach())
+        assert error[True] < 0.5 * error[False]
 
 
 def test_groups_are_found_by_structure():

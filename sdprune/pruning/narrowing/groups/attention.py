@@ -8,10 +8,15 @@ from torch import nn
 
 from sdprune.pruning.narrowing.groups.base import Group, Grouping, Slice
 
-_LAYERS = (("to_q", "to_k", "to_v", "to_out.0"), ("q_proj", "k_proj", "v_proj", "out_proj"))
-"""Queries, keys, values and output, as diffusers and transformers name them."""
+_LAYERS = (
+    (("to_q", "to_k", "to_v"), "to_out.0", ("add_q_proj", "add_k_proj", "add_v_proj"), "to_add_out"),
+    (("q_proj", "k_proj", "v_proj"), "out_proj", (), ""),
+)
+"""Queries, keys and values, and the output, as diffusers and transformers name them; the same of a second stream of
+tokens, as in the joint attention of diffusion transformers."""
 _COUNTS = ("heads", "num_heads")
 _WIDTHS = ("inner_dim", "inner_kv_dim")
+_NORMS = ("norm_q", "norm_k", "norm_added_q", "norm_added_k")
 
 
 class AttentionHeads(Grouping):
@@ -23,36 +28,32 @@ class AttentionHeads(Grouping):
     kind = "heads"
 
     def find(self, name: str, module: nn.Module) -> Optional[Group]:  # noqa: D102
-        for names in _LAYERS:
-            layers = [_layer(module, one) for one in names]
-            counts = [one for one in _COUNTS if isinstance(getattr(module, one, None), int)]
-            if not counts or not all(isinstance(one, nn.Linear) for one in layers):
+        heads = next((one for key in _COUNTS if isinstance(one := getattr(module, key, None), int)), 0)
+        for made, read, more, last in _LAYERS:
+            joint = [one for one in more if _linear(module, one)]
+            if not heads or not all(_linear(module, one) for one in (*made, read)) or len(joint) not in (0, len(more)):
                 continue
-            *made, read = layers
-            heads, width = getattr(module, counts[0]), read.in_features
-            if width % heads or any(one.out_features != width for one in made) or _mixes_heads(module, width):
+            makers, readers = [*made, *joint], [read, *([last] if joint and _linear(module, last) else [])]
+            widths = {layer.out_features for one in makers if (layer := _linear(module, one))}
+            widths |= {layer.in_features for one in readers if (layer := _linear(module, one))}
+            width = max(widths)
+            if len(widths) > 1 or width % heads or _mixes_heads(module, width):
                 continue
-            attributes = dict.fromkeys(counts, 1) | {
-                one: width // heads for one in _WIDTHS if getattr(module, one, None) == width
-            }
-            slices = [Slice(one, 0, width // heads) for one in names]
-            return Group("heads", name, module, heads, tuple(slices[:3]), (slices[3],), counts=attributes)
+            counts = {one: 1 for one in _COUNTS if hasattr(module, one)}
+            counts |= {one: width // heads for one in _WIDTHS if getattr(module, one, None) == width}
+            outputs, inputs = (tuple(Slice(one, 0, width // heads) for one in part) for part in (makers, readers))
+            return Group("heads", name, module, heads, outputs, inputs, counts=counts)
         return None
 
 
-def _layer(module: nn.Module, name: str) -> Any:
-    for part in name.split("."):
-        module = getattr(module, part, None) if not part.isdigit() else _first(module)  # type: ignore[assignment]
-    return module
-
-
-def _first(module: Any) -> Any:
-    return module[0] if isinstance(module, (nn.ModuleList, nn.Sequential)) and len(module) else None
+def _linear(module: Any, path: str) -> Optional[nn.Linear]:
+    """A layer of a module, if it has it."""
+    for part in path.split("."):
+        module = getattr(module, "_modules", {}).get(part)
+    return module if isinstance(module, nn.Linear) else None
 
 
 def _mixes_heads(module: nn.Module, width: int) -> bool:
-    """Whether anything else in it is as wide as all heads: a norm over them, or queries, keys and values of a second
-    stream of tokens."""
-    norms = (getattr(module, one, None) for one in ("norm_q", "norm_k"))
-    wide = any(one is not None and any(p.shape[0] == width for p in one.parameters()) for one in norms)
-    return wide or getattr(module, "add_k_proj", None) is not None
+    """Whether a norm of queries or keys goes over all heads."""
+    norms = (getattr(module, one, None) for one in _NORMS)
+    return any(norm is not None and any(len(one) == width for one in norm.parameters()) for norm in norms)

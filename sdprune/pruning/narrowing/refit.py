@@ -79,7 +79,9 @@ def _see(seen: dict[str, Tensor], target: Target, module: nn.Module, args: Any) 
 
 @torch.no_grad()
 def _call(seen: dict[str, Tensor], name: str, pair: Pair, module: nn.Module, args: Any, output: Tensor) -> None:
-    inputs = seen.pop(name)
+    inputs = seen.pop(name, None)
+    if inputs is None:  # the module was not run as a whole; then the pair has no statistic, which is reported
+        return
     outputs = output.flatten(2).transpose(1, 2) if isinstance(module, nn.Conv2d) else output
     outputs = outputs.reshape(*inputs.shape[:2], -1)
     pair(torch.cat([inputs, torch.ones_like(inputs[..., :1]), outputs], -1))

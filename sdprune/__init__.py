@@ -7,10 +7,11 @@ sdprune.prune(module, sparsity=0.5, criterion="Wanda", inputs=batches)
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sdprune.api import gather, load, prune
+    from sdprune.api import gather, narrow, prune
+    from sdprune.pipelines.loading import load
     from sdprune.pruning import PruneReport, PruneSpec
 
-__all__ = ["PruneReport", "PruneSpec", "gather", "load", "prune"]
+__all__ = ["PruneReport", "PruneSpec", "gather", "load", "narrow", "prune"]
 
 
 def __dir__() -> list[str]:
@@ -20,6 +21,10 @@ def __dir__() -> list[str]:
 def __getattr__(name: str) -> Any:
     if name not in __all__:  # torch takes seconds to import: `sdprune --version` does without
         raise AttributeError(f"module 'sdprune' has no attribute {name!r}")
+    if name == "load":
+        from sdprune.pipelines.loading import load
+
+        return load
     from sdprune import api
 
     return getattr(api, name)

@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from itertools import accumulate
-from pathlib import Path
 from typing import Any, Optional
 
 import torch
@@ -17,12 +16,11 @@ from sdprune.calibration.pruned_error import alone_at
 from sdprune.calibration.requests import Request
 from sdprune.calibration.store import MemoryStore
 from sdprune.errors import InputError, unknown
-from sdprune.outside import read_json
-from sdprune.pipelines import DiffusersFamily
-from sdprune.pipelines.directory import INDEX
-from sdprune.pipelines.stable_diffusion import StableDiffusion
 from sdprune.processes import Processes
 from sdprune.pruning import PruneReport, PruneSpec, Statistics, apply, targets_of
+from sdprune.pruning.narrowing import NarrowReport, NarrowSpec, choose, groups_of, pair_name, pairing
+from sdprune.pruning.narrowing import narrow as apply_narrowing
+from sdprune.pruning.narrowing.engine import LAYERS
 from sdprune.pruning.statistics.pruned_error import Probe, PrunedError
 
 
@@ -109,6 +107,45 @@ def gather(
     return {one.statistic: dict(store.load(one.facts)) for one in requests if one.statistic in names}
 
 
+def narrow(
+    module: nn.Module,
+    spec: Optional[NarrowSpec] = None,
+    *,
+    inputs: Optional[Iterable[Any]] = None,
+    **options: Any,
+) -> NarrowReport:
+    """Remove attention heads, feed-forward neurons or channels of residual blocks from a module, in place.
+
+    Args:
+        module: any torch module with such parts, dense.
+        spec: what to remove and how; or give its fields as options: `neurons=0.3, criterion="Wanda"`.
+        inputs: for all but Magnitude without a refit, as in `prune`.
+        options: fields of NarrowSpec.
+
+    Returns:
+        What every part kept, and the parameters before and after.
+
+    Raises:
+        InputError: for choices that make no sense, parts that the module does not have, inputs that it does not take.
+    """
+    spec = spec or NarrowSpec(**options)
+    if not spec.shares:
+        raise InputError("Nothing is to be removed: give a share, as in neurons=0.3.")
+    if spec.calibrates and inputs is None:
+        raise InputError("Give the inputs to calibrate on, or criterion='Magnitude' with refit=False.")
+    batches = listed(inputs) if spec.calibrates and inputs is not None else []
+    groups = groups_of(module, spec)
+    parts = [(group, part) for group in groups for part in group.inputs]
+    readers = PruneSpec(layers=LAYERS, include=[group.path(part) for group, part in parts], timesteps=spec.timesteps)
+    units = choose(module, spec, gather(module, batches, readers, spec.statistics) if spec.statistics else {})
+    if not spec.refit:
+        return apply_narrowing(module, spec, units)
+    with pairing(module, groups, units):
+        pairs = PruneSpec(layers=["Linear"], include=[pair_name(group, part) for group, part in parts])
+        hessians = gather(module, batches, pairs, "hessian")["hessian"]
+    return apply_narrowing(module, spec, units, hessians)
+
+
 class _Module:
     """A module of which nothing is known: it runs as a whole, and all of its inputs count."""
 
@@ -145,30 +182,6 @@ class _Module:
 
     def set_up(self, observer: InputObserver, call: Call) -> None:
         pass
-
-
-def load(directory: str | Path, dtype: torch.dtype = torch.float32, variant: Optional[str] = None) -> Any:
-    """Load a diffusers pipeline from a directory, plain or packed by `sdprune pack`.
-
-    Args:
-        directory: of a pipeline of a family that sdprune knows.
-        dtype: of its weights.
-        variant: file variant of its weights, e.g. fp16.
-
-    Returns:
-        The pipeline of diffusers, on the CPU.
-
-    Raises:
-        InputError: it is no such directory, or damaged.
-    """
-    path = Path(directory).absolute()
-    if not (path / INDEX).is_file():
-        raise InputError(f"{path} is no diffusers directory: it has no {INDEX}.")
-    index = read_json(path / INDEX)
-    name = index.get("_class_name") if isinstance(index, dict) else None
-    families = {cls.pipeline: cls for cls in DiffusersFamily.__subclasses__()}
-    family = families.get(str(name), StableDiffusion)  # which refuses what it does not know
-    return family(str(path), variant=variant).read(dtype)
 
 
 def _spec(spec: Optional[PruneSpec], options: dict[str, Any]) -> PruneSpec:

@@ -162,6 +162,9 @@ class SdpruneCLI(LightningCLI):
             args = [args[0], *with_shipped(args[1:])]
             wanted, words = help_wanted(args[1:])
             configuration.read(words)
+            for place in configuration.started:  # the parser adds parts to a dict that it has, and makes none
+                first = next(number for number, word in enumerate(args) if word.startswith(f"--{place}."))
+                args.insert(first, f"--{place}={{}}")
             if wanted is not None:
                 print(self._manual(args[0], *wanted, configuration))
                 raise SystemExit(0)
@@ -287,7 +290,7 @@ class SdpruneCLI(LightningCLI):
         for run in self.runs:
             config = self.given.clone()
             if run is not self.model:
-                unpruned: dict[str, Any] = {"prune": {}, "budget": None, "baseline": None}
+                unpruned: dict[str, Any] = {"prune": {}, "narrow": {}, "budget": None, "baseline": None}
                 for option, value in unpruned.items():
                     config[f"model.init_args.{option}"] = value
                 config["model.init_args.pipeline.init_args.model"] = run.pipeline.model

@@ -13,7 +13,7 @@ ALLOWED = {
     "pruning": {"pruning"},
     "calibration": {"calibration", "pruning"},
     "storage": {"storage"},
-    "pipelines": {"pipelines", "storage"},
+    "pipelines": {"pipelines", "pruning", "storage"},
     "data": {"data"},
     "metrics": {"metrics", "pipelines"},  # of pipelines only `resolve`
     "runs": {"runs", "data", "metrics", "pictures", "pruning"},

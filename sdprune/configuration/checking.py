@@ -50,7 +50,7 @@ class _Checker(SdpruneCLI):
             if not isinstance(model, GenerationModule):
                 return Checked()
             model.pipeline = self.known.setdefault(str(config.model.init_args.pipeline), model.pipeline)
-            model.pipeline.require(list(model.options.prune))
+            model.pipeline.require([*model.options.prune, *model.options.narrow])
             data = self.known.setdefault(str(config.data), made.data)  # hashes the same files once
             finished = self._finished(model, data, str(config.trainer.precision or "32-true"))
             return Checked(None, finished, numbers_of(model))

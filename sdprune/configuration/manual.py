@@ -19,7 +19,7 @@ _TRAINER = {
     "num_nodes": "machines",
     "precision": "16-true holds the weights in fp16, bf16-true in bf16, 32-true in fp32",
 }
-_NAMED = {"prune": "COMPONENT"}
+_NAMED = {"prune": "COMPONENT", "narrow": "COMPONENT"}
 """What the keys of a dict are, by the option that holds it."""
 
 

@@ -38,7 +38,10 @@ class Configuration:
         self.root, self.groups = root, groups
         self.classes: dict[str, Any] = {}
         self.places: set[str] = set()
+        self._dicts: set[str] = set()
         """The options that were given, by place."""
+        self.started: list[str] = []
+        """Places of dicts that nothing was given for before an option of a part of them."""
 
     def read(self, words: Sequence[str]) -> None:
         """Check the words of a command line in their order.
@@ -55,7 +58,9 @@ class Configuration:
                 nested: Any = parsed(value)
                 for part in reversed(name.split(".")):
                     nested = {part: nested}
+                before, self._dicts = set(self.places), set[str]()
                 self._options("", self.root, nested)
+                self.started += sorted(self._dicts - before - {name})
 
     def class_at(self, place: str, option: Option) -> Any:
         """The class at a place: as named, else the default, else the only one that there can be."""
@@ -104,6 +109,7 @@ class Configuration:
             if place in self.groups or bases_of(annotation):
                 self._instance(place, option, value)
             elif inner := elements_of(annotation, "dict"):
+                self._dicts.add(place)
                 for name, item in value.items():
                     self._value(f"{place}.{name}", Option(inner), item)
             elif inner := elements_of(annotation, "list"):  # options of the last item

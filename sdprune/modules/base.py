@@ -15,9 +15,10 @@ from sdprune.calibration.progress import CalibrationState
 from sdprune.data import Batch
 from sdprune.errors import InputError
 from sdprune.locks import RunLock
-from sdprune.modules.pruning_plan import CalibrationPlan
+from sdprune.modules.pruning_plan import CalibrationPlan, PruningPlan
 from sdprune.pipelines import DiffusersFamily
 from sdprune.processes import Processes
+from sdprune.pruning.narrowing import NarrowReport
 
 if TYPE_CHECKING:
     from sdprune.data import CocoDataModule
@@ -114,6 +115,15 @@ class FrozenModule(LightningModule, ABC):
             self.say(line)
         return collector
 
+    def narrow(self, plan: PruningPlan) -> dict[str, NarrowReport]:
+        """Narrow the loaded pipeline, once the statistics for that are gathered; collective."""
+        narrowing = plan.narrowing
+        self.gather(narrowing.choosing)
+        units = narrowing.choose()
+        with narrowing.pairing(units):
+            self.gather(narrowing.refitting)
+        return narrowing.apply(units)
+
     def calibration_batches(self) -> Iterator[tuple[Batch, int, int]]:
         """The calibration batches of this process, each with its number and how many captions of it count."""
         return ((batch, batch.index, batch.valid) for batch in self.data.calibration_loader())
@@ -142,9 +152,13 @@ class CalibratingModule(FrozenModule):
         self.collector: Collector | None = None
         if self.acquire():
             self.load()
+            self.prepare()
             self._locks += self.lock_statistics(self.calibration)
             self.collector = self.collector_of(self.calibration)
             self.data.passes = self.collector.passes
+
+    def prepare(self) -> None:
+        """Change the loaded pipeline before it is calibrated; collective."""
 
     def acquire(self) -> bool:
         """Whether the result is this run's to make; collective."""

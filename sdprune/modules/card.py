@@ -12,7 +12,7 @@ from sdprune.errors import InputError
 from sdprune.files import read_json
 from sdprune.pipelines.resolve import MINIATURE
 
-SAME = ("version", "pipeline", "dtype", "prune", "calibration")
+SAME = ("version", "pipeline", "dtype", "prune", "calibration", "narrow", "narrow_calibration")
 """The facts that a record and a saved pipeline share when they are the same weights."""
 
 
@@ -66,13 +66,14 @@ def records_of(output: Path, facts: Mapping[str, Any]) -> Iterator[Measured]:
             measured = Measured(path.parent.name, read_json(path.parent / "config.json"), read_json(path))
         except InputError:
             continue  # a damaged record is for `sdprune report` to name
-        if all(measured.facts.get(name) == facts[name] for name in SAME):
+        if all(measured.facts.get(name) == facts.get(name) for name in SAME):
             yield measured
 
 
 def model_card(
-    source: Origin, sparsity: str, specs: Mapping[str, Any], records: Sequence[Measured], unused: Sequence[str] = ()
-) -> str:
+    source: Origin, sparsity: str, specs: Mapping[str, Any], records: Sequence[Measured], unused: Sequence[str] = (),
+    narrowed: Mapping[str, str] | None = None,
+) -> str:  # fmt: skip
     """A model card for the hub.
 
     Args:
@@ -81,24 +82,34 @@ def model_card(
         specs: by component, how it was pruned.
         records: that measured this pruning.
         unused: components of the original that the copy lacks.
+        narrowed: by component, what of it is gone, where anything is.
     """
     header = ["---", "library_name: diffusers", "pipeline_tag: text-to-image", "tags: [sdprune, pruned]"]
     header += [f"{key}: {json.dumps(value)}" for key, value in source._asdict().items() if value]
     licence = "" if source.license else " Its licence is not known here: see the base model."
     lacks = ", ".join(f"`{name}`" for name in unused)
     left_out = [f"The original's {lacks} is not part of this copy: filter what it draws by other means.", ""]
-    lines = [f"- `{name}`: `{json.dumps(spec)}`" for name, spec in specs.items()]
+    lines = [f"- `{name}`, narrowed: {line}" for name, line in (narrowed or {}).items()]
+    lines += [f"- `{name}`: `{json.dumps(spec)}`" for name, spec in specs.items()]
+    size = "Zeros are stored as zeros: the files are as large\nand the model is as fast as before"
+    use = [
+        "from diffusers import DiffusionPipeline",
+        "",
+        'pipe = DiffusionPipeline.from_pretrained("<this directory>")',
+    ]
+    if narrowed:
+        size = "Whole heads, neurons or channels are gone: the\nfiles are smaller and the model is faster"
+        use = ["import sdprune  # diffusers alone refuses the shapes", "", 'pipe = sdprune.load("<this directory>")']
     return "\n".join(
         [
             *header, "---", "", "# A pruned text-to-image pipeline", "",
             f"Base model: {source.base_model or 'not on the hub'}.{licence}", "",
-            "Pruned after training, without retraining, by sdprune. Zeros are stored as zeros: the files are as large",
-            "and the model is as fast as before; `pruning_report.json` has every layer's counts.", "",
+            f"Pruned after training, without retraining, by sdprune. {size}; `pruning_report.json` has every layer's",
+            "counts.", "",
             *(left_out if unused else ()),
             "## What was pruned", "", *(lines or ["Nothing."]), "", "## Sparsity", "", "```", sparsity, "```", "",
             "## Scores", "", *_scores(records), "", "## Use", "", "```python",
-            "from diffusers import DiffusionPipeline", "",
-            'pipe = DiffusionPipeline.from_pretrained("<this directory>")', "```", "",
+            *use, "```", "",
         ]
     )  # fmt: skip
 

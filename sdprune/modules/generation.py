@@ -24,6 +24,7 @@ from sdprune.pipelines import DiffusersFamily, Sampling
 from sdprune.pipelines.sampling import image_seed
 from sdprune.processes import Processes
 from sdprune.pruning import Budget, PruneReport, PruneSpec
+from sdprune.pruning.narrowing import NarrowReport, NarrowSpec
 from sdprune.runs.comparison import Comparison, require_comparable
 from sdprune.runs.infeasible import infeasible_record
 from sdprune.runs.invalid_images import InvalidImages
@@ -110,6 +111,8 @@ class GenerationModule(DrawingModule):
         store: directory of calibration statistics.
         budget: one sparsity for the whole model, which decides those of its components. One that cannot be met ends
             as a record that says so, with exit code 0, so that a sweep goes on.
+        narrow: by component, what is removed before weights are pruned, so that the model is smaller and faster:
+            `--model.narrow.unet.channels=0.4`.
     """
 
     def __init__(
@@ -126,9 +129,10 @@ class GenerationModule(DrawingModule):
         store: str = "runs/statistics",
         budget: Optional[Budget] = None,
         baseline: Optional[str] = None,
+        narrow: Dict[str, NarrowSpec] = {},  # noqa: B006 (not changed)
     ):
         super().__init__(pipeline, sampling, seed)
-        self.options = PruningOptions(prune, sampling, calibration, seed, store, budget)
+        self.options = PruningOptions(prune, sampling, calibration, seed, store, budget, narrow)
         self.samples, self.output = list(samples), output
         self.compares = compare_dense and (self.options.wanted or baseline is not None)
         """Whether this run is compared with another one."""
@@ -141,6 +145,7 @@ class GenerationModule(DrawingModule):
         """The finished record that this run is compared with."""
         self.plan: PruningPlan | None = None
         self.reports: dict[str, PruneReport] = {}
+        self.narrowed: dict[str, NarrowReport] = {}
         self.todo: frozenset[str] = frozenset()
         """What the record lacks of `images`, `samples` and `scores`."""
         self.facts_of_data: dict[str, int] = {}
@@ -267,6 +272,7 @@ class GenerationModule(DrawingModule):
         self.facts_of_data["truncated"] = self.data.count_truncated(self.pipeline.tokenizers["tokenizer"])
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
+        self.narrowed = self.narrow(self.plan)
         self.gather(self.plan.calibration)
         self.reports = self.plan.apply()
 

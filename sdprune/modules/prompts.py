@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -21,6 +21,7 @@ from sdprune.pipelines.sampling import image_seed
 from sdprune.pruning import PruneSpec
 from sdprune.pruning.statistics import statistic
 from sdprune.pruning.statistics.pruned_error import Probe, PrunedError, ReadAt
+from sdprune.pruning.timesteps import Timesteps
 
 NAME = PrunedError.name
 
@@ -111,14 +112,27 @@ class Requests:
         every = PruneSpec(
             layers=kinds, timesteps=spec.timesteps, exclude=self.subjects[component].component.idle(kinds)
         )
-        common = {"component": component, "layers": kinds, **self.facts, **self.subjects[component].facts()}
+        return self._requests(component, names, every, {"layers": kinds})
+
+    def of_layers(
+        self, component: str, names: Iterable[str], timesteps: Timesteps, layers: Sequence[str],
+        more: Mapping[str, Any] | None = None,
+    ) -> list[Request]:  # fmt: skip
+        """Statistics of the dense model, of some of its Linear and Conv2d layers; `more` are further facts."""
+        some = PruneSpec(layers=["Linear", "Conv2d"], include=list(layers), timesteps=timesteps)
+        return self._requests(component, names, some, {"layers": sorted(layers), **(more or {})})
+
+    def _requests(
+        self, component: str, names: Iterable[str], spec: PruneSpec, which: Mapping[str, Any]
+    ) -> list[Request]:
+        common = {"component": component, **which, **self.facts, **self.subjects[component].facts()}
         found = []
         for name in sorted(names):
             made = statistic(name)
             facts = {**common, "statistic": name, **code_of(made)}
             if made.by_timesteps and self.subjects[component].steps > 1:
                 facts["timesteps"] = spec.timesteps
-            found.append(Request(component, name, every, facts))
+            found.append(Request(component, name, spec, facts))
         return found
 
     def of_allocation(self, component: str, spec: PruneSpec) -> list[Request]:

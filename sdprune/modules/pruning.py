@@ -19,8 +19,9 @@ from sdprune.modules.card import model_card, origin, records_of
 from sdprune.modules.pruning_plan import PruningOptions, PruningPlan
 from sdprune.pipelines import DiffusersFamily, Sampling
 from sdprune.pruning import Budget, PruneReport, PruneSpec, scopes
+from sdprune.pruning.narrowing import NarrowReport, NarrowSpec
 from sdprune.runs.record import clock
-from sdprune.runs.summary import path_table
+from sdprune.runs.summary import narrowed_line, path_table
 from sdprune.runs.tracking import flat
 
 if TYPE_CHECKING:
@@ -43,6 +44,8 @@ class PruningModule(CalibratingModule):
         budget: one sparsity for the whole model, which decides those of its components: those of `prune` then are 0 or
             agree with it.
         directory: where the result goes, instead of a directory in `output` that is named after the pruning.
+        narrow: by component, what is removed before weights are pruned, so that the model is smaller and faster:
+            `--model.narrow.unet.channels=0.4`.
     """
 
     def __init__(
@@ -56,11 +59,13 @@ class PruningModule(CalibratingModule):
         store: str = "runs/statistics",
         budget: Optional[Budget] = None,
         directory: Optional[str] = None,
+        narrow: Dict[str, NarrowSpec] = {},  # noqa: B006 (not changed)
     ):
         super().__init__(pipeline)
-        self.options = PruningOptions(prune, sampling, calibration, seed, store, budget)
+        self.options = PruningOptions(prune, sampling, calibration, seed, store, budget, narrow)
         self.output, self.given = output, directory
         self.plan: Optional[PruningPlan] = None
+        self.narrowed: Dict[str, NarrowReport] = {}
 
     @property
     def calibrates(self) -> bool:
@@ -110,6 +115,11 @@ class PruningModule(CalibratingModule):
         self._locks.append(lock)
         return lock.acquire(lambda: self._finished(directory))
 
+    def prepare(self) -> None:
+        """Narrow the pipeline: what is pruned are the weights that are left."""
+        assert self.plan is not None
+        self.narrowed = self.narrow(self.plan)
+
     def finish(self) -> None:
         """Prune and save, unless that is done."""
         assert self.plan is not None
@@ -136,12 +146,16 @@ class PruningModule(CalibratingModule):
             specs,
             measured,
             self.pipeline.unused,
+            dict.fromkeys(self.pipeline.files.narrowed, "before this pruning")
+            | {name: narrowed_line(report.summary()) for name, report in self.narrowed.items()},
         )
         (part / "README.md").write_text(card)
         layers = {name: [asdict(layer) for layer in report.layers] for name, report in reports.items()}
         pruning = {name: report.summary() for name, report in reports.items()}
         budget = plan.describe_budget()
-        counts = {"sparsity": sparsity, "budget": budget, "pruning": pruning, "layers": layers}
+        counts: Dict[str, Any] = {"sparsity": sparsity, "budget": budget, "pruning": pruning, "layers": layers}
+        if self.narrowed:
+            counts["narrowing"] = {name: report.describe() for name, report in self.narrowed.items()}
         identity = {"version": own_version(), "fingerprint": fingerprint(self.facts)}
         write_json(part / "pruning_report.json", {**counts, **identity})
         if self.given is None:
@@ -151,6 +165,8 @@ class PruningModule(CalibratingModule):
             logger.log_hyperparams({"model": self.pipeline.name, "prune": plan.describe()["prune"]})
             logger.log_metrics(flat({"sparsity": sparsity}), step=0)
         self.say(sparsity_table(sparsity))
+        for name, report in self.narrowed.items():
+            self.say(f"  {name} is narrowed: {narrowed_line(report.summary())}")
         if budget and "path" in budget:
             self.say(path_table(budget))
         scored = f", with the scores of {', '.join(one.name for one in measured)}" if measured else ""

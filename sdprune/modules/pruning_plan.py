@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Optional
 
 import torch
@@ -18,6 +18,7 @@ from sdprune.calibration.settings import Calibration
 from sdprune.calibration.store import StatisticsStore
 from sdprune.errors import InputError
 from sdprune.identity import DRAWING, code_of, facts_of, package_code
+from sdprune.modules.narrowing_plan import NarrowingPlan, narrowing_requests
 from sdprune.modules.prompts import PromptSubject, Requests
 from sdprune.pipelines import Component, DiffusersFamily, Sampling
 from sdprune.processes import Processes
@@ -25,6 +26,7 @@ from sdprune.pruning import Budget, PruneReport, PruneSpec, Size, account, apply
 from sdprune.pruning.allocation.sensitivity import Sensitivity, units_of
 from sdprune.pruning.allocation.uniform import Uniform
 from sdprune.pruning.budget import Split
+from sdprune.pruning.narrowing import NarrowSpec
 from sdprune.pruning.spec import AGREEMENT
 from sdprune.runs.label import label
 
@@ -84,6 +86,7 @@ class PruningPlan:
         specs: of the components that are pruned, by name.
         requests: by component, the statistics of its allocation and of its criterion.
         calibration: all of these.
+        narrowing: what is removed before.
         budget: that the specifications come from, if there is one.
     """
 
@@ -92,6 +95,7 @@ class PruningPlan:
     specs: Mapping[str, PruneSpec]
     requests: Mapping[str, tuple[list[Request], list[Request]]]
     calibration: CalibrationPlan
+    narrowing: NarrowingPlan
     budget: Optional[Budget] = None
 
     @property
@@ -107,16 +111,20 @@ class PruningPlan:
             **model_facts(self.pipeline, self.dtype),
             "prune": {name: {**spec.describe(), **shared} for name, spec in sorted(self.specs.items())},
             "calibration": [request.facts for request in self.calibration.requests],
+            **self.narrowing.describe(),
         }
 
     def label(self, unpruned: str = "dense") -> str:
         """What is pruned and how, for names of directories."""
-        return label(self.specs, unpruned, None if self.measured is None else self.measured.total)
+        total = None if self.measured is None else self.measured.total
+        return label(self.specs, unpruned, total, self.narrowing.specs)
 
     def check(self, data: CocoDataModule) -> None:
         """Everything that can be found wrong before the model is loaded: layer patterns, captions, the store."""
         for name, spec in self.specs.items():
-            targets_of(self.pipeline.meta_module(name), spec)
+            targets_of(self.narrowing.meta_module(name), spec)
+        self.narrowing.choosing.check(data)
+        self.narrowing.refitting.check(data)
         self.calibration.check(data)
 
     def apply(self) -> dict[str, PruneReport]:
@@ -143,7 +151,7 @@ class PruningPlan:
         sizes, units = {}, []
         for name, spec in self.specs.items():
             assert isinstance(spec.allocation, Sensitivity)
-            module = self.pipeline.meta_module(name)
+            module = self.narrowing.meta_module(name)
             sizes[name] = _size(module, spec)
             units += spec.allocation.units(targets_of(module, spec), self._errors(name), name)
         return self.measured.split_measured(sizes, units)
@@ -171,7 +179,7 @@ class PruningPlan:
     ) -> dict[str, Any]:
         """What was measured of a component, for records: its units in the order in which they run."""
         errors, place = self._errors(name), {layer: number for number, layer in enumerate(order)}
-        targets = targets_of(self.pipeline.meta_module(name), self.specs[name])
+        targets = targets_of(self.narrowing.meta_module(name), self.specs[name])
         lost = {layer.name: layer.pruned for layer in report.layers}
         units = sorted(
             units_of(targets, allocation.unit).items(),
@@ -203,6 +211,7 @@ class PruningOptions:
         seed: of the calibration's noise.
         store: where statistics are kept.
         budget: decides the components' sparsities, if given; those of `prune` then are 0 or agree with it.
+        narrow: by component, what is removed before anything is pruned.
     """
 
     prune: Mapping[str, PruneSpec]
@@ -211,18 +220,24 @@ class PruningOptions:
     seed: int
     store: str
     budget: Optional[Budget] = None
+    narrow: Mapping[str, NarrowSpec] = field(default_factory=dict)
 
     @property
     def wanted(self) -> bool:
-        """Whether anything is to be pruned; needs no look at the model."""
-        return self.budget is not None or any(not spec.dense for spec in self.prune.values())
+        """Whether anything is to be pruned or narrowed; needs no look at the model."""
+        return (
+            any(spec.shares for spec in self.narrow.values())
+            or self.budget is not None
+            or any(not spec.dense for spec in self.prune.values())
+        )
 
     @property
     def calibrates(self) -> bool:
         """Whether calibration captions have to be there; needs no look at the model."""
         specs = [spec for spec in self.prune.values() if not spec.dense or self.budget is not None]
         measured = self.budget is not None and self.budget.measured
-        return measured or any(spec.criterion.statistics or spec.allocation.statistics for spec in specs)
+        narrowed = any(spec.calibrates for spec in self.narrow.values())
+        return measured or narrowed or any(spec.criterion.statistics or spec.allocation.statistics for spec in specs)
 
     def resolve(self, pipeline: DiffusersFamily, data: CocoDataModule, dtype: str) -> PruningPlan:
         """Decide everything that can be decided before the model is loaded.
@@ -237,36 +252,62 @@ class PruningOptions:
             InputError: an unknown component, or a budget that gives a component another sparsity than its
                 specification.
         """
-        pipeline.require(list(self.prune))
+        pipeline.require([*self.prune, *self.narrow])
+        narrowing = self._narrowing(pipeline, data, dtype)
         own = {name: without_idle(self.prune.get(name, PruneSpec()), one) for name, one in pipeline.prunable.items()}
-        specs = own if self.budget is None else self._budgeted(self.budget, pipeline, own)
+        specs = own if self.budget is None else self._budgeted(self.budget, narrowing, own)
         specs = {name: spec for name, spec in specs.items() if not spec.dense}
         for spec in specs.values():
             _try_out(spec)
-        requests = self.requests(pipeline, data, dtype, any(spec.statistics for spec in specs.values()))
+        wanted = any(spec.statistics for spec in specs.values())
+        requests = self.requests(pipeline, data, dtype, wanted, narrowing.describe())
         needed = {
             name: (requests.of_allocation(name, spec), requests.of_criterion(name, spec))
             for name, spec in specs.items()
         }
         flat = tuple(one for pair in needed.values() for part in pair for one in part)
         calibration = CalibrationPlan(requests.subjects, flat, StatisticsStore(self.store), self.calibration)
-        return PruningPlan(pipeline, dtype, specs, needed, calibration, self.budget)
+        return PruningPlan(pipeline, dtype, specs, needed, calibration, narrowing, self.budget)
 
-    def requests(self, pipeline: DiffusersFamily, data: CocoDataModule, dtype: str, wanted: bool = True) -> Requests:
-        """Writes requests for statistics; without any being wanted, captions need not be there."""
+    def _narrowing(self, pipeline: DiffusersFamily, data: CocoDataModule, dtype: str) -> NarrowingPlan:
+        specs = {name: spec for name, spec in self.narrow.items() if spec.shares}
+        requests = self.requests(pipeline, data, dtype, any(spec.calibrates for spec in specs.values()))
+        read = narrowing_requests(pipeline, specs, requests)
+        choosing, refitting = (
+            CalibrationPlan(
+                requests.subjects, tuple(one for pair in read.values() for one in pair[number]),
+                StatisticsStore(self.store), self.calibration,
+            )
+            for number in (0, 1)
+        )  # fmt: skip
+        return NarrowingPlan(pipeline, specs, read, choosing, refitting)
+
+    def requests(
+        self, pipeline: DiffusersFamily, data: CocoDataModule, dtype: str, wanted: bool = True,
+        narrowed: Mapping[str, Any] | None = None,
+    ) -> Requests:  # fmt: skip
+        """Writes requests for statistics; without any being wanted, captions need not be there.
+
+        Args:
+            pipeline: the model.
+            data: has the calibration prompts.
+            dtype: the trainer's precision.
+            wanted: whether there will be any.
+            narrowed: how the model is narrowed before.
+        """
         subjects = {
             name: PromptSubject(component, self.sampling, self.seed, self.calibration)
             for name, component in pipeline.prunable.items()
         }
-        facts = model_facts(pipeline, dtype)
+        facts = {**model_facts(pipeline, dtype), **(narrowed or {})}
         return Requests(subjects, facts | ({"prompts": data.describe_calibration()} if wanted else {}))
 
     def _budgeted(
-        self, budget: Budget, pipeline: DiffusersFamily, specs: Mapping[str, PruneSpec]
+        self, budget: Budget, narrowing: NarrowingPlan, specs: Mapping[str, PruneSpec]
     ) -> dict[str, PruneSpec]:
         """All prunable components at the sparsities that the budget gives them, or to be measured for its total."""
-        components = pipeline.prunable
-        sizes = {name: _size(pipeline.meta_module(name), spec) for name, spec in specs.items()}
+        components = narrowing.pipeline.prunable
+        sizes = {name: _size(narrowing.meta_module(name), spec) for name, spec in specs.items()}
         text = [name for name, component in components.items() if component.role == "text"]
         if budget.measured:
             budget.zeros(sizes)  # before anything is measured

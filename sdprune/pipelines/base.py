@@ -197,6 +197,11 @@ class DiffusersFamily(ABC):
         return {name: part for name, part in self._pipe.components.items() if isinstance(part, nn.Module)}
 
     @property
+    def pipe(self) -> Any:
+        """The loaded pipeline of diffusers."""
+        return self._pipe
+
+    @property
     def tokenizers(self) -> dict[str, Any]:
         """The tokenizers of the loaded pipeline, by name."""
         return {name: part for name, part in self._pipe.components.items() if name in self._tokenizer_names}
@@ -217,13 +222,9 @@ class DiffusersFamily(ABC):
 
         if self._pipe is None or self.altered:
             with torch.inference_mode(False):  # weights that can be changed later
-                self._pipe = self.read(dtype)
+                self._pipe = self.assembled(lambda name: self.files.load(name, dtype))
             self.altered = False
         self._pipe.to(device=device, dtype=dtype)
-
-    def read(self, dtype: torch.dtype) -> Any:
-        """A new pipeline of diffusers with the weights, on the CPU."""
-        return self.assembled(lambda name: self.files.load(name, dtype))
 
     def assembled(self, module: Callable[[str], nn.Module], **overrides: Any) -> Any:
         """The pipeline.

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import inspect
 import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdprune.errors import InputError, unknown
 from sdprune.outside import REPLACE, read_config, read_json, reading
+from sdprune.pruning.narrowing import fit_to_shapes
 from sdprune.storage.compact import SUFFIX, CompactFile
 from sdprune.storage.directory import unpacked
 
@@ -42,6 +45,8 @@ class ModelDirectory:
         variant: str | None = None, schedulers: Sequence[str] = (),
     ) -> None:  # fmt: skip
         self.path, self.classes, self.variant, self.schedulers = path, classes, variant, schedulers
+        self.narrowed: set[str] = set()
+        """Components that were looked at, and lack units that their configurations have."""
         if not (path / INDEX).is_file():
             raise InputError(f"{path} is no diffusers directory: it has no {INDEX}.")
         self.index = read_json(path / INDEX)
@@ -102,9 +107,12 @@ class ModelDirectory:
         Raises:
             InputError: its configuration is damaged, or describes far more parameters than its files hold.
         """
+        shapes = self._shapes(name)
+        if not shapes:
+            raise InputError(f"{self.path / name} has no safetensors: only these are read. Convert the model.")
         module = self.empty_module(name)
-        described = sum(parameter.numel() for parameter in module.parameters())
-        if described > 2 * (stored := self._stored(name)):  # loading would fill memory before it finds out
+        described, stored = sum(one.numel() for one in module.parameters()), sum(map(prod, shapes.values()))
+        if described > 2 * stored:  # loading would fill memory before it finds out
             raise InputError(
                 f"{self.path / name} lacks most of its weights: its config.json describes {described:,} parameters, "
                 f"its safetensors hold {stored:,}. It is damaged or belongs to another configuration. {REPLACE}"
@@ -112,7 +120,7 @@ class ModelDirectory:
         return module
 
     def empty_module(self, name: str) -> nn.Module:
-        """The same from the configuration alone: the weights need not be there."""
+        """The same where the weights need not be there; where they are, they say how narrow it is."""
         import torch
 
         config, cls = self.config(name), self.type_of(name)
@@ -122,37 +130,39 @@ class ModelDirectory:
             else:
                 options = cls.config_class.from_dict(config)
                 module = cls._from_config(options, attn_implementation=_attention(cls), dtype=torch.float32)
+        try:
+            if fit_to_shapes(module, self._shapes(name)):
+                self.narrowed.add(name)
+        except InputError as error:
+            raise InputError(f"{self.path / name} is damaged: {error} {REPLACE}") from error
         return module.eval()
 
-    def _stored(self, name: str) -> int:
-        """How many numbers the safetensors of a component hold, of all variants."""
-        from math import prod
-
+    def _shapes(self, name: str) -> dict[str, Sequence[int]]:
+        """Shapes of the tensors in the safetensors of a component, of all variants; none where there are none."""
         from safetensors import safe_open
 
-        files = sorted((self.path / name).glob("*.safetensors"))
-        if not files:
-            raise InputError(f"{self.path / name} has no safetensors: only these are read. Convert the model.")
-        total = 0
-        for file in files:
+        shapes: dict[str, Sequence[int]] = {}
+        for file in sorted((self.path / name).glob("*.safetensors")):
             if file.name.endswith(SUFFIX):
-                total += CompactFile(file).elements
+                shapes |= {one.name: one.shape for one in CompactFile(file).header.tensors}
                 continue
             with reading(f"{file} is damaged"), safe_open(file, framework="pt") as content:
-                total += sum(prod(content.get_slice(key).get_shape()) for key in content.keys())  # noqa: SIM118
-        return total
+                shapes |= {key: content.get_slice(key).get_shape() for key in content.keys()}  # noqa: SIM118
+        return shapes
 
     def load(self, name: str, dtype: torch.dtype) -> nn.Module:
         """A component with its weights; without this check one that its file lacks would be random without a word."""
         self.meta_module(name)
-        cls = self.type_of(name)
-        extra = {"attn_implementation": _attention(cls)} if self.index[name][0] == "transformers" else {}
+        stock = self.type_of(name)
+        extra = {"attn_implementation": _attention(stock)} if self.index[name][0] == "transformers" else {}
+        cls = shaped_class(stock, self._shapes(name)) if name in self.narrowed else stock
         with self._reading(name), unpacked(self.path / name) as directory:
             module, found = cls.from_pretrained(
                 directory, torch_dtype=dtype, variant=self.variant, use_safetensors=True, local_files_only=True,
                 trust_remote_code=False, output_loading_info=True, **extra,
             )  # fmt: skip
         require_all_weights(str(self.path / name), found)
+        module.__class__ = stock
         return module
 
     def tokenizer(self, name: str = "tokenizer") -> Any:
@@ -189,6 +199,22 @@ class ModelDirectory:
 def _attention(cls: Any) -> str:
     """The attention that a class of transformers has by default, whatever a configuration asks for."""
     return "sdpa" if cls._supports_sdpa else "eager"
+
+
+def shaped_class(stock: Any, shapes: Mapping[str, Sequence[int]]) -> Any:
+    """A class of models that are made narrow, so that the weights of a narrowed model can be loaded into them.
+
+    Args:
+        stock: the class of diffusers or transformers; only its own code runs.
+        shapes: of the tensors in the model's files, see `fit_to_shapes`.
+    """
+
+    @functools.wraps(stock.__init__)  # diffusers reads the options of a model off its signature
+    def make(self: Any, *args: Any, **kwargs: Any) -> None:
+        stock.__init__(self, *args, **kwargs)
+        fit_to_shapes(self, shapes)
+
+    return type(stock.__name__, (stock,), {"__init__": make, "__module__": stock.__module__})
 
 
 def require_all_weights(where: str, found: Mapping[str, Any]) -> None:

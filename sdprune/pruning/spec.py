@@ -77,8 +77,8 @@ class PruneSpec:
     mode: Mode = "exact"
 
     def __post_init__(self) -> None:
-        self.criterion = _instance("criterion", self.criterion, Criterion)
-        self.allocation = _instance("allocation", self.allocation, Allocation)
+        self.criterion = instance("criterion", self.criterion, Criterion)
+        self.allocation = instance("allocation", self.allocation, Allocation)
         self.granularity = str(self.granularity or self.criterion.granularities[0])
         if self.sparsity is not None:
             self.sparsity = as_share("sparsity", self.sparsity)
@@ -128,8 +128,8 @@ class PruneSpec:
         return {
             "sparsity": self.sparsity,
             "band": None if self.band is None else [float(share) for share in self.band],
-            "criterion": _describe(self.criterion),
-            "allocation": _describe(self.allocation),
+            "criterion": described(self.criterion),
+            "allocation": described(self.allocation),
             "granularity": self.granularity,
             **code_of(self.ranked),
             "block_width": getattr(self.ranked, "block_width", None),
@@ -203,7 +203,8 @@ class PruneSpec:
             )
 
 
-def _instance(kind: str, value: Any, base: type) -> Any:
+def instance(kind: str, value: Any, base: type) -> Any:
+    """The choice of a kind: as it is, or made of its name."""
     if isinstance(value, base):
         return value
     choices = choices_of([base])
@@ -233,7 +234,8 @@ def _name(part: object) -> str:
     return type(part).__name__
 
 
-def _describe(part: object) -> dict[str, Any]:
+def described(part: object) -> dict[str, Any]:
+    """A criterion or an allocation with its options, as JSON."""
     parameters = inspect.signature(type(part).__init__).parameters.values()
     options = [p.name for p in parameters if p.name != "self" and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     values = {option: _plain(getattr(part, option)) for option in options}

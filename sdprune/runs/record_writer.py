@@ -56,6 +56,9 @@ class RecordWriter(Callback):
             "roles": {name: component.role for name, component in module.pipeline.prunable.items()},
             "sparsity": plan.account(module.reports),
             "pruning": {name: report.summary() for name, report in module.reports.items()},
+            **(
+                {"narrowing": {n: report.summary() for n, report in module.narrowed.items()}} if module.narrowed else {}
+            ),
             "data": module.facts_of_data,
             "protocols": {},
             "scored": {},

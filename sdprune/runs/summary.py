@@ -34,6 +34,8 @@ def show(record: Record, console: Console | None = None, already: bool = False) 
     console.print(_scores(results))
     if results["pruning"] or results["sparsity"]["pipeline"]["zero_fraction"] > _ZEROS:
         console.print(_sparsities(results["sparsity"]))
+    for name, found in results.get("narrowing", {}).items():
+        print(f"{name} is narrowed: {narrowed_line(found)}")
     if "path" in (results.get("budget") or {}):
         print(path_table(results["budget"]))
     if distances := _distances(results):
@@ -59,6 +61,13 @@ def show(record: Record, console: Console | None = None, already: bool = False) 
         console.print(f"{results['data']['truncated']} captions were longer than the tokenizer takes", highlight=False)
     print(f"pictures   {record.directory / 'grid.png'}")
     print(f"results    {record.directory / 'results.json'}")
+
+
+def narrowed_line(found: Mapping[str, Any]) -> str:
+    """What a component kept when it was narrowed."""
+    kinds = [f"{one['kept']:,} of {one['units']:,} {kind}" for kind, one in found["kinds"].items()]
+    after, before = found["parameters"], found["parameters_before"]
+    return f"{', '.join(kinds)} stay; {after:,} of {before:,} parameters ({after / before:.1%})"
 
 
 def _scores(results: dict[str, Any]) -> Table:

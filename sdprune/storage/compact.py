@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -117,11 +116,6 @@ class CompactFile:
     def size(self) -> int:
         """Bytes of the original file."""
         return 8 + len(self.header.text) + self.header.size
-
-    @property
-    def elements(self) -> int:
-        """How many numbers the tensors have."""
-        return sum(prod(one.shape) for one in self.header.tensors)
 
     def write(self, target: Path) -> None:
         """Write the original file, equal byte for byte.

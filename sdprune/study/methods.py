@@ -19,6 +19,17 @@ def pruned(kind: str, config: Mapping[str, Any], results: Mapping[str, Any], nam
 
     `config` and `results` are a record's, `names` those of the components of this kind.
     """
+    found = _pruned(kind, config, results, names)
+    narrowed = {name: spec for name, spec in (config.get("narrow") or {}).items() if name in names}
+    for name, spec in narrowed.items():
+        words = _words(spec, f"{name} narrow")
+        found |= {f"{kind}: {key}": word for key, word in words.items()}
+    if narrowed:
+        found[f"{kind}_method"] = f"narrowed {found[f'{kind}_method']}".strip()
+    return found
+
+
+def _pruned(kind: str, config: Mapping[str, Any], results: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
     specs = {name: spec for name, spec in config["prune"].items() if name in names}
     if not specs:
         return {f"{kind}_method": "", f"{kind}_sparsity": 0.0, f"{kind}_published": True}

@@ -123,7 +123,9 @@ def _row(directory: Path, config: Mapping[str, Any], results: Mapping[str, Any])
         "run": printable(directory.name),
         "directory": str(directory),
         "title": _title(config, results),
-        "masks": fingerprint({"prune": config["prune"], "calibration": config.get("calibration", [])}),
+        "masks": fingerprint(
+            {key: config.get(key) for key in ("prune", "calibration", "narrow", "narrow_calibration")}
+        ),
         **{column: value for kind in KINDS for column, value in pruned(kind, config, results, names[kind]).items()},
         "n": int(results["n"]),
         "nominal": float(sparsity["nominal"]),

@@ -1,0 +1,49 @@
+"""A saved model as a plain pipeline of diffusers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Optional
+
+from sdprune.errors import InputError
+from sdprune.outside import read_json
+from sdprune.pipelines.base import DiffusersFamily
+from sdprune.pipelines.directory import INDEX
+from sdprune.schema import choices_of
+
+if TYPE_CHECKING:
+    import torch
+
+
+def load(
+    directory: str | Path, dtype: Optional[torch.dtype] = None, device: str | torch.device = "cpu",
+    variant: Optional[str] = None,
+) -> Any:  # fmt: skip
+    """Load a model that sdprune has saved, narrowed and packed ones too, as a pipeline of diffusers.
+
+    Only safetensors and configurations are read, and only classes of the family are made.
+
+    Args:
+        directory: of the model.
+        dtype: of its weights; by default float32.
+        device: where it goes.
+        variant: file variant of its weights, e.g. fp16.
+
+    Returns:
+        The pipeline, such as a `StableDiffusionPipeline`.
+
+    Raises:
+        InputError: it is no directory of a known family of pipelines, or it is damaged.
+    """
+    import torch
+
+    path = Path(directory)
+    if not (path / INDEX).is_file():
+        raise InputError(f"{path} is no diffusers directory: it has no {INDEX}.")
+    families: list[Any] = list(choices_of([DiffusersFamily]).values())
+    index = read_json(path / INDEX)
+    named = index.get("_class_name") if isinstance(index, dict) else None
+    family = next((cls for cls in families if cls.pipeline == named), families[0])  # which says what is wrong
+    made = family(model=str(path), variant=variant)
+    made.load(dtype or torch.float32, torch.device(device))
+    return made.pipe

@@ -1,0 +1,183 @@
+"""Narrowing in one page: find the groups, count what stays, choose, refit, remove, report."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Optional
+
+import torch
+from torch import Tensor, nn
+
+from sdprune.errors import InputError
+from sdprune.pruning.criteria.base import Ranking
+from sdprune.pruning.criteria.sparsegpt import SparseGPT
+from sdprune.pruning.narrowing.choose import Reader, by_score, greedy
+from sdprune.pruning.narrowing.groups import Group, Slice, find_groups
+from sdprune.pruning.narrowing.refit import pair_name, refit
+from sdprune.pruning.narrowing.spec import KINDS, NarrowSpec
+from sdprune.pruning.plan import Statistics
+from sdprune.pruning.prunable import require_prunable
+from sdprune.pruning.statistics import statistic_class
+from sdprune.pruning.targets import Target, find_targets
+
+Units = Mapping[str, Tensor]
+"""Numbers of the units that stay, ascending, by the name of the group."""
+Layers = Mapping[str, Tensor]
+"""A statistic by layer."""
+LAYERS = ["Linear", "Conv2d"]
+
+
+@dataclass(frozen=True)
+class GroupReport:
+    """What a module kept of its units."""
+
+    name: str
+    kind: str
+    units: int
+    kept: int
+
+
+@dataclass
+class NarrowReport:
+    """What happened to a component.
+
+    `hash` is equal exactly when the same units stayed everywhere.
+    """
+
+    spec: dict[str, Any]
+    parameters_before: int
+    parameters: int
+    groups: list[GroupReport] = field(default_factory=list)
+    hash: str = ""
+
+    def summary(self) -> dict[str, Any]:
+        """The report as JSON, with units by kind in place of its groups."""
+        kinds = {
+            kind: {
+                "units": sum(one.units for one in self.groups if one.kind == kind),
+                "kept": sum(one.kept for one in self.groups if one.kind == kind),
+            }
+            for kind in KINDS
+            if kind in self.spec
+        }
+        counts = {"parameters_before": self.parameters_before, "parameters": self.parameters}
+        return {"spec": self.spec, "hash": self.hash, **counts, "kinds": kinds}
+
+    def describe(self) -> dict[str, Any]:
+        """The whole report as JSON."""
+        return {**self.summary(), "groups": [asdict(one) for one in self.groups]}
+
+
+def groups_of(component: nn.Module, spec: NarrowSpec) -> list[Group]:
+    """The groups that a specification narrows.
+
+    Raises:
+        InputError: a kind that the component does not have, or layers whose weights cannot be changed, by name.
+    """
+    if not spec.shares:
+        return []
+    found = find_groups(component)
+    kinds = {group.kind for group in found}
+    for kind, share in spec.shares.items():
+        if kind not in kinds:
+            has = f"it has {', '.join(sorted(kinds))}" if kinds else "it has nothing that can be narrowed"
+            raise InputError(f"{kind} is {share:g}, and a {type(component).__name__} has no {kind}: {has}.")
+    groups = [group for group in found if group.kind in spec.shares]
+    parts = [(group, part) for group in groups for part in (*group.outputs, *group.inputs)]
+    names = dict.fromkeys(group.path(part) for group, part in parts if not _is_norm(group.layer(part)))
+    require_prunable(component, find_targets(component, LAYERS, list(names)))
+    return groups
+
+
+def choose(component: nn.Module, spec: NarrowSpec, statistics: Optional[Statistics] = None) -> Units:
+    """Decide which units of a dense component stay.
+
+    Args:
+        component: a text encoder, a U-Net or any other module with such groups.
+        spec: what to remove and how; shares of 0 touch nothing.
+        statistics: those that the criterion names, of the layers that read units, as in `sdprune.pruning.apply`.
+
+    Raises:
+        InputError: see `groups_of`; missing statistics, by the layer.
+    """
+    found = {}
+    for group in groups_of(component, spec):
+        count = group.kept(spec.shares[group.kind])
+        found[group.name] = torch.arange(count)
+        if count < group.units:
+            readers = [_reader(group, one, spec, statistics or {}) for one in group.inputs]
+            if isinstance(spec.criterion, SparseGPT):
+                units = greedy(readers, spec.criterion.damping, group.parts, count)
+            else:
+                assert isinstance(spec.criterion, Ranking)
+                units = by_score(readers, spec.criterion, group.parts, count)
+            found[group.name] = units.cpu()
+    return found
+
+
+def narrow(component: nn.Module, spec: NarrowSpec, units: Units, pairs: Optional[Layers] = None) -> NarrowReport:
+    """Narrow a component in place.
+
+    Args:
+        component: dense.
+        spec: what to remove and how.
+        units: those that stay, by group, see `choose`.
+        pairs: where layers are refitted, the Hessian of each pair by its name, see `pairing`.
+
+    Raises:
+        InputError: a pair is missing, by the layer.
+    """
+    before, digest = _size(component), hashlib.sha256()
+    report = NarrowReport(spec.describe(), before, before)
+    for group in groups_of(component, spec):
+        kept = units[group.name]
+        report.groups.append(GroupReport(group.name, group.kind, group.units, len(kept)))
+        digest.update(f"{group.name} {group.kind} {kept.tolist()}".encode())
+        if len(kept) == group.units:
+            continue
+        group.keep(kept)
+        for part in group.inputs if spec.refit else ():
+            hessian = _found(pairs or {}, "hessian", pair_name(group, part), group.path(part))
+            refit(group.layer(part), hessian[0], spec.damping)
+    report.parameters, report.hash = _size(component), digest.hexdigest()
+    return report
+
+
+def narrow_shapes(component: nn.Module, spec: NarrowSpec) -> None:
+    """Give a component on the meta device the shapes that it will have: counts depend on no number."""
+    for group in groups_of(component, spec):
+        group.keep(torch.arange(group.kept(spec.shares[group.kind])))
+
+
+def _reader(group: Group, part: Slice, spec: NarrowSpec, statistics: Statistics) -> Reader:
+    target = Target(group.path(part), group.layer(part), "")
+    values = {name: _read(statistics, name, target, spec) for name in spec.statistics}
+    kernel = target.shape[1] // target.channels
+    width, device = part.width * kernel, target.weight.device
+    columns = part.offset * kernel + torch.arange(group.units * width, device=device).view(group.units, width)
+    return Reader(target, columns, values)
+
+
+def _read(statistics: Statistics, name: str, target: Target, spec: NarrowSpec) -> Tensor:
+    stored = _found(statistics.get(name, {}), name, target.name, target.name)
+    found = statistic_class(name).read(target.name, stored, spec.timesteps)
+    return found.to(target.weight.device)[0]  # neither Linear nor these convolutions are grouped
+
+
+def _found(layers: Layers, statistic: str, key: str, layer: str) -> Tensor:
+    if key not in layers:
+        raise InputError(
+            f"Statistic {statistic} of layer {layer!r} is missing: calibration never ran the layer, or was of another "
+            "model. Gather it again."
+        )
+    return layers[key]
+
+
+def _is_norm(layer: nn.Module) -> bool:
+    return isinstance(layer, nn.GroupNorm)
+
+
+def _size(component: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in component.parameters())

@@ -1,0 +1,88 @@
+"""How one component is to be narrowed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, get_args
+
+from sdprune.errors import InputError, as_share, unknown
+from sdprune.pruning.criteria import Criterion
+from sdprune.pruning.criteria.base import Ranking
+from sdprune.pruning.criteria.sparsegpt import SparseGPT
+from sdprune.pruning.narrowing.groups.base import Kind
+from sdprune.pruning.spec import described, instance
+from sdprune.pruning.timesteps import Timesteps
+
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
+
+@dataclass
+class NarrowSpec:
+    """How one component is to be narrowed: which share of its units of each kind is removed, and how they are chosen.
+
+    Every module loses the same share, rounded to what it can lose: heads are removed one by one, neurons by eights,
+    channels equally in each group of the norm. At least one such step stays.
+
+    Args:
+        heads: share of the heads of every attention.
+        neurons: share of the hidden neurons of every feed-forward layer.
+        channels: share of the inner channels of every residual block of a U-Net.
+        criterion: what ranks units, by the weights of the layer that reads them: Magnitude, Wanda, or a Ranking of
+            your own, whose squared scores are added up; SparseGPT removes one after another, each time the one whose
+            removal changes the layer's outputs least once the layer is refitted.
+        refit: whether the layer that reads the units is refitted to its dense outputs, weights and bias, by least
+            squares on the calibration inputs.
+        damping: of that fit, as a share of the mean squared input: it draws the weights to the dense ones.
+        timesteps: how much the denoising steps count in a U-Net's statistics: uniform, linear, log_decrease,
+            log_increase.
+
+    Raises:
+        InputError: for a value out of range or an unknown name.
+    """
+
+    heads: float = 0.0
+    neurons: float = 0.0
+    channels: float = 0.0
+    criterion: Criterion = "SparseGPT"  # type: ignore[assignment]
+    refit: bool = True
+    damping: float = 0.01
+    timesteps: Timesteps = "uniform"
+
+    def __post_init__(self) -> None:
+        for kind in KINDS:
+            setattr(self, kind, as_share(kind, getattr(self, kind)))
+        self.criterion = instance("criterion", self.criterion, Criterion)
+        if not isinstance(self.criterion, (Ranking, SparseGPT)):
+            raise InputError(
+                f"criterion is {type(self.criterion).__name__}, which ranks no whole units: choose Magnitude, Wanda, "
+                "SparseGPT, or a Ranking of your own."
+            )
+        if not self.damping > 0:
+            raise InputError(f"damping is {self.damping}: give a share of the mean squared input above 0, as in 0.01.")
+        if self.timesteps not in get_args(Timesteps):
+            raise unknown("timesteps", self.timesteps, get_args(Timesteps))
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Shares above 0 by kind."""
+        return {kind: share for kind in KINDS if (share := getattr(self, kind))}
+
+    @property
+    def statistics(self) -> frozenset[str]:
+        """Names of the statistics that the choice reads, of the layers that read units."""
+        return self.criterion.statistics if self.shares else frozenset()
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether calibration inputs are needed."""
+        return bool(self.shares) and (self.refit or bool(self.criterion.statistics))
+
+    def describe(self) -> dict[str, Any]:
+        """Everything that decides which units stay, and the weights, as plain JSON values."""
+        return {
+            **self.shares,
+            "criterion": described(self.criterion),
+            "refit": self.refit,
+            "damping": self.damping if self.refit else None,
+            "timesteps": self.timesteps if self.calibrates else None,
+        }

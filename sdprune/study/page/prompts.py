@@ -38,7 +38,8 @@ class Prompts:
         found = [categories(caption) for caption in self.captions]
         counted = pd.Series([label for labels in found for label in set(labels)], dtype=object).value_counts()
         self.labels: list[Label] = sorted(label for label, n in counted.items() if n >= FEWEST)
-        self._belongs = np.array([[label in labels for labels in found] for label in self.labels], dtype=bool)
+        belongs = [label in labels for label in self.labels for labels in found]
+        self._belongs = np.array(belongs, dtype=bool).reshape(len(self.labels), len(found))
 
     def _table(self, run: pd.Series) -> pd.DataFrame | None:
         path = Path(run["directory"]) / "images.csv"

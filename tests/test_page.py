@@ -280,6 +280,39 @@ def test_large_pictures_are_the_files_of_the_runs(tmp_path, visit):
     assert len(list((tmp_path / "report" / "pictures").iterdir())) == 2 * 2
 
 
+def no_samples(results):
+    results["samples"] = []
+
+
+def no_clip_score(results):
+    for part in ("metrics", "comparison"):
+        results[part] = {name: value for name, value in results[part].items() if "clip" not in name}
+
+
+@pytest.mark.parametrize(
+    ("names", "how", "words"),
+    [
+        (["dense"], None, "Only the dense model was run"),
+        (["wanda 60", "unet 40"], None, "The run that lost least: unet magnitude 40 %"),  # no dense one to compare with
+        (["dense", "unet 40"], no_samples, "The sparsest run that lost at most 2\u00a0%"),
+        (["dense", "wanda 60"], no_clip_score, "The run that lost least: text_encoder wanda 60 %"),
+    ],
+)
+def test_a_page_of_little_draws_what_there_is(tmp_path, visit, names, how, words):
+    for name in names:
+        run = record(tmp_path, *RUNS[name])
+        if how:
+            change(run, "results.json", how)
+    assert main(["report", str(tmp_path)]) == 0
+    page = visit(tmp_path / "report" / "report.html")
+    assert page.locator("#best").inner_text().startswith(words)
+    assert page.locator("#table tbody tr").count() == page.locator(POINTS).count() == len(names)
+    point(
+        page, {"dense": "dense", "wanda 60": "text_encoder wanda 60 %", "unet 40": "unet magnitude 40 %"}[names[0]]
+    ).click()
+    assert page.get_by_role("dialog").count() == 1
+
+
 def test_a_single_file_opens_alone(report, tmp_path, visit):
     assert main(["report", str(report.parents[1]), "--single-file", "--out", str(tmp_path / "out")]) == 0
     alone = shutil.copy(tmp_path / "out" / "report.html", tmp_path / "alone.html")

@@ -219,6 +219,26 @@ def test_losses_are_counted_by_what_captions_name(tmp_path, sdprune):
         )
 
 
+def test_names_of_files_that_cannot_be(study, sdprune):
+    """The page has no pictures of these captions, all else is there."""
+    path = study / "dense-0" / "images.csv"
+    path.write_text(path.read_text().replace("3.jpg", "\0.jpg").replace("5.jpg", "../" * 9 + "x" * 500 + ".jpg"))
+    assert sdprune("report", study).code == 0
+    runs = page_data((study / "report" / "report.html").read_text())["groups"][0]["runs"]
+    assert all(run["prompts"] and run["sheet"] is None for run in runs)
+
+
+@pytest.mark.parametrize("n", [1, 2, 4])
+def test_so_few_prompts_that_no_category_counts(tmp_path, sdprune, n):
+    for prune, fid in (({}, 18.0), ({"unet": spec(0.4)}, 20.0)):
+        write(tmp_path, prune, fid, 0.3, n=n)
+    told = sdprune("report", tmp_path)
+    assert (told.code, told.err) == (0, "")
+    assert table(tmp_path / "report", "categories") == []
+    (shown,) = page_data((tmp_path / "report" / "report.html").read_text())["groups"]
+    assert shown["prompts"]["captions"] == list(CAPTIONS[:n])
+
+
 @pytest.mark.parametrize(
     ("how", "words"),
     [

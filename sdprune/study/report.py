@@ -46,7 +46,6 @@ def run(arguments: Sequence[str]) -> int:
         _section(study, references, out, f"{number}_" if number > 1 else "") for number, study in enumerate(groups, 1)
     ]
     data = {"groups": [group(study, out, pictures) for study in groups]}
-    pictures.tidy()
     for study, section, shown in zip(groups, sections, data["groups"], strict=True):
         section["notes"] = list(dict.fromkeys(study.notes))
         _write_table(out, f"{section['prefix']}categories", by_category(shown))

@@ -96,17 +96,20 @@ def group(study: Study, out: Path, pictures: Pictures) -> dict[str, Any]:
     samples = list(dict.fromkeys(prompt for own in study.runs["samples"] for prompt in own))
     directories = [Path(directory) for directory in study.runs["directory"]]
 
-    def add_pictures(run: dict[str, Any], directory: Path, own: list[str]) -> None:
-        run["samples"] = [None] * len(samples)
+    def add_pictures(run: dict[str, Any], directory: Path, own: list[str]) -> list[str]:
+        """Add addresses of pictures to a run; return notes."""
+        run["samples"], notes = [None] * len(samples), []
         for place, (prompt, address) in enumerate(zip(own, pictures.samples(directory, len(own)), strict=True)):
             if address is None:
-                study.notes.append(damaged_sample(run["run"], place))
+                notes.append(damaged_sample(run["run"], place))
             else:
                 run["samples"][samples.index(prompt)] = [address, f"samples/{place}.png"]
         has_sheet = pictures.folder and run["prompts"]
         run["sheet"] = pictures.sheet(directory, _drawn(directory, prompts)) if has_sheet else None
+        return notes
 
-    all_of(partial(add_pictures, *one) for one in zip(runs, directories, study.runs["samples"], strict=True))
+    jobs = [partial(add_pictures, *one) for one in zip(runs, directories, study.runs["samples"], strict=True)]
+    study.notes += [line for notes in all_of(jobs) for line in notes]
     return {
         "title": study.runs["title"].iloc[0],
         "measures": [one._asdict() for one in shown],

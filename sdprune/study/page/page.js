@@ -119,6 +119,7 @@ async function drawChart() {
       ? [{ i, x: run.axes[axis], y: value[0], low: value[1], high: value[2], series: run.series, kind: run.kind, title: run.name }]
       : [];
   });
+  const bars = values.filter((value) => Number.isFinite(value.low));
   const level = one.compared ? null : dense()?.values[key]?.[0];
   const shown = series.filter((name) => !state.off.has(name));
   const x = { field: "x", type: "quantitative", title: `${group.axes[axis]}, %`, axis: { format: "~g" } };
@@ -129,7 +130,7 @@ async function drawChart() {
     layer: [
       ...(level === undefined || level === null ? [] : [{ data: { values: [{ y: level }] }, mark: { type: "rule", strokeDash: [6, 4], color: "currentColor", opacity: 0.7, aria: false }, encoding: { y } }]),
       { mark: { type: "line", opacity: 0.7, aria: false }, encoding: { x, y, color } },
-      { transform: [{ filter: "isValid(datum.low)" }], mark: { type: "rule", opacity: 0.6, aria: false }, encoding: { x, y: { ...y, field: "low" }, y2: { field: "high" }, color } },
+      ...(bars.length ? [{ data: { values: bars }, mark: { type: "rule", opacity: 0.6, aria: false }, encoding: { x, y: { ...y, field: "low" }, y2: { field: "high" }, color } }] : []),
       { mark: { type: "point", filled: true, size: 90, opacity: 1, cursor: "pointer" }, name: "points",
         encoding: { x, y, color, shape: { field: "kind", legend: null, scale: { domain: Object.keys(SHAPES), range: Object.values(SHAPES) } }, description: { field: "title" } } },
     ],

@@ -34,7 +34,6 @@ class Pictures:
 
     def __init__(self, folder: Path | None) -> None:
         self.folder = folder
-        self.used: set[str] = set()
 
     def samples(self, directory: Path, count: int) -> list[str | None]:
         """Return an address for each of a run's sample pictures; None where it is missing or damaged."""
@@ -81,14 +80,7 @@ class Pictures:
                 return None
             with replacing(path) as temporary:
                 temporary.write_bytes(content)
-        self.used.add(name)
         return f"{self.folder.name}/{name}"
-
-    def tidy(self) -> None:
-        """Remove pictures of an earlier report that this one does not show."""
-        for path in self.folder.glob("*-????????????.*") if self.folder else ():
-            if path.name not in self.used:
-                path.unlink()
 
 
 def all_of(jobs: Iterable[Any]) -> list[Any]:
@@ -103,7 +95,7 @@ def _key(sources: Sequence[Path]) -> str:
         try:
             found = path.stat()
             facts.append(f"{path.resolve()} {found.st_size} {found.st_mtime_ns}")
-        except (OSError, RuntimeError):
+        except (OSError, RuntimeError, ValueError):  # missing, a loop of links, a name that no file can have
             facts.append(str(path))
     return sha256("\n".join(facts).encode(errors="replace")).hexdigest()[:12]
 

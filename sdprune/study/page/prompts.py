@@ -34,11 +34,12 @@ class Prompts:
         self._dense: tuple[np.ndarray | None, np.ndarray] = None, np.empty(0)
         if study.dense is not None and (table := self._table(study.dense)) is not None:
             self.captions, self.files = list(table["caption"]), list(table["file_name"])
-            self._dense = study.dense["clip_scores"], table["correct"].to_numpy()
+            self._dense = study.dense.get("clip_scores"), table["correct"].to_numpy()
         found = [categories(caption) for caption in self.captions]
         counted = pd.Series([label for labels in found for label in set(labels)], dtype=object).value_counts()
         self.labels: list[Label] = sorted(label for label, n in counted.items() if n >= FEWEST)
-        self._belongs = np.array([[label in labels for labels in found] for label in self.labels], dtype=bool)
+        belongs = [label in labels for label in self.labels for labels in found]
+        self._belongs = np.array(belongs, dtype=bool).reshape(len(self.labels), len(found))
 
     def _table(self, run: pd.Series) -> pd.DataFrame | None:
         path = Path(run["directory"]) / "images.csv"
@@ -92,7 +93,7 @@ class Prompts:
         if list(table["caption"]) != self.captions:
             self.study.notes.append(f"{run['run']}: images.csv has other captions, its prompts are not shown")
             return None
-        scores, right = run["clip_scores"], table["correct"].to_numpy()
+        scores, right = run.get("clip_scores"), table["correct"].to_numpy()
         dense_scores, dense_right = self._dense
         found: dict[str, Any] = {}
         if scores is not None and dense_scores is not None:

@@ -67,7 +67,7 @@ def test_any_number_of_passes_takes_one_run_of_the_pipeline(family, sdprune, tmp
     told = sdprune(*fit(family, tmp_path / "parts", small))
     assert (told.code, told.err) == (0, ""), told.err
     parts, passes = hessians(tmp_path / "parts")
-    assert passes > 3
+    assert passes > 2
     assert f"(hessian): {passes} passes, one of them with its pipeline; keeps up to" in told.out
     assert len(drawn) == BATCHES + 1  # and once to see how values go through the blocks
     assert same(whole, parts)

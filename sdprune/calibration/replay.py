@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
 from typing import Any, NamedTuple, Union
 
-import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 from sdprune.calibration.execution import Flow, Stop
+from sdprune.calibration.kept import Kept, OnFile, fetched, shape_of
 from sdprune.calibration.passes import Pass
 
 
@@ -96,7 +94,7 @@ class Replay:
                     stack.enter_context(self._keeping(place, place in self.flow.live(keep), found))
                 if stop < len(self.blocks):
                     stack.callback(self.blocks[stop].register_forward_pre_hook(_end).remove)
-                args, kwargs = _fetched(event.args), _fetched(event.kwargs)
+                args, kwargs = fetched(event.args), fetched(event.kwargs)
                 with suppress(Stop):
                     self.component(*args, **kwargs)
             live = self.flow.live(keep)
@@ -111,7 +109,7 @@ class Replay:
     @contextmanager
     def _keeping(self, place: int, live: bool, found: dict[int, Any]) -> Iterator[None]:
         def keep(module: nn.Module, args: Any, output: Any) -> None:
-            found[place] = tree_map_only(Tensor, self._kept.put if live else _shape_of, output)
+            found[place] = tree_map_only(Tensor, self._kept.put if live else shape_of, output)
 
         hook = self.blocks[place].register_forward_hook(keep)
         try:
@@ -155,7 +153,7 @@ def _end(*_: Any) -> None:
 @contextmanager
 def _answering(block: nn.Module, output: Any) -> Iterator[None]:
     before = vars(block).get("forward")
-    block.forward = lambda *args, **kwargs: _fetched(output)
+    block.forward = lambda *args, **kwargs: fetched(output)
     try:
         yield
     finally:
@@ -163,71 +161,3 @@ def _answering(block: nn.Module, output: Any) -> Iterator[None]:
             del block.forward
         else:
             block.forward = before
-
-
-# --- what is kept ---------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Stands for a tensor whose numbers nothing reads any more."""
-
-    size: torch.Size
-    dtype: torch.dtype
-    device: torch.device
-
-    def get(self) -> Tensor:
-        """Zeros."""
-        return torch.zeros(self.size, dtype=self.dtype, device=self.device)
-
-
-class OnFile:
-    """A tensor in a file."""
-
-    def __init__(self, kept: Kept, value: Tensor) -> None:
-        self.shape, self._kept = _shape_of(value), kept
-        self._bytes = value.numel() * value.element_size()
-        self._offset = kept.write(value.detach().contiguous().cpu())
-
-    def __del__(self) -> None:
-        self._kept.free.setdefault(self._bytes, []).append(self._offset)
-
-    def get(self) -> Tensor:
-        """A copy on the tensor's device."""
-        content = bytearray(self._bytes)
-        if content:
-            self._kept.file.seek(self._offset)
-            self._kept.file.readinto(content)
-        flat = torch.frombuffer(content, dtype=self.shape.dtype) if content else torch.empty(0, dtype=self.shape.dtype)
-        return flat.view(self.shape.size).to(self.shape.device)
-
-
-class Kept:
-    """Tensors in one temporary file below $TMPDIR, which the system deletes when the process ends, however it ends."""
-
-    def __init__(self) -> None:
-        self.file: Any = tempfile.TemporaryFile()  # noqa: SIM115  as long as this lives
-        self.free: dict[int, list[int]] = {}  # by number of bytes, where tensors lay
-        self._end = 0
-
-    def put(self, value: Tensor) -> OnFile:
-        """Keep a tensor."""
-        return OnFile(self, value)
-
-    def write(self, value: Tensor) -> int:
-        """Write a tensor of the CPU, and return where it lies."""
-        content = value.flatten().view(torch.uint8).numpy()
-        places = self.free.get(len(content))
-        offset = places.pop() if places else self._end
-        self._end = max(self._end, offset + len(content))
-        self.file.seek(offset)
-        self.file.write(content)
-        return offset
-
-
-def _shape_of(value: Tensor) -> Shape:
-    return Shape(value.shape, value.dtype, value.device)
-
-
-def _fetched(values: Any) -> Any:
-    return tree_map(lambda one: one.get() if isinstance(one, (OnFile, Shape)) else one, values)

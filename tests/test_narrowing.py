@@ -267,6 +267,20 @@ def test_joint_attention_loses_heads_of_both_streams():
         assert error[True] < 0.5 * error[False]
 
 
+def test_modules_are_chosen_by_patterns():
+    choice = {"channels": 0.5, "criterion": "Magnitude", "refit": False}
+    report = package.narrow(small_unet(), **choice, include=["mid_block*", "up*"], exclude=["*.resnets.0"])
+    names = [one.name for one in report.groups]
+    assert names == [name for name in names if name.startswith(("mid", "up")) and name.endswith(".1")]
+    assert "mid_block.resnets.1" in names
+    with pytest.raises(
+        InputError, match=r"include pattern 'middle\*' matches none of the 8 modules that can be narrowed"
+    ):
+        package.narrow(small_unet(), **choice, include=["middle*"])
+    with pytest.raises(InputError, match="include is the text 'mid': give a list"):
+        package.narrow(small_unet(), **choice, include="mid")
+
+
 def test_groups_are_found_by_structure():
     for make in (small_unet, small_text_encoder):
         module = make()

@@ -169,10 +169,8 @@ def find_targets(
     names = [name for target in candidates for name in target.names]
     for option, patterns in (("include", include), ("exclude", exclude)):
         for pattern in patterns:
-            _check_pattern(option, pattern, names)
-    targets = [
-        target for target in candidates if _matches(target.names, include) and not _matches(target.names, exclude)
-    ]
+            check_pattern(option, pattern, names)
+    targets = [target for target in candidates if matches(target.names, include) and not matches(target.names, exclude)]
     if not targets:
         raise InputError(
             f"No layer is left to prune: include {list(include)} minus exclude {list(exclude)} is empty, "
@@ -240,17 +238,19 @@ def _other_kinds(component: nn.Module, kinds: Sequence[str]) -> str:
     return "".join(f"; it has {n} {kind}, as in layers=[{kind!r}]" for kind, n in found.items())
 
 
-def _matches(names: Sequence[str], patterns: Sequence[str]) -> bool:
+def matches(names: Sequence[str], patterns: Sequence[str]) -> bool:
+    """Whether any name matches any shell pattern."""
     return any(fnmatchcase(name, pattern) for name in names for pattern in patterns)
 
 
-def _check_pattern(option: str, pattern: str, names: list[str]) -> None:
+def check_pattern(option: str, pattern: str, names: list[str], what: str = "layers") -> None:
+    """Raise InputError for a shell pattern that matches no name, with names that it may have meant."""
     if any(fnmatchcase(name, pattern) for name in names):
         return
     inner = pattern.strip("*.")
     close = [name for name in names if inner and inner in name] or get_close_matches(pattern, names, n=3, cutoff=0.4)
     shown = ", ".join(repr(name) for name in (close or names)[:3])
     raise InputError(
-        f"{option} pattern {pattern!r} matches none of the {len(names)} layers, which are whole dotted names "
+        f"{option} pattern {pattern!r} matches none of the {len(names)} {what}, which are whole dotted names "
         f"such as {shown}; use * for any part, as in '*{(inner or names[0]).rpartition('.')[2]}*'."
     )

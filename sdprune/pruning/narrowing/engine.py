@@ -20,7 +20,7 @@ from sdprune.pruning.narrowing.spec import KINDS, NarrowSpec
 from sdprune.pruning.plan import Statistics
 from sdprune.pruning.prunable import require_prunable
 from sdprune.pruning.statistics import statistic_class
-from sdprune.pruning.targets import Target, find_targets
+from sdprune.pruning.targets import Target, check_pattern, find_targets, matches
 
 Units = Mapping[str, Tensor]
 """Numbers of the units that stay, ascending, by the name of the group."""
@@ -74,7 +74,8 @@ def groups_of(component: nn.Module, spec: NarrowSpec) -> list[Group]:
     """The groups that a specification narrows.
 
     Raises:
-        InputError: a kind that the component does not have, or layers whose weights cannot be changed, by name.
+        InputError: a kind that the component does not have, a pattern that matches nothing, or layers whose weights
+            cannot be changed, by name.
     """
     if not spec.shares:
         return []
@@ -84,10 +85,15 @@ def groups_of(component: nn.Module, spec: NarrowSpec) -> list[Group]:
         if kind not in kinds:
             has = f"it has {', '.join(sorted(kinds))}" if kinds else "it has nothing that can be narrowed"
             raise InputError(f"{kind} is {share:g}, and a {type(component).__name__} has no {kind}: {has}.")
-    groups = [group for group in found if group.kind in spec.shares]
+    found = [group for group in found if group.kind in spec.shares]
+    names = [group.name for group in found]
+    for option, patterns in (("include", spec.include), ("exclude", spec.exclude)):
+        for pattern in patterns:
+            check_pattern(option, pattern, names, "modules that can be narrowed so")
+    groups = [one for one in found if matches([one.name], spec.include) and not matches([one.name], spec.exclude)]
     parts = [(group, part) for group in groups for part in (*group.outputs, *group.inputs)]
-    names = dict.fromkeys(group.path(part) for group, part in parts if not _is_norm(group.layer(part)))
-    require_prunable(component, find_targets(component, LAYERS, list(names)))
+    layers = dict.fromkeys(group.path(part) for group, part in parts if not _is_norm(group.layer(part)))
+    require_prunable(component, find_targets(component, LAYERS, list(layers)) if layers else [])
     return groups
 
 

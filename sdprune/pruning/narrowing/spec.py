@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, get_args
+from dataclasses import dataclass, field
+from typing import Any, List, get_args
 
 from sdprune.errors import InputError, as_share, unknown
 from sdprune.pruning.criteria import Criterion
@@ -30,6 +30,9 @@ class NarrowSpec:
         criterion: what ranks units, by the weights of the layer that reads them: Magnitude, Wanda, or a Ranking of
             your own, whose squared scores are added up; SparseGPT removes one after another, each time the one whose
             removal changes the layer's outputs least once the layer is refitted.
+        include: shell patterns on the names of modules, such as `mid_block.resnets.0`; what matches one of them is
+            narrowed.
+        exclude: shell patterns on the names of modules; what matches one of them is not.
         refit: whether the layer that reads the units is refitted to its dense outputs, weights and bias, by least
             squares on the calibration inputs.
         damping: of that fit, as a share of the mean squared input: it draws the weights to the dense ones.
@@ -44,6 +47,8 @@ class NarrowSpec:
     neurons: float = 0.0
     channels: float = 0.0
     criterion: Criterion = "SparseGPT"  # type: ignore[assignment]
+    include: List[str] = field(default_factory=lambda: ["*"])
+    exclude: List[str] = field(default_factory=list)
     refit: bool = True
     damping: float = 0.01
     timesteps: Timesteps = "uniform"
@@ -57,6 +62,9 @@ class NarrowSpec:
                 f"criterion is {type(self.criterion).__name__}, which ranks no whole units: choose Magnitude, Wanda, "
                 "SparseGPT, or a Ranking of your own."
             )
+        for option in ("include", "exclude"):
+            if isinstance(getattr(self, option), str):
+                raise InputError(f"{option} is the text {getattr(self, option)!r}: give a list, as in ['mid_block*'].")
         if not self.damping > 0:
             raise InputError(f"damping is {self.damping}: give a share of the mean squared input above 0, as in 0.01.")
         if self.timesteps not in get_args(Timesteps):
@@ -82,6 +90,8 @@ class NarrowSpec:
         return {
             **self.shares,
             "criterion": described(self.criterion),
+            "include": sorted(set(self.include)),
+            "exclude": sorted(set(self.exclude)),
             "refit": self.refit,
             "damping": self.damping if self.refit else None,
             "timesteps": self.timesteps if self.calibrates else None,

@@ -325,7 +325,7 @@ def test_libraries_that_do_not_know_compact_files_say_so(pruned):
         (None, "has no model_index.json"),
         ("[1]", "names no pipeline class"),
         ('{"_class_name": ["my_module", "Pipeline"]}', "names no pipeline class"),
-        ('{"_class_name": "FluxPipeline"}', "'FluxPipeline', which is not supported"),
+        ('{"_class_name": "KolorsPipeline"}', "'KolorsPipeline', which is not supported"),
         ('{"_class_name": "StableDiffusionXLPipeline"}', "damaged: it has None for"),
     ],
 )

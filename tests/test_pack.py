@@ -786,9 +786,11 @@ def test_an_interrupted_command_leaves_nothing_that_looks_finished(sdprune, tmp_
         while not [one for one in tmp_path.glob(".out.part/1.*") if one.stat().st_mtime > begun]:
             assert running.poll() is None
             time.sleep(0.002)
+        running.send_signal(signal.SIGSTOP)  # so that it is not done before it is interrupted
         if kind == signal.SIGKILL:
             assert_refused(sdprune(*line[3:]), "Another run is writing")
         running.send_signal(kind)
+        running.send_signal(signal.SIGCONT)
         error = running.communicate()[1]
         assert not (tmp_path / "out").exists()
     assert running.returncode == 130

@@ -360,10 +360,9 @@ def prompts(tmp_path):
     return TextFile(str(path))
 
 
-@pytest.mark.parametrize("unconditional", [1.0, 0.25])
-def test_statistics_of_a_denoiser_are_those_of_single_images(family, miniature, prompts, tmp_path, unconditional):
+def test_statistics_of_a_denoiser_are_those_of_single_images(family, miniature, prompts, tmp_path):
     """Batches of two, the last with filler; the copy without prompt counts as much as is said, wherever it is."""
-    name, directory = family
+    (name, directory), unconditional = family, 0.25
     model, sampling = made(name, directory), Sampling(steps=2, guidance=GUIDED, **SMALL)
     module = CalibrationModule(
         model, [model.denoiser], ["input_norm"], sampling=sampling,

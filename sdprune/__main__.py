@@ -79,6 +79,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         if _cause(error, KeyboardInterrupt):  # the trainer makes a SystemExit of it
             return _fail("interrupted; run the same command again to go on", 130)
+        if isinstance(error, BrokenPipeError):  # whoever reads it, such as head, has enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
         bad_input = _cause(error, InputError)
         full = _cause(error, OSError)
         if isinstance(full, OSError) and full.errno in (errno.ENOSPC, errno.EDQUOT):

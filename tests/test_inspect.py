@@ -238,6 +238,13 @@ def test_a_model_in_full_size_takes_seconds_and_little_memory(tmp_path, name, pa
     assert {part: facts["components"][part]["parameters"] for part in parameters} == parameters
 
 
+def test_a_reader_that_has_enough_is_no_failure(miniature):
+    words = [sys.executable, "-m", "sdprune", "inspect", "miniature", "--json"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
+        running.stdout.close()
+        assert (running.stderr.read(), running.wait()) == ("", 0)
+
+
 # --- what is wrong ----------------------------------------------------------------------------------------------
 
 

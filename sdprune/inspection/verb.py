@@ -28,5 +28,5 @@ def run(arguments: Sequence[str]) -> int:
     facts = {"model": options.model, **found}
     if options.out:
         write_json(Path(options.out), facts)
-    print(json.dumps(facts, indent=2) if options.json else "\n".join(lines_of(facts)))
+    print(json.dumps(facts, indent=2) if options.json else "\n".join(lines_of(facts)), flush=True)
     return 0

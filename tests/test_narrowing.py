@@ -436,6 +436,12 @@ def test_another_narrowing_is_another_run(sdprune, miniature, tmp_path):
     }
     told = sdprune(*command)
     assert "This run was finished already" in told.out
+    assert sdprune("report", tmp_path, "--out", tmp_path / "report").code == 0
+    rows = [line for line in (tmp_path / "report" / "report.md").read_text().splitlines() if "| unet-narrow" in line]
+    assert len(rows) == 3
+    assert all(line.split("|")[2].strip() == "dense" for line in rows)
+    assert sum("narrowed, unet narrow channels 0.4" in line.split("|")[3] for line in rows) == 1
+    assert not any("dense" in line.split("|")[3] for line in rows)
 
 
 @pytest.mark.parametrize(

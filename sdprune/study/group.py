@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from sdprune.study.methods import KINDS
+from sdprune.study.methods import KINDS, NARROWED
 
 
 class Cell(NamedTuple):
@@ -86,8 +86,8 @@ class Study:
         """Return the runs that pruned one kind of component alone, by method and the choices that vary within it."""
         (other,) = set(KINDS) - {kind}
         dense = (self.runs[f"{other}_method"] == "") & (self.runs[f"{other}_sparsity"] == 0)
-        pruned = (self.runs[f"{kind}_method"] != "") | (self.runs[f"{kind}_sparsity"] != 0)
-        return dict(iter(self.runs[dense & pruned].groupby(f"{kind}_name")))
+        unpruned = self.runs[f"{kind}_method"].isin(["", NARROWED]) & (self.runs[f"{kind}_sparsity"] == 0)
+        return dict(iter(self.runs[dense & ~unpruned].groupby(f"{kind}_name")))
 
 
 def number(run: pd.Series | None, name: str) -> float | None:

@@ -10,6 +10,8 @@ from sdprune.study.text import printable
 
 KINDS = ("text", "image")
 """The text encoders, and what stands beside them: the U-Net."""
+NARROWED = "narrowed"
+"""The method of components that are narrowed and not pruned; it stands before that of those which are both."""
 _CALIBRATION = ("component", "statistic", "layers", "version", "pipeline", "dtype", "prune", "allocation")
 """Facts of calibration that say nothing new of a run."""
 
@@ -25,7 +27,7 @@ def pruned(kind: str, config: Mapping[str, Any], results: Mapping[str, Any], nam
         words = _words(spec, f"{name} narrow")
         found |= {f"{kind}: {key}": word for key, word in words.items()}
     if narrowed:
-        found[f"{kind}_method"] = f"narrowed {found[f'{kind}_method']}".strip()
+        found[f"{kind}_method"] = f"{NARROWED} {found[f'{kind}_method']}".strip()
     return found
 
 

@@ -88,7 +88,8 @@ def others(study: Study) -> Table | None:
         row = [run["run"]]
         for kind in KINDS:
             sparsity = run[f"{kind}_sparsity"]
-            row.append(f"{run[f'{kind}_name']} {percent(sparsity)}".lstrip() if sparsity else "dense")
+            words = [run[f"{kind}_name"], percent(sparsity) if sparsity else ""]  # narrowed alone: no sparsity
+            row.append(" ".join(filter(None, words)) or "dense")
         row += [percent(run["zeros of prunable"]), *(rounded(number(run, f"metrics/{name}")) for name in metrics)]
         rows.append([*row, *(difference(run, name) for name in compared)])
     columns = ["run", "text encoder", "image", "zeros", *metrics, *(f"{name} - dense" for name in compared)]

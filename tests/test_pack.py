@@ -775,15 +775,16 @@ def test_a_full_disk_leaves_nothing(sdprune, plain, tmp_path, monkeypatch):
 
 
 def test_an_interrupted_command_leaves_nothing_that_looks_finished(sdprune, tmp_path):
-    for number in range(4):
+    for number in range(12):
         write(
-            tmp_path / "plain" / f"{number}.safetensors", {"w": ("F16", [2**24], random_bytes("F16", 2**22, 0.5) * 4)}
+            tmp_path / "plain" / f"{number:02}.safetensors",
+            {"w": ("F16", [2**24], random_bytes("F16", 2**22, 0.5) * 4)},
         )
     line = [sys.executable, "-m", "sdprune", "pack", str(tmp_path / "plain"), "--out", str(tmp_path / "out")]
     for kind in (signal.SIGKILL, signal.SIGINT):
         running = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         begun = time.time()
-        while not [one for one in tmp_path.glob(".out.part/1.*") if one.stat().st_mtime > begun]:
+        while not [one for one in tmp_path.glob(".out.part/01.*") if one.stat().st_mtime > begun]:
             assert running.poll() is None
             time.sleep(0.002)
         running.send_signal(signal.SIGSTOP)  # so that it is not done before it is interrupted

@@ -250,6 +250,6 @@ def test_the_integers_0_and_1_are_shares():
 
 
 def test_the_package_lists_what_it_offers_without_importing_torch():
-    code = "import sys, sdprune; print([n in dir(sdprune) for n in sdprune.__all__], 'torch' in sys.modules)"
+    code = "import sys, sdprune; print(set(sdprune.__all__) <= set(dir(sdprune)), 'torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["[True,", "True,", "True,", "True]", "False"]
+    assert done.stdout.split() == ["True", "False"]

@@ -22,7 +22,7 @@ Find out how much of a text-to-image model can be pruned away before the picture
   predict  --config FILE   prune in memory, draw images from captions, score them, write the record
   search   --config FILE   find and certify the sparsest model that is still as good as the dense one
   sweep    FILE ...        run every cell of W&B sweep files here, without a server
-  report   DIR ...         make the study's tables and figures from the runs in these directories
+  report   DIR ...         show the runs in these directories on a page to explore; tables and figures for papers
   inspect  MODEL           say what a model is made of and what pruning it costs, without its weights
   pack     DIR --out DIR   copy a pruned model into compact files, without loss
   unpack   DIR --out DIR   make the plain files of compact ones again, byte for byte

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from itertools import accumulate
-from typing import Any, Optional
+from typing import Any, Optional, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,8 @@ from sdprune.pruning.narrowing import NarrowReport, NarrowSpec, choose, groups_o
 from sdprune.pruning.narrowing import narrow as apply_narrowing
 from sdprune.pruning.narrowing.engine import LAYERS
 from sdprune.pruning.statistics.pruned_error import Probe, PrunedError
+
+_Spec = TypeVar("_Spec", PruneSpec, NarrowSpec)
 
 
 def prune(
@@ -49,7 +51,10 @@ def prune(
         InputError: for choices that make no sense, patterns that match no layer, weights that cannot be pruned, inputs
             that the module does not take and missing statistics.
     """
-    spec = _spec(spec, options)
+    made = _spec(PruneSpec, spec, options, "sparsity=0.5")
+    if spec is None and made.dense and made.pattern is None and options.get("sparsity") is None:
+        raise InputError("Nothing is to be pruned: give a sparsity, as in sparsity=0.5, a band or a granularity N:M.")
+    spec = made
     if statistics is not None and not isinstance(statistics, Mapping):
         raise InputError(f"statistics is a {type(statistics).__name__}: give what sdprune.gather returns.")
     if inputs is None:
@@ -128,7 +133,7 @@ def narrow(
     Raises:
         InputError: for choices that make no sense, parts that the module does not have, inputs that it does not take.
     """
-    spec = spec or NarrowSpec(**options)
+    spec = _spec(NarrowSpec, spec, options, "neurons=0.3")
     if not spec.shares:
         raise InputError("Nothing is to be removed: give a share, as in neurons=0.3.")
     if spec.calibrates and inputs is None:
@@ -184,19 +189,17 @@ class _Module:
         pass
 
 
-def _spec(spec: Optional[PruneSpec], options: dict[str, Any]) -> PruneSpec:
+def _spec(kind: type[_Spec], spec: Optional[_Spec], options: dict[str, Any], example: str) -> _Spec:
+    """The specification that is given, or the one that options make."""
     if spec is not None:
-        if not isinstance(spec, PruneSpec):
+        if not isinstance(spec, kind):
             shown = " ".join(repr(spec).split())[:60]
-            raise InputError(f"spec is {shown}: give a PruneSpec, or its fields by name, as in sparsity=0.5.")
+            raise InputError(f"spec is {shown}: give a {kind.__name__}, or its fields by name, as in {example}.")
         if options:
             raise InputError(f"Give a spec or the options {', '.join(options)}, not both.")
         return spec
-    fields = [field.name for field in dataclasses.fields(PruneSpec)]
+    fields = [field.name for field in dataclasses.fields(kind)]
     for option in options:
         if option not in fields:
             raise unknown("option", option, fields)
-    made = PruneSpec(**options)
-    if made.dense and made.pattern is None and options.get("sparsity") is None:
-        raise InputError("Nothing is to be pruned: give a sparsity, as in sparsity=0.5, a band or a granularity N:M.")
-    return made
+    return kind(**options)

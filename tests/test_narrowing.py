@@ -14,7 +14,7 @@ from torch import nn
 import sdprune as package
 from sdprune.errors import InputError
 from sdprune.pruning import PruneSpec
-from sdprune.pruning.narrowing import find_groups
+from sdprune.pruning.narrowing import NarrowSpec, find_groups
 
 KINDS = ("heads", "neurons", "channels")
 ALL = "--model.narrow={unet: {heads: 0.4, neurons: 0.4, channels: 0.4}, text_encoder: {heads: 0.4, neurons: 0.3}}"
@@ -475,3 +475,17 @@ def test_options_need_no_entry_in_the_configuration(sdprune, miniature, tmp_path
     )  # fmt: skip
     assert (told.code, told.err) == (0, "")
     assert yaml.safe_load(told.out)["model"]["init_args"]["narrow"]["unet"]["neurons"] == 0.3
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"neuron": 0.5}, "Unknown option 'neuron'. Did you mean 'neurons'"),
+        ({"spec": NarrowSpec(neurons=0.5), "heads": 0.5}, "Give a spec or the options heads, not both"),
+        ({"spec": "neurons"}, "give a NarrowSpec, or its fields by name, as in neurons=0.3"),
+        ({}, "Nothing is to be removed"),
+    ],
+)
+def test_what_is_given_in_python_is_checked(given, words):
+    with pytest.raises(InputError, match=words):
+        package.narrow(torch.nn.Linear(2, 2), **given)

@@ -15,7 +15,7 @@ class Calibration:
 
     Args:
         padding: whether a text encoder's padding tokens count, as they do in the published codes.
-        unconditional: weight of the half of a guided batch that runs without its prompts; the other half has 1.
+        unconditional: weight of what is predicted without prompts, in half of a batch or in a call; the rest has 1.
         hessian_gib: memory in GiB for the statistics gathered in one pass over the prompts; more make more passes.
         kept_gib: disk space in GiB, below $TMPDIR, where each process may keep what blocks give, so that several passes
             need one run of the pipeline. Where it is too little, every pass runs the pipeline.

@@ -110,7 +110,7 @@ class ModelDirectory:
         shapes = self._shapes(name)
         if not shapes:
             raise InputError(f"{self.path / name} has no safetensors: only these are read. Convert the model.")
-        module = self.empty_module(name)
+        module = self._empty(name, shapes)
         described, stored = sum(one.numel() for one in module.parameters()), sum(map(prod, shapes.values()))
         if described > 2 * stored:  # loading would fill memory before it finds out
             raise InputError(
@@ -121,6 +121,9 @@ class ModelDirectory:
 
     def empty_module(self, name: str) -> nn.Module:
         """The same where the weights need not be there; where they are, they say how narrow it is."""
+        return self._empty(name, self._shapes(name))
+
+    def _empty(self, name: str, shapes: Mapping[str, Sequence[int]]) -> nn.Module:
         import torch
 
         config, cls = self.config(name), self.type_of(name)
@@ -131,7 +134,7 @@ class ModelDirectory:
                 options = cls.config_class.from_dict(config)
                 module = cls._from_config(options, attn_implementation=_attention(cls), dtype=torch.float32)
         try:
-            if fit_to_shapes(module, self._shapes(name)):
+            if fit_to_shapes(module, shapes):
                 self.narrowed.add(name)
         except InputError as error:
             raise InputError(f"{self.path / name} is damaged: {error} {REPLACE}") from error

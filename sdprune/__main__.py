@@ -14,7 +14,7 @@ from types import TracebackType
 from sdprune.errors import InputError, unknown
 from sdprune.errors import cause as _cause
 
-HELP = """usage: sdprune [--help] [--version] {fit,predict,search,sweep,report,inspect,pack,unpack} ...
+HELP = """usage: sdprune [--help] [--version] {fit,predict,search,sweep,report,inspect,pack,unpack,push} ...
 
 Find out how much of a text-to-image model can be pruned away before the pictures suffer.
 
@@ -26,6 +26,7 @@ Find out how much of a text-to-image model can be pruned away before the picture
   inspect  MODEL           say what a model is made of and what pruning it costs, without its weights
   pack     DIR --out DIR   copy a pruned model into compact files, without loss
   unpack   DIR --out DIR   make the plain files of compact ones again, byte for byte
+  push     DIR USER/NAME   send a saved model with its card to the model hub
 
 FILE is a path, or the name of a file that comes with sdprune: mini/predict, sd2/predict; of sweeps mini_sparsity.
 Any value of a configuration can be given as an option after it:
@@ -41,6 +42,7 @@ _APART = {  # verbs without a trainer: the module of their usage, and the functi
     "inspect": ("sdprune.inspection.usage", "sdprune.inspection.verb", "run"),
     "pack": ("sdprune.storage.usage", "sdprune.storage.directory", "run_pack"),
     "unpack": ("sdprune.storage.usage", "sdprune.storage.directory", "run_unpack"),
+    "push": ("sdprune.push", "sdprune.push", "run"),
 }
 VERBS = ("fit", "predict", "search", *_APART)
 

@@ -45,6 +45,22 @@ def asking_hub(what: str, then: str) -> Iterator[None]:
             ) from error
 
 
+def require_hub(done: str) -> None:
+    """Check that the hub answers.
+
+    Args:
+        done: a sentence, what was done so far.
+
+    Raises:
+        InputError: it does not.
+    """
+    from huggingface_hub import constants
+
+    silence = _silence()
+    if silence is not None:
+        raise InputError(f"The hub {constants.ENDPOINT} {silence}. {done}")
+
+
 @contextmanager
 def offline() -> Iterator[None]:
     """Let no library ask the hub."""

@@ -11,9 +11,18 @@ from typing import Any, NamedTuple
 from sdprune.errors import InputError
 from sdprune.files import read_json
 from sdprune.pipelines.resolve import MINIATURE
+from sdprune.push import PLACE
 
 SAME = ("version", "pipeline", "dtype", "prune", "calibration", "narrow", "narrow_calibration")
 """The facts that a record and a saved pipeline share when they are the same weights."""
+
+
+_CITATION = """\
+@article{ramesh2024efficient,
+  title = {Efficient Pruning of Text-to-Image Models: Insights from Pruning Stable Diffusion},
+  author = {Ramesh, Samarth N and Zhao, Zhixue},
+  year = {2024}
+}""".splitlines()
 
 
 class Origin(NamedTuple):
@@ -34,13 +43,13 @@ def origin(model: str, directory: Path | None) -> Origin:
     """
     if model == MINIATURE:
         return Origin(None, "apache-2.0")
-    own = {} if directory is None else _front_matter(directory / "README.md")
+    own = {} if directory is None else front_matter(directory / "README.md")
     local = not model or Path(model).is_dir()
     return Origin(own.get("base_model") if local else model, own.get("license"))
 
 
-def _front_matter(card: Path) -> dict[str, str]:
-    """The texts in a model card's head."""
+def front_matter(card: Path) -> dict[str, str]:
+    """The texts in a model card's head; none where it has none or is damaged."""
     import yaml
 
     try:
@@ -54,16 +63,26 @@ def _front_matter(card: Path) -> dict[str, str]:
 class Measured(NamedTuple):
     """A finished record of the same weights."""
 
-    name: str
+    directory: Path
     facts: Mapping[str, Any]
     results: Mapping[str, Any]
+
+    @property
+    def name(self) -> str:
+        """Of its directory."""
+        return self.directory.name
+
+    @property
+    def grid(self) -> Path:
+        """Its sample prompts, drawn by the dense and the pruned model; may be missing."""
+        return self.directory / "grid.png"
 
 
 def records_of(output: Path, facts: Mapping[str, Any]) -> Iterator[Measured]:
     """Finished records in `output` that measured the weights which these facts decide."""
     for path in sorted(output.glob("*/results.json")):
         try:
-            measured = Measured(path.parent.name, read_json(path.parent / "config.json"), read_json(path))
+            measured = Measured(path.parent, read_json(path.parent / "config.json"), read_json(path))
         except InputError:
             continue  # a damaged record is for `sdprune report` to name
         if all(measured.facts.get(name) == facts.get(name) for name in SAME):
@@ -74,7 +93,7 @@ def model_card(
     source: Origin, sparsity: str, specs: Mapping[str, Any], records: Sequence[Measured], unused: Sequence[str] = (),
     narrowed: Mapping[str, str] | None = None,
 ) -> str:  # fmt: skip
-    """A model card for the hub.
+    """A model card for the hub; it shows `grid.png` where a record has one.
 
     Args:
         source: of the dense model.
@@ -95,11 +114,11 @@ def model_card(
     use = [
         "from diffusers import DiffusionPipeline",
         "",
-        'pipe = DiffusionPipeline.from_pretrained("<this directory>")',
+        f'pipe = DiffusionPipeline.from_pretrained("{PLACE}")',
     ]
     if narrowed:
         size = "Whole heads, neurons or channels are gone: the\nfiles are smaller and the model is faster"
-        use = ["import sdprune  # diffusers alone refuses the shapes", "", 'pipe = sdprune.load("<this directory>")']
+        use = ["import sdprune  # diffusers alone refuses the shapes", "", f'pipe = sdprune.load("{PLACE}")']
     return "\n".join(
         [
             *header, "---", "", "# A pruned text-to-image pipeline", "",
@@ -108,10 +127,20 @@ def model_card(
             "counts.", "",
             *(left_out if unused else ()),
             "## What was pruned", "", *(lines or ["Nothing."]), "", "## Sparsity", "", "```", sparsity, "```", "",
-            "## Scores", "", *_scores(records), "", "## Use", "", "```python",
+            "## Scores", "", *_scores(records), "", *_pictures(records), "## Use", "", "```python",
             *use, "```", "",
+            f'A copy that `sdprune pack` made is opened by `sdprune.load("{PLACE}")` alone.', "",
+            "## Citation", "", "```bibtex", *_CITATION, "```", "",
         ]
     )  # fmt: skip
+
+
+def _pictures(records: Sequence[Measured]) -> list[str]:
+    for measured in records:
+        if measured.grid.is_file():
+            caption = f"The same prompts and noise, dense above and pruned below (record `{measured.name}`)."
+            return ["## Pictures", "", f"![{caption}]({measured.grid.name})", "", caption, ""]
+    return []
 
 
 def _scores(records: Sequence[Measured]) -> list[str]:
@@ -119,7 +148,7 @@ def _scores(records: Sequence[Measured]) -> list[str]:
     return lines[:-1] or [
         "Not measured yet. To have them here, run `sdprune predict` with the same pruning options, calibration and",
         "`--model.output` first, and then `sdprune fit` into a new directory. This directory by itself:", "",
-        "```bash", "sdprune predict --config CONFIG --model.pipeline.model=<this directory> '--model.prune={}'", "```",
+        "```bash", f"sdprune predict --config CONFIG --model.pipeline.model={PLACE} '--model.prune={{}}'", "```",
     ]  # fmt: skip
 
 

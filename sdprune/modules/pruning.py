@@ -150,6 +150,8 @@ class PruningModule(CalibratingModule):
             | {name: narrowed_line(report.summary()) for name, report in self.narrowed.items()},
         )
         (part / "README.md").write_text(card)
+        for grid in [one.grid for one in measured if one.grid.is_file()][:1]:
+            shutil.copyfile(grid, part / grid.name)
         layers = {name: [asdict(layer) for layer in report.layers] for name, report in reports.items()}
         pruning = {name: report.summary() for name, report in reports.items()}
         budget = plan.describe_budget()

@@ -4,14 +4,17 @@ import sdprune
 sdprune.prune(module, sparsity=0.5, criterion="Wanda", inputs=batches)
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sdprune.api import gather, narrow, prune
     from sdprune.pipelines.loading import load
     from sdprune.pruning import PruneReport, PruneSpec
+    from sdprune.sparse_kernels import use_sparse_kernels
 
-__all__ = ["PruneReport", "PruneSpec", "gather", "load", "narrow", "prune"]
+__all__ = ["PruneReport", "PruneSpec", "gather", "load", "narrow", "prune", "use_sparse_kernels"]
+_ELSEWHERE = {"load": "sdprune.pipelines.loading", "use_sparse_kernels": "sdprune.sparse_kernels"}
 
 
 def __dir__() -> list[str]:
@@ -21,10 +24,4 @@ def __dir__() -> list[str]:
 def __getattr__(name: str) -> Any:
     if name not in __all__:  # torch takes seconds to import: `sdprune --version` does without
         raise AttributeError(f"module 'sdprune' has no attribute {name!r}")
-    if name == "load":
-        from sdprune.pipelines.loading import load
-
-        return load
-    from sdprune import api
-
-    return getattr(api, name)
+    return getattr(import_module(_ELSEWHERE.get(name, "sdprune.api")), name)

@@ -93,6 +93,9 @@ def test_every_command_parses(sdprune, here, page, words):
     elif verb in ("pack", "unpack"):
         told = sdprune(*words)
         assert (told.code, f"{rest[0]} is no directory" in told.err) == (2, True), told.err
+    elif verb == "push":
+        told = sdprune(*words)
+        assert (told.code, f"{rest[0]} has no model_index.json" in told.err) == (2, True), told.err
     elif verb == "inspect":
         assert vars(INSPECT.parse(rest))["model"]
     elif verb == "sweep":
@@ -119,7 +122,7 @@ def smaller(word, directory):
 
 def test_the_commands_are_found():
     assert len(COMMANDS) > 30
-    verbs = {"fit", "predict", "search", "sweep", "report", "inspect", "pack", "unpack"}
+    verbs = {"fit", "predict", "search", "sweep", "report", "inspect", "pack", "unpack", "push"}
     assert {words[0] for _, words in COMMANDS} == verbs
     assert {"shifted.py", "brightness.py"} <= FILES.keys()
 

@@ -2,8 +2,8 @@
 
     SDPRUNE_BENCHMARK=1 pytest -n 0 -s tests/benchmarks/test_what_pruning_buys.py
 
-draws 256 captions in 20 steps for every row, all in fp32: some ten minutes on two cores. Models, records and statistics lie
-below $SDPRUNE_BENCHMARK_RUNS, or a temporary directory. Otherwise an untrained miniature makes four pictures a row.
+draws 256 captions in 20 steps for every row, all in fp32: some ten minutes on two cores. Models, records and statistics
+lie below $SDPRUNE_BENCHMARK_RUNS, or a temporary directory. Otherwise an untrained miniature makes four pictures a row.
 
 Disk is the size of the directory, memory that of all parameters and buffers, speed the median of images a second over
 those of the dense model, drawn in turn, all cores working.
@@ -118,9 +118,9 @@ def test_what_pruning_buys(runs):
     }
     faster = speeds(places)
     for name, place in places.items():
-        difference = quality(runs, name, place)
+        difference, ratio = quality(runs, name, place), disk[name] / disk["dense"]
         print(
-            f"\n| {name} | {disk[name] / 1e6:.1f} MB ({disk[name] / disk['dense']:.2f}) | {memory(place) / 1e6:.1f} MB | "
+            f"\n| {name} | {disk[name] / 1e6:.1f} MB ({ratio:.2f}) | {memory(place) / 1e6:.1f} MB | "
             f"{faster[name]:.2f} | {difference} |",
             flush=True,
         )

@@ -11,6 +11,7 @@ import yaml
 from command_lines import ROOT
 
 import sdprune as package
+from sdprune.__main__ import VERBS
 from sdprune.configuration.shipped import located
 from sdprune.inspection.usage import INSPECT
 
@@ -28,8 +29,7 @@ def commands(text):
     lines = [line for block in blocks(text, "bash") for line in block.replace("\\\n", " ").splitlines()]
     inline = re.findall(r"`([^`]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
     lines += [" ".join(code.split()) for code in inline]
-    verbs = "fit|predict|search|sweep|report|inspect|pack|unpack"
-    found = [re.search(rf"\bsdprune (?:{verbs}) .*", line) for line in lines]
+    found = [re.search(rf"\bsdprune (?:{'|'.join(VERBS)}) .*", line) for line in lines]
     return [shlex.split(one[0], comments=True)[1:] for one in found if one]
 
 
@@ -122,8 +122,7 @@ def smaller(word, directory):
 
 def test_the_commands_are_found():
     assert len(COMMANDS) > 30
-    verbs = {"fit", "predict", "search", "sweep", "report", "inspect", "pack", "unpack", "push"}
-    assert {words[0] for _, words in COMMANDS} == verbs
+    assert {words[0] for _, words in COMMANDS} == set(VERBS)
     assert {"shifted.py", "brightness.py"} <= FILES.keys()
 
 

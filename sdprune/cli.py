@@ -308,7 +308,7 @@ class SdpruneCLI(LightningCLI):
         from sdprune.playground.page import build, serve
 
         self._require("playground")
-        self._attach()
+        self._require_data()
         progress = CalibrationProgress()
         progress.trainer = self.trainer
         playground = Playground(model, self.datamodule, self.trainer, progress.show)
@@ -353,11 +353,14 @@ class SdpruneCLI(LightningCLI):
                 with replacing(path) as temporary:
                     temporary.write_text(text)
 
-    def _attach(self) -> None:
+    def _require_data(self) -> None:
         if not isinstance(self.datamodule, CocoDataModule):
             raise InputError(
                 f"{type(self.model).__name__} needs --data CocoDataModule, got {type(self.datamodule).__name__}."
             )
+
+    def _attach(self) -> None:
+        self._require_data()
         self.datamodule.calibrates = self.model.calibrates
         self.datamodule.prepare_data()
         self.datamodule.trainer = self.trainer
@@ -399,5 +402,5 @@ def run(arguments: Sequence[str], summary: bool = True) -> dict[str, Any]:
         if summary:
             print(f"W&B        {line}")
     leave_group()
-    done = isinstance(cli.model, (GenerationModule, SearchModule)) and cli.model.record.finished
-    return cli.model.record.results if done else {}
+    record = getattr(cli.model, "record", None)
+    return record.results if record is not None and record.finished else {}

@@ -28,7 +28,7 @@ def commands(text):
     lines = [line for block in blocks(text, "bash") for line in block.replace("\\\n", " ").splitlines()]
     inline = re.findall(r"`([^`]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
     lines += [" ".join(code.split()) for code in inline]
-    verbs = "fit|predict|search|sweep|report|inspect|pack|unpack"
+    verbs = "fit|predict|search|playground|sweep|report|inspect|pack|unpack"
     found = [re.search(rf"\bsdprune (?:{verbs}) .*", line) for line in lines]
     return [shlex.split(one[0], comments=True)[1:] for one in found if one]
 
@@ -119,7 +119,7 @@ def smaller(word, directory):
 
 def test_the_commands_are_found():
     assert len(COMMANDS) > 30
-    verbs = {"fit", "predict", "search", "sweep", "report", "inspect", "pack", "unpack"}
+    verbs = {"fit", "predict", "search", "playground", "sweep", "report", "inspect", "pack", "unpack"}
     assert {words[0] for _, words in COMMANDS} == verbs
     assert {"shifted.py", "brightness.py"} <= FILES.keys()
 

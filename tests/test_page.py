@@ -14,10 +14,6 @@ from test_report_damage import change
 
 from sdprune.__main__ import main
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium: apt-get install chromium")
-playwright = pytest.importorskip("playwright.sync_api", reason="there is no playwright: pip install '.[test]'")
-
 N = 24
 WORLD = [
     f"a {colour} {shape}" for colour in ("red", "green", "blue") for shape in ("star", "ring", "moon", "cross")
@@ -58,15 +54,6 @@ def report(tmp_path_factory):
         record(root, *run)
     assert main(["report", str(root)]) == 0
     return root / "report" / "report.html"
-
-
-@pytest.fixture(scope="module")
-def chromium():
-    flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=flags)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

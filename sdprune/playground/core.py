@@ -83,6 +83,7 @@ class Playground:
                 "--model.narrow is no choice of this page: save the narrowed model with sdprune fit, and give its "
                 "directory as --model.pipeline.model, and the original as --model.baseline."
             )
+        module.pipeline.require([*module.options.prune])
         for name, spec in module.options.prune.items():
             if spec.band is not None:
                 raise InputError(f"--model.prune.{name}.band is {list(spec.band)}: give a sparsity instead.")

@@ -51,15 +51,15 @@ def scores(shown: Shown) -> str:
 
 def zeros(sparsity: Mapping[str, Any]) -> str:
     """The weights that are really zero."""
-    rows = [
-        f"<tr><td>{escape(name)}</td><td>{whole['zeros']:,}</td><td>{whole['parameters']:,}</td>"
-        f"<td>{whole['zero_fraction']:.2%}</td></tr>"
+    shares = {"nominal (the study's count)": ("", f"{sparsity['nominal']:.2%}")} | {
+        name: (f"{whole['zeros']:,} of {whole['parameters']:,}", f"{whole['zero_fraction']:.2%}")
         for name, whole in scopes(sparsity).items()
         if whole["parameters"]
-    ]
-    head = "<tr><th></th><th>zero</th><th>of</th><th></th></tr>"
-    nominal = f"<tr><td>nominal (the study's count)</td><td></td><td></td><td>{sparsity['nominal']:.2%}</td></tr>"
-    return f'<table class="facts"><caption>Zeros</caption>{head}{nominal}{"".join(rows)}</table>'
+    }
+    rows = "".join(
+        f"<tr><td>{escape(name)}</td><td>{count}</td><td>{share}</td></tr>" for name, (count, share) in shares.items()
+    )
+    return f'<table class="facts"><caption>Zeros</caption>{rows}</table>'
 
 
 def _cards(pictures: Sequence[tuple[str, str, np.ndarray]], kind: str = "") -> str:

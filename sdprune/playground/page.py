@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import socket
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -11,6 +13,9 @@ from typing import Any
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before it is imported: nothing is told to anybody
 try:
     import gradio as gr
+    import uvicorn
+    from fastapi import FastAPI
+    from gradio.networking import setup_tunnel
 except ImportError as error:
     from sdprune.errors import InputError
 
@@ -40,38 +45,47 @@ def build(playground: Playground, origin: Origin) -> gr.Blocks:
     """
     start = playground.start
     with gr.Blocks(title="sdprune playground", delete_cache=(600, 600), analytics_enabled=False) as page:
-        gr.Markdown(f"# sdprune playground\n`{playground.module.pipeline.name}`, dense and pruned, from the same noise")
+        gr.Markdown(f"# sdprune playground\n{_facts(playground)}")
         with gr.Row():
             with gr.Column(scale=2, min_width=300):
                 prompt = gr.Textbox(start.prompt, label="prompt", lines=1, max_lines=3, elem_id="prompt")
-                gr.Examples([[one] for one in playground.module.samples], prompt, label="examples")
+                examples = gr.Examples([[one] for one in playground.module.samples], prompt, label="examples")
                 parts = [_component(playground, name, choice) for name, choice in start.choices.items()]
-                seed = gr.Number(start.seed, label="seed of the noise", precision=0, elem_id="seed")
-                draw = gr.Button("Draw", variant="primary", elem_id="draw")
-            with gr.Column(scale=3, min_width=340):
+                with gr.Row(equal_height=True):
+                    seed = gr.Number(start.seed, label="seed of the noise", precision=0, min_width=120, elem_id="seed")
+                    draw = gr.Button("Draw", variant="primary", min_width=120, elem_id="draw")
+                counted = gr.HTML(elem_id="zeros")
+            with gr.Column(scale=3, min_width=300):
                 notice = gr.HTML(elem_id="notice")
-                slider = gr.ImageSlider(
-                    label="dense | pruned", format="png", interactive=False, elem_id="slider", buttons=["fullscreen"]
-                )
                 pictures = gr.HTML(elem_id="pair")
+                with gr.Row(equal_height=True):
+                    moved = gr.Dropdown(
+                        playground.components, value=playground.components[-1], label="component", min_width=120,
+                        elem_id="moved",
+                    )  # fmt: skip
+                    many = gr.Button("Draw at many sparsities", min_width=160, elem_id="many")
+                strip = gr.HTML(elem_id="strip")
                 with gr.Row():
-                    said = gr.HTML(elem_id="scores", min_height=20)
-                    counted = gr.HTML(elem_id="zeros", min_height=20)
-        with gr.Row(equal_height=True):
-            moved = gr.Dropdown(list(start.choices), value=list(start.choices)[-1], label="component", scale=1)
-            many = gr.Button("Draw it at many sparsities", scale=2, elem_id="many")
-        strip = gr.HTML(elem_id="strip")
+                    slider = gr.ImageSlider(
+                        label="dense | pruned", format="png", interactive=False, elem_id="slider", max_height=400,
+                        buttons=["fullscreen"], scale=3, min_width=280,
+                    )  # fmt: skip
+                    with gr.Column(scale=2, min_width=200):
+                        said = gr.HTML(elem_id="scores")
         with gr.Accordion("This as a command and as a configuration", open=False):
             command = gr.Code(label="command", language="shell", interactive=False, elem_id="command", wrap_lines=True)
             config = gr.Code(label="seen.yaml", language="yaml", interactive=False, elem_id="config", max_lines=30)
         inputs: list[Any] = [prompt, seed, *(control for part in parts for control in part)]
-        outputs = [notice, slider, pictures, said, counted, command, config]
+        showing: dict[str, Any] = {
+            "fn": partial(_show, playground, origin), "inputs": inputs, "preprocess": False,
+            "outputs": [notice, slider, pictures, said, counted, command, config], "show_progress": "minimal", **_QUEUE,
+        }  # fmt: skip
         changes = [control.change for part in parts for control in part]
         gr.on(
-            [page.load, prompt.submit, prompt.change, seed.change, draw.click, *changes],
-            partial(_show, playground, origin), inputs, outputs, preprocess=False, trigger_mode="always_last",
-            show_progress="minimal", api_name="show", **_QUEUE,
+            [page.load, prompt.submit, seed.change, draw.click, *changes], trigger_mode="always_last", api_name="show",
+            **showing,
         )  # fmt: skip
+        examples.load_input_event.then(**showing)
         many.click(
             partial(_strip, playground), [moved, *inputs], [notice, strip], preprocess=False, trigger_mode="once",
             show_progress="minimal", api_name="strip", **_QUEUE,
@@ -81,35 +95,53 @@ def build(playground: Playground, origin: Origin) -> gr.Blocks:
     return page
 
 
-def serve(page: gr.Blocks, host: str, port: int, share: bool, block: bool = True) -> str:
-    """Let browsers see the page.
+def serve(page: gr.Blocks, host: str, port: int, share: bool) -> None:
+    """Let browsers see the page, until the process is interrupted.
 
     Args:
         page: from `build`.
         host: address that it is bound to.
         port: 0 takes a free one.
         share: let Gradio make a link that anybody on the internet can open.
-        block: until the process is interrupted.
-
-    Returns:
-        Its address.
 
     Raises:
-        InputError: the port is taken.
+        InputError: host and port cannot be used.
     """
     page.queue(max_size=32, api_open=False)
+    app = gr.mount_gradio_app(
+        FastAPI(), page, "/", host, port, css_paths=_CSS, theme=gr.themes.Default(**_FONTS), ssr_mode=False,
+        footer_links=[], enable_monitoring=False,
+    )  # fmt: skip
     try:
-        _, address, shared = page.launch(
-            server_name=host, server_port=port or None, share=share, prevent_thread_lock=True, quiet=True,
-            css_paths=_CSS, theme=gr.themes.Default(**_FONTS), ssr_mode=False, footer_links=[], show_error=True,
-            enable_monitoring=False, mcp_server=False, pwa=False,
-        )  # fmt: skip
+        listening = socket.create_server((host, port))
     except OSError as error:
-        raise InputError(f"--port={port} cannot be used on {host}: {error}. Choose another one.") from error
-    print(f"playground {shared or address}   (Ctrl-C ends it)", flush=True)
-    if block:
-        page.block_thread()
-    return str(address)
+        raise InputError(
+            f"--host={host} --port={port} cannot be used: {error.strerror}. Choose others; --port=0 takes a free one."
+        ) from error
+    port = listening.getsockname()[1]
+    link = _shared(page, host, port) if share else f"http://{host}:{port}"
+    print(f"playground {link}   (Ctrl-C ends it)", flush=True)
+    settings = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1)
+    with contextlib.suppress(KeyboardInterrupt):
+        uvicorn.Server(settings).run(sockets=[listening])
+
+
+def _shared(page: gr.Blocks, host: str, port: int) -> str:
+    """A link through Gradio's servers."""
+    try:
+        return setup_tunnel(host, port, page.share_token, None, None)
+    except (RuntimeError, OSError, ValueError) as error:
+        raise InputError(
+            f"--share=true: Gradio gives no link ({error}). Leave it out, and forward the port: ssh -L {port}:{host}:"
+            f"{port} MACHINE."
+        ) from error
+
+
+def _facts(playground: Playground) -> str:
+    """What is drawn, and how."""
+    module, sampling = playground.module, playground.module.sampling
+    against = f", beside `{module.given_baseline}`" if module.given_baseline else ""
+    return f"`{module.pipeline.name}`{against}: {sampling.steps} steps, guidance {sampling.guidance:g}, the same noise"
 
 
 def _component(playground: Playground, name: str, choice: Choice) -> list[Any]:

@@ -13,7 +13,7 @@ from sdprune.configuration.words import given
 from sdprune.errors import InputError, as_share
 from sdprune.pruning import PruneSpec
 
-PUBLISHED = "as published"
+PUBLISHED = "default"
 """The granularity that a criterion was published with."""
 _PROMPT = 1000  # characters; text encoders read some 77 to 512 words of them
 _REPLACED = ("model.prune", "model.samples", "model.seed")

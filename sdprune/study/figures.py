@@ -61,8 +61,8 @@ def curves(
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "sdprune", "font.size": 9, "text.parse_math": False}):
         canvas = Canvas(figsize=(9, 3.4), layout="constrained")
         for axes, (metric, label) in zip(canvas.subplots(1, 2), SCORES.items(), strict=True):
-            for number, (name, runs) in enumerate(lines.items()):
-                around, place = divmod(number, len(COLOURS))
+            for i, (name, runs) in enumerate(lines.items()):
+                around, place = divmod(i, len(COLOURS))
                 style = {"color": COLOURS[place], "linestyle": DASHES[around % len(DASHES)]}
                 _line(axes, runs, column, metric, style, name)
             level = number(study.dense, f"metrics/{metric}")

@@ -67,25 +67,22 @@ def started(miniature, tmp_path_factory):
     assert outside.calls == 0
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def visit(started, chromium):
-    """Open the page; what it asks of other machines, and every error of it, fails the test at the end."""
+    """Open the page; what it asks of other machines, and every error of it, fails the module at the end."""
     wrong, contexts, address = [], [], started[1]
 
-    def visit(drawn=True, **settings):
-        context = chromium.new_context(viewport={"width": 1280, "height": 900}, **settings)
+    def visit():
+        context = chromium.new_context(viewport={"width": 1280, "height": 900})
         contexts.append(context)
         page = context.new_page()
         page.set_default_timeout(PATIENCE)
         page.on("console", lambda line: wrong.append(line.text) if line.type in ("error", "warning") else None)
         page.on("pageerror", lambda error: wrong.append(str(error)))
-        own = urlsplit(address).netloc
-        page.on(
-            "request", lambda one: None if urlsplit(one.url).netloc in ("", own) else wrong.append(one.url)
-        )  # data: and blob: have no host
+        places = ("", urlsplit(address).netloc)  # data: and blob: have no host
+        page.on("request", lambda one: None if urlsplit(one.url).netloc in places else wrong.append(one.url))
         page.goto(address)
-        if drawn:
-            page.wait_for_selector("#pair img")
+        page.wait_for_selector("#pair img")
         return page
 
     yield visit
@@ -94,123 +91,118 @@ def visit(started, chromium):
     assert wrong == []
 
 
+@pytest.fixture(scope="module")
+def page(visit):
+    """One visitor for most tests: to open the page is the slowest part of them."""
+    return visit()
+
+
 def pixels(page, where="#pair img"):
     """The pictures as they came, not as they are scaled."""
     found = [base64.b64decode(one.get_attribute("src").partition(",")[2]) for one in page.locator(where).all()]
     return [np.asarray(Image.open(io.BytesIO(one))) for one in found]
 
 
-def changed(page, act, where="#pair"):
-    """Do something, and wait until a part of the page is another one."""
-    before = page.locator(where).inner_html()
-    act()
-    page.wait_for_function(
-        "([where, before]) => document.querySelector(where).innerHTML !== before", arg=[where, before]
-    )
-
-
 def type_in(page, where, text):
     """Type into a box, and press Enter."""
-    box = page.locator(f"{where} textarea, {where} input[type=number]").first
+    box = page.locator(f"{where} textarea, {where} input:not([type=range])").first
     box.fill(text)
     box.press("Enter")
 
 
-def shown_code(page, where):
-    """The text of a box of code."""
-    return "\n".join(page.locator(f"{where} .cm-line").all_inner_texts())
+def choose(page, prompt, text_encoder, unet):
+    """Choose, and wait until it is seen: (dense, pruned)."""
+    type_in(page, "#text_encoder-sparsity", str(text_encoder))
+    type_in(page, "#unet-sparsity", str(unet))
+    type_in(page, "#prompt", prompt)
+    page.wait_for_function(
+        "([alt, text]) => [...document.querySelectorAll('#pair figure')].some("
+        "one => one.querySelector('img').alt === alt && one.innerText.includes(text))",
+        arg=[f"pruned: {prompt}", f"pruned: text_encoder {text_encoder:.0%}, unet {unet:.0%}"],
+    )
+    return pixels(page)
 
 
-def test_the_page_draws_and_the_slider_changes_it(visit):
-    page = visit()
-    assert [one.get_attribute("alt").partition(":")[0] for one in page.locator("#pair img").all()] == [
-        "dense",
-        "pruned",
-    ]
+def test_the_page_draws_and_the_slider_changes_it(page):
+    dense, pruned = choose(page, "a red star", 0.3, 0.5)
+    assert [one.get_attribute("alt") for one in page.locator("#pair img").all()] == [
+        "dense: a red star", "pruned: a red star"
+    ]  # fmt: skip
     assert page.locator("#slider img").count() == 2
     assert "clip score" in page.locator("#scores").inner_text()
-    dense, pruned = pixels(page)
     assert not np.array_equal(dense, pruned)
     zeros = page.locator("#zeros").inner_text()
-    slider = page.locator("#unet-sparsity input[type=range]")
-    slider.focus()
-    changed(page, lambda: page.keyboard.press("End"), "#zeros")  # everything goes
-    nothing = pixels(page)
-    assert np.array_equal(nothing[0], dense)
-    assert not np.array_equal(nothing[1], pruned)
+    page.locator("#unet-sparsity input[type=range]").focus()
+    page.keyboard.press("End")
+    page.get_by_text("pruned: text_encoder 30%, unet 100%").wait_for()
     assert page.locator("#zeros").inner_text() != zeros
+    again, nothing = pixels(page)
+    assert np.array_equal(again, dense)
+    assert not np.array_equal(nothing, pruned)
+    same = choose(page, "a red star", 0, 0)
+    assert np.array_equal(same[0], dense)
+    assert np.array_equal(same[1], dense)
 
-    changed(page, lambda: page.keyboard.press("Home"), "#zeros")
-    page.locator("#text_encoder-sparsity input[type=range]").focus()
-    changed(page, lambda: page.keyboard.press("Home"), "#zeros")
-    same = pixels(page)
-    assert np.array_equal(same[0], same[1])
 
-
-def test_the_strip_has_the_sparsities(visit):
-    page = visit()
+def test_the_strip_has_the_sparsities(page):
+    choose(page, "a red star", 0, 0.5)
     page.locator("#many").click()
     page.wait_for_function("document.querySelectorAll('#strip img').length === 7")
     labels = page.locator("#strip figcaption").all_inner_texts()
     assert labels == [f"unet {share}%" for share in (0, 15, 30, 45, 60, 75, 90)]
     pictures = pixels(page, "#strip img")
+    assert np.array_equal(pictures[0], pixels(page)[0])
     assert not any(np.array_equal(pictures[0], other) for other in pictures[1:])
 
 
-def test_nonsense_is_refused_in_a_line_and_the_pictures_stay(visit):
-    page = visit()
-    before = pixels(page)
+def test_nonsense_is_refused_in_a_line_and_the_pictures_stay(page):
+    before = choose(page, "a red star", 0.3, 0.5)
     type_in(page, "#prompt", "  ")
-    page.wait_for_selector("#notice .bad")
-    assert page.get_by_role("alert").inner_text().startswith("The prompt is empty: say what the picture shows")
-    assert page.locator("#notice .bad").bounding_box()["height"] < 60
-    type_in(page, "#prompt", "a red star")
-    page.wait_for_selector("#notice .bad", state="detached")
-    box = page.locator("#unet-granularity input")
-    box.fill("9:4")
-    changed(page, lambda: box.press("Enter"), "#notice")
-    assert page.get_by_role("alert").inner_text() == "unet: granularity 9:4 prunes 9 of every 4: give 1 to 4 of 4."
-    assert len(pixels(page)) == len(before)
+    page.get_by_text("The prompt is empty: say what the picture shows").wait_for()
+    assert page.get_by_role("alert").bounding_box()["height"] < 60
+    choose(page, "a blue star", 0.3, 0.5)
+    assert page.get_by_role("alert").count() == 0
+    type_in(page, "#unet-granularity", "9:4")
+    page.get_by_text("unet: granularity 9:4 prunes 9 of every 4: give 1 to 4 of 4.").wait_for()
+    assert len(pixels(page)) == 2
+    type_in(page, "#unet-granularity", "layer")
+    page.get_by_role("alert").wait_for(state="detached")
+    for one, other in zip(choose(page, "a red star", 0.3, 0.5), before, strict=True):
+        assert np.array_equal(one, other)
 
 
-def test_html_in_a_prompt_is_shown_and_never_run(visit):
-    page = visit()
-    changed(page, lambda: type_in(page, "#prompt", EVIL))
-    assert page.locator("#pair img").first.get_attribute("alt") == f"dense: {EVIL}"
+def test_html_in_a_prompt_is_shown_and_never_run(page):
+    choose(page, EVIL, 0.3, 0.5)
     page.get_by_role("button", name="This as a command").click()
     page.wait_for_selector("#config .cm-line")
     assert page.evaluate("window.hacked") is None
     assert page.locator("#pair b, #pair script").count() == 0
+    page.get_by_role("button", name="This as a command").click()
 
 
-def test_the_command_on_the_page_draws_the_same(visit, started, sdprune):
-    page, tmp = visit(), started[2]
-    changed(page, lambda: type_in(page, "#prompt", "a blue ring"))
-    changed(page, lambda: type_in(page, "#unet-sparsity", "0.8"))
-    dense, pruned = pixels(page)
+def test_the_command_on_the_page_draws_the_same(page, started, sdprune):
+    dense, pruned = choose(page, "a blue ring", 0.3, 0.8)
     page.get_by_role("button", name="This as a command").click()
     page.wait_for_selector("#command .cm-line")
-    command = shown_code(page, "#command").replace("\n", "")
-    runs = f"{tmp}/again"
+    command = "".join(page.locator("#command .cm-line").all_inner_texts())
+    assert command.startswith("sdprune predict --config mini/playground ")
+    runs = started[2] / "again"
     ran = sdprune(*shlex.split(command)[1:], "--model.metrics=[]", f"--model.output={runs}")
     assert (ran.code, ran.err) == (0, "")
     for prefix, picture in (("text_encoder", pruned), ("dense", dense)):
-        found = np.asarray(Image.open(the_run(Path(runs), prefix) / "samples" / "0.png"))
+        found = np.asarray(Image.open(the_run(runs, prefix) / "samples" / "0.png"))
         assert np.array_equal(found, picture)
 
 
-def test_visitors_do_not_mix(visit):
-    pages = [visit(), visit()]
-    prompts = ["a green cross", "three small moons"]
-    for page, prompt in zip(pages, prompts, strict=True):
-        type_in(page, "#prompt", prompt)
-    for page, prompt in zip(pages, prompts, strict=True):
-        page.wait_for_selector(f"#pair img[alt='pruned: {prompt}']")
-    one, other = pixels(pages[0]), pixels(pages[1])
-    assert not np.array_equal(one[0], other[0])
-    changed(pages[1], lambda: type_in(pages[1], "#prompt", prompts[0]))
-    for first, second in zip(one, pixels(pages[1]), strict=True):
-        assert np.array_equal(first, second)
+def test_visitors_do_not_mix(page, visit):
+    """Two at once see what each of them sees alone."""
+    other = visit()
+    type_in(page, "#prompt", "a green cross")
+    apart = choose(other, "three small moons", 0.2, 0.7)
+    at_once = choose(page, "a green cross", 0.2, 0.7)
+    assert not np.array_equal(apart[0], at_once[0])
+    for one, alone in zip(at_once, choose(other, "a green cross", 0.2, 0.7), strict=True):
+        assert np.array_equal(one, alone)
 
 
 def test_only_this_machine_can_open_it(started):

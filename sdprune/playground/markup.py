@@ -29,8 +29,14 @@ def notes(lines: Sequence[str]) -> str:
 
 def pair(shown: Shown) -> str:
     """The two pictures beside each other."""
-    pictures = {"dense": shown.dense, "pruned": shown.pruned}
-    return _cards([(f"{name}: {shown.view.prompt}", name, pixels) for name, pixels in pictures.items()], " two")
+    sparsities = ", ".join(f"{name} {choice.sparsity:.0%}" for name, choice in shown.view.choices.items())
+    return _cards(
+        [
+            (f"dense: {shown.view.prompt}", "dense", shown.dense),
+            (f"pruned: {shown.view.prompt}", f"pruned: {sparsities}", shown.pruned),
+        ],
+        " two",
+    )
 
 
 def strip(prompt: str, component: str, pictures: Sequence[tuple[float, np.ndarray]]) -> str:

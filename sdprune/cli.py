@@ -305,16 +305,17 @@ class SdpruneCLI(LightningCLI):
 
     def playground(self, model: GenerationModule, host: str, port: int, share: bool, gather: str, **_: Any) -> None:
         """Load the model and show the page, until it is interrupted."""
-        from sdprune.playground.page import build, serve
+        from sdprune.playground.page import build, listen, serve
 
         self._require("playground")
         self._require_data()
+        listening = listen(host, port)  # before anything costly starts
         progress = CalibrationProgress()
         progress.trainer = self.trainer
         playground = Playground(model, self.datamodule, self.trainer, progress.show)
         playground.load(everything=gather == "all")
         dumped = self._subcommand_parsers["predict"].dump(self.given, skip_validation=True, skip_default=True)
-        serve(build(playground, Origin(yaml.safe_load(dumped), self.words)), host, port, share)
+        serve(build(playground, Origin(yaml.safe_load(dumped), self.words)), listening, share)
 
     def before_search(self) -> None:
         """Find what can be found wrong before anything costly starts."""

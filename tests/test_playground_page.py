@@ -215,9 +215,20 @@ def test_only_this_machine_can_open_it(started):
     assert places == {f"0100007F:{port:04X}"}
 
 
-def test_a_port_that_is_taken(sdprune, started):
-    port = urlsplit(started[1]).port
-    told = sdprune("playground", *options(started[2]), "--config=mini/playground", f"--port={port}")
-    assert told.code == 2
-    assert f"--port={port} cannot be used: Address already in use. Choose others" in told.err
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [
+        (lambda own: [f"--port={own}"], "cannot be used: Address already in use. Choose others"),
+        (lambda own: ["--port=99999"], "--port=99999 cannot be used"),
+        (lambda own: ["--port=0", "--host=none.invalid"], "--host=none.invalid --port=0 cannot be used"),
+        (lambda own: ["--gather=some"], "--gather"),
+        (lambda own: ["--port=0", "--model.budget.total=0.3"], "--model.budget decides sparsities"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_the_model_is_loaded(sdprune, tmp_path, options, part):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        words = options(taken.getsockname()[1])
+        told = sdprune("playground", "--config=mini/playground", f"--model.store={tmp_path}/statistics", *words)
+    assert (told.code, told.out) == (2, "")
+    assert part in told.err
     assert told.err.count("\n") == 1

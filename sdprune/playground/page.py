@@ -95,31 +95,36 @@ def build(playground: Playground, origin: Origin) -> gr.Blocks:
     return page
 
 
-def serve(page: gr.Blocks, host: str, port: int, share: bool) -> None:
+def listen(host: str, port: int) -> socket.socket:
+    """A socket at host and port; port 0 takes a free one.
+
+    Raises:
+        InputError: they cannot be used.
+    """
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(
+            f"--host={host} --port={port} cannot be used: {reason}. Choose others; --port=0 takes a free one."
+        ) from error
+
+
+def serve(page: gr.Blocks, listening: socket.socket, share: bool) -> None:
     """Let browsers see the page, until the process is interrupted.
 
     Args:
         page: from `build`.
-        host: address that it is bound to.
-        port: 0 takes a free one.
+        listening: from `listen`.
         share: let Gradio make a link that anybody on the internet can open.
-
-    Raises:
-        InputError: host and port cannot be used.
     """
+    host, port = listening.getsockname()[:2]
     page.queue(max_size=32, api_open=False)
     app = gr.mount_gradio_app(
         FastAPI(), page, "/", host, port, css_paths=_CSS, theme=gr.themes.Default(**_FONTS), ssr_mode=False,
         footer_links=[], enable_monitoring=False,
     )  # fmt: skip
-    try:
-        listening = socket.create_server((host, port))
-    except OSError as error:
-        raise InputError(
-            f"--host={host} --port={port} cannot be used: {error.strerror}. Choose others; --port=0 takes a free one."
-        ) from error
-    port = listening.getsockname()[1]
-    link = _shared(page, host, port) if share else f"http://{host}:{port}"
+    link = _shared(page, host, port) if share else f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     print(f"playground {link}   (Ctrl-C ends it)", flush=True)
     settings = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1)
     with contextlib.suppress(KeyboardInterrupt):

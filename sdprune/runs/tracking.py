@@ -119,7 +119,7 @@ def _prompts(record: Record, baseline: Record | None) -> Any:
 
 
 def _curves(record: Record, numbers: Mapping[str, float]) -> dict[str, Any]:
-    """Each score against the sparsity that was reached, a point a run: a page of several runs shows all their points."""
+    """Each score against the sparsity that was reached: a point a run, and a page of several runs shows all of them."""
     import wandb
 
     x, charts = "sparsity/prunable/zero_fraction", {}

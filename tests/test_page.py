@@ -123,6 +123,27 @@ def test_the_chart_shows_each_run_and_reacts(report, visit):
     assert "nominal sparsity, %" in words
 
 
+def test_more_methods_than_colours_are_told_apart(tmp_path, visit):
+    """Of eleven methods no two lines have the same colour and dashes, and no two points the same colour and filling."""
+    criteria, allocations = ("Magnitude", "Wanda", "SparseGPT"), ("Uniform", "OWL", "GlobalRanking", "PerLayer")
+    pairs = [(criterion, allocation) for criterion in criteria for allocation in allocations][:11]
+    for number, (criterion, allocation) in enumerate(pairs):
+        for share in (0.2, 0.4):
+            prune = {"unet": spec(share, criterion, allocation, "row")}
+            record(tmp_path, prune, 10 + number + share, 0.3, (number, 0, 0))
+    record(tmp_path, *RUNS["dense"])
+    assert main(["report", str(tmp_path)]) == 0
+    page = visit(tmp_path / "report" / "report.html")
+    lines = page.locator("#chart .mark-line path").evaluate_all(
+        "all => all.map(one => one.getAttribute('stroke') + ' ' + one.getAttribute('stroke-dasharray'))"
+    )
+    assert (len(lines), len(set(lines))) == (11, 11)
+    points = page.locator(POINTS).evaluate_all(
+        "all => all.map(one => one.getAttribute('stroke') + ' ' + one.getAttribute('fill-opacity'))"
+    )
+    assert (len(points), len(set(points))) == (23, 12)
+
+
 def test_a_point_opens_its_run_by_mouse_and_by_keyboard(report, visit):
     page = visit(report)
     point(page, "text_encoder wanda 60 %").click()

@@ -221,7 +221,7 @@ def test_only_this_machine_can_open_it(started):
         (lambda own: [f"--port={own}"], "cannot be used: Address already in use. Choose others"),
         (lambda own: ["--port=99999"], "--port=99999 cannot be used"),
         (lambda own: ["--port=0", "--host=none.invalid"], "--host=none.invalid --port=0 cannot be used"),
-        (lambda own: ["--gather=some"], "--gather"),
+        (lambda own: ["--port=0", "--gather=some"], "Unknown gather 'some'. Choices: first, all."),
         (lambda own: ["--port=0", "--model.budget.total=0.3"], "--model.budget decides sparsities"),
     ],
 )

@@ -104,7 +104,8 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except (OSError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or error
+        number = getattr(error, "errno", None) or 0  # those of names that are not found are negative
+        reason = os.strerror(number) if number > 0 else getattr(error, "strerror", None) or error
         raise InputError(
             f"--host={host} --port={port} cannot be used: {reason}. Choose others; --port=0 takes a free one."
         ) from error

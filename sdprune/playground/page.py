@@ -158,15 +158,15 @@ def _component(playground: Playground, name: str, choice: Choice) -> list[Any]:
         )
         with gr.Row():
             criterion = gr.Dropdown(
-                playground.criteria, value=choice.criterion, label="criterion", min_width=100,
+                playground.criteria, value=choice.criterion, label="criterion", min_width=130,
                 elem_id=f"{name}-criterion",
             )  # fmt: skip
             allocation = gr.Dropdown(
-                playground.allocations, value=choice.allocation, label="allocation", min_width=100,
+                playground.allocations, value=choice.allocation, label="allocation", min_width=130,
                 elem_id=f"{name}-allocation",
             )  # fmt: skip
             granularity = gr.Dropdown(
-                playground.granularities, value=choice.granularity, label="granularity", min_width=100,
+                playground.granularities, value=choice.granularity, label="granularity", min_width=130,
                 allow_custom_value=True, elem_id=f"{name}-granularity",
             )  # fmt: skip
     return [sparsity, criterion, allocation, granularity]

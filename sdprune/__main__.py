@@ -14,13 +14,15 @@ from types import TracebackType
 from sdprune.errors import InputError, unknown
 from sdprune.errors import cause as _cause
 
-HELP = """usage: sdprune [--help] [--version] {fit,predict,search,sweep,report,inspect,pack,unpack,push} ...
+HELP = """usage: sdprune [--help] [--version]
+               {fit,predict,search,playground,sweep,report,inspect,pack,unpack,push} ...
 
 Find out how much of a text-to-image model can be pruned away before the pictures suffer.
 
   fit      --config FILE   prune a model and save it as a diffusers directory, or gather calibration statistics
   predict  --config FILE   prune in memory, draw images from captions, score them, write the record
   search   --config FILE   find and certify the sparsest model that is still as good as the dense one
+  playground               show in a browser what pruning does to a prompt
   sweep    FILE ...        run every cell of W&B sweep files here, without a server
   report   DIR ...         show the runs in these directories on a page to explore; tables and figures for papers
   inspect  MODEL           say what a model is made of and what pruning it costs, without its weights
@@ -44,7 +46,7 @@ _APART = {  # verbs without a trainer: the module of their usage, and the functi
     "unpack": ("sdprune.storage.usage", "sdprune.storage.directory", "run_unpack"),
     "push": ("sdprune.push", "sdprune.push", "run"),
 }
-VERBS = ("fit", "predict", "search", *_APART)
+VERBS = ("fit", "predict", "search", "playground", *_APART)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

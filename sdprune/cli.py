@@ -1,4 +1,4 @@
-"""`fit`, `predict` and `search` on LightningCLI."""
+"""`fit`, `predict`, `search` and `playground` on LightningCLI."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Literal, Optional
 
+import yaml
 from jsonargparse import Namespace
 from lightning import LightningDataModule, LightningModule, Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -21,13 +22,15 @@ from sdprune.configuration.manual import manual_of, manual_of_verb
 from sdprune.configuration.options import Configuration, explain
 from sdprune.configuration.parser import ParseError, Parser, root_options
 from sdprune.configuration.shipped import with_shipped
-from sdprune.configuration.words import help_wanted, quoted
+from sdprune.configuration.words import given, help_wanted, quoted
 from sdprune.data import CocoDataModule
 from sdprune.errors import InputError
 from sdprune.files import replacing
 from sdprune.locks import release_all
 from sdprune.mini.training import Stage
 from sdprune.modules import FrozenModule, GenerationModule
+from sdprune.playground.core import Playground
+from sdprune.playground.view import Origin, without
 from sdprune.processes import announce_machines, leave_group, report_lost_processes
 from sdprune.progress import CalibrationProgress, ImageProgress, SearchProgress
 from sdprune.pruning import InfeasibleError
@@ -56,17 +59,26 @@ DESCRIPTIONS = {
     "(CalibrationModule: --model.help CalibrationModule).",
     "predict": "Prune in memory, draw images from captions, score them, write the record; the same command again goes "
     "on where it stopped.",
+    "playground": "Show in a browser what pruning does to a prompt: dense and pruned from the same noise. Without a "
+    "configuration it shows the miniature, whose statistics are all gathered first.",
     "search": "Find the sparsest model whose images are still as good as the dense model's, and certify it; the same "
     "command again goes on where it stopped.",
 }
 MAIN = {
     "fit": {"model": "PruningModule", "data": "CocoDataModule"},
     "predict": {"model": "GenerationModule", "data": "CocoDataModule"},
+    "playground": {"model": "GenerationModule", "data": "CocoDataModule"},
     "search": {"model": "SearchModule", "data": "CocoDataModule"},
 }
 """The classes whose options the help of a verb shows."""
-ONLY: dict[str, type[LightningModule]] = {"predict": GenerationModule, "search": SearchModule}
+ONLY: dict[str, type[LightningModule]] = {
+    "predict": GenerationModule,
+    "search": SearchModule,
+    "playground": GenerationModule,
+}
 """Verbs that run one class; fit runs all others."""
+PLAYGROUND = ("host", "port", "share", "gather")
+"""Options that no other verb has."""
 
 
 class StudyTrainer(Trainer):
@@ -75,6 +87,28 @@ class StudyTrainer(Trainer):
     def search(self, model: SearchModule, datamodule: CocoDataModule) -> None:
         """Search in the predict loop, where what is drawn next depends on what was drawn before."""
         self.predict(model, datamodule=datamodule, return_predictions=False)
+
+    def playground(
+        self,
+        model: GenerationModule,
+        datamodule: CocoDataModule,
+        host: str = "127.0.0.1",
+        port: int = 7860,
+        share: bool = False,
+        gather: Literal["first", "all"] = "first",
+    ) -> None:
+        """Show a page.
+
+        Args:
+            model: what is drawn and how.
+            datamodule: has the captions of calibration.
+            host: address that the page is bound to; 0.0.0.0 lets other machines open it.
+            port: of the page; 0 takes a free one.
+            share: whether Gradio makes a link through its servers that anybody can open.
+            gather: the statistics that are gathered before the page opens: those of what it shows first, or of all
+                criteria and allocations; others are gathered when they are chosen.
+        """
+        raise NotImplementedError("The command line runs it.")
 
 
 class SdpruneCLI(LightningCLI):
@@ -119,6 +153,7 @@ class SdpruneCLI(LightningCLI):
             "fit": {*taken, "train_dataloaders", "val_dataloaders", "weights_only"},
             "predict": {*taken, "dataloaders", "return_predictions", "ckpt_path", "weights_only"},
             "search": taken,
+            "playground": taken,
         }
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -132,6 +167,8 @@ class SdpruneCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Choose the logger, unless the configuration names its own."""
         config = self.config[self.subcommand]
+        if self.subcommand == "playground":
+            config.trainer.logger = False
         if config.trainer.logger is not True:
             return
         if config.wandb == "off":
@@ -158,6 +195,9 @@ class SdpruneCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, with errors of one line."""
         configuration = Configuration(root_options(self._subcommand_parsers[args[0]]), GROUPS)
+        if args[0] == "playground":
+            args = [*args, *_playground_defaults(args[1:])]
+            self.words = without(args[1:], PLAYGROUND)
         try:
             args = [args[0], *with_shipped(args[1:])]
             wanted, words = help_wanted(args[1:])
@@ -197,10 +237,10 @@ class SdpruneCLI(LightningCLI):
 
     def _require(self, verb: str) -> None:
         """Raise InputError for a model that another verb runs."""
-        wanted = next((own for own, kind in ONLY.items() if isinstance(self.model, kind)), "fit")
-        if wanted != verb:
+        wanted = [own for own, kind in ONLY.items() if isinstance(self.model, kind)] or ["fit"]
+        if verb not in wanted:
             runs = ONLY[verb].__name__ if verb in ONLY else "PruningModule or CalibrationModule"
-            raise InputError(f"{verb} runs {runs}, got {type(self.model).__name__}: use sdprune {wanted}.")
+            raise InputError(f"{verb} runs {runs}, got {type(self.model).__name__}: use sdprune {wanted[0]}.")
 
     def before_fit(self) -> None:
         """Find what can be found wrong before anything costly starts."""
@@ -263,6 +303,20 @@ class SdpruneCLI(LightningCLI):
             if self.summary:
                 show(self.model.record, already=self.already)
 
+    def playground(self, model: GenerationModule, host: str, port: int, share: bool, gather: str, **_: Any) -> None:
+        """Load the model and show the page, until it is interrupted."""
+        from sdprune.playground.page import build, listen, serve
+
+        self._require("playground")
+        self._require_data()
+        listening = listen(host, port)  # before anything costly starts
+        progress = CalibrationProgress()
+        progress.trainer = self.trainer
+        playground = Playground(model, self.datamodule, self.trainer, progress.show)
+        playground.load(everything=gather == "all")
+        dumped = self._subcommand_parsers["predict"].dump(self.given, skip_validation=True, skip_default=True)
+        serve(build(playground, Origin(yaml.safe_load(dumped), self.words)), listening, share)
+
     def before_search(self) -> None:
         """Find what can be found wrong before anything costly starts."""
         self._require("search")
@@ -300,14 +354,23 @@ class SdpruneCLI(LightningCLI):
                 with replacing(path) as temporary:
                     temporary.write_text(text)
 
-    def _attach(self) -> None:
+    def _require_data(self) -> None:
         if not isinstance(self.datamodule, CocoDataModule):
             raise InputError(
                 f"{type(self.model).__name__} needs --data CocoDataModule, got {type(self.datamodule).__name__}."
             )
+
+    def _attach(self) -> None:
+        self._require_data()
         self.datamodule.calibrates = self.model.calibrates
         self.datamodule.prepare_data()
         self.datamodule.trainer = self.trainer
+
+
+def _playground_defaults(words: Sequence[str]) -> list[str]:
+    """What is shown where no configuration is given."""
+    named = any(name in ("c", "config") or name.startswith("model") for name, _ in given(words))
+    return [] if named else ["--config=mini/playground", "--gather=all"]
 
 
 def _class(path: str, **init_args: Any) -> Any:
@@ -340,5 +403,5 @@ def run(arguments: Sequence[str], summary: bool = True) -> dict[str, Any]:
         if summary:
             print(f"W&B        {line}")
     leave_group()
-    done = isinstance(cli.model, (GenerationModule, SearchModule)) and cli.model.record.finished
-    return cli.model.record.results if done else {}
+    record = getattr(cli.model, "record", None)
+    return record.results if record is not None and record.finished else {}

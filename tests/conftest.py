@@ -1,6 +1,7 @@
 """What all tests share: one thread, no network, and an untrained miniature."""
 
 import os
+import shutil
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,3 +50,18 @@ def sdprune(miniature, capfd):
         return Told(code, *capfd.readouterr())
 
     return run
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    """A headless browser, driven by Playwright; tests that want it are skipped where there is none."""
+    reason = "there is no playwright: pip install '.[test]'"
+    playwright = pytest.importorskip("playwright.sync_api", reason=reason)
+    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if path is None:
+        pytest.skip("there is no chromium: apt-get install chromium")
+    flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=path, args=flags)
+        yield browser
+        browser.close()

@@ -1,5 +1,5 @@
-"""Imports run one way: pruning <- calibration; storage <- pipelines, data, metrics <- runs <- modules <- search <-
-configuration, cli."""
+"""Imports run one way: pruning <- calibration; storage <- pipelines, data, metrics <- runs <- modules <- search,
+playground <- configuration, cli."""
 
 import ast
 from pathlib import Path
@@ -19,6 +19,7 @@ ALLOWED = {
     "runs": {"runs", "data", "metrics", "pictures", "pruning"},
     "modules": {"modules", "api", "calibration", "data", "metrics", "pipelines", "pruning", "runs"},
     "search": {"search", "calibration", "data", "metrics", "modules", "pipelines", "pruning", "runs"},
+    "playground": {"playground", "calibration", "configuration", "data", "metrics", "modules", "pruning"},
     # It reads records, and runs commands; of pipelines only `resolve`, for the name of the miniature, of mini only the
     # grammar of its captions.
     "study": {"study", "mini", "cli", "configuration", "metrics", "pipelines", "pruning", "runs", "pictures"},

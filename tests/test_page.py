@@ -14,10 +14,6 @@ from test_report_damage import change
 
 from sdprune.__main__ import main
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium: apt-get install chromium")
-playwright = pytest.importorskip("playwright.sync_api", reason="there is no playwright: pip install '.[test]'")
-
 N = 24
 WORLD = [
     f"a {colour} {shape}" for colour in ("red", "green", "blue") for shape in ("star", "ring", "moon", "cross")
@@ -58,15 +54,6 @@ def report(tmp_path_factory):
         record(root, *run)
     assert main(["report", str(root)]) == 0
     return root / "report" / "report.html"
-
-
-@pytest.fixture(scope="module")
-def chromium():
-    flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=flags)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture
@@ -134,6 +121,27 @@ def test_the_chart_shows_each_run_and_reacts(report, visit):
     words = page.locator("#chart").inner_text()
     assert "FID (lower is better)" in words
     assert "nominal sparsity, %" in words
+
+
+def test_more_methods_than_colours_are_told_apart(tmp_path, visit):
+    """Of eleven methods no two lines have the same colour and dashes, and no two points the same colour and filling."""
+    criteria, allocations = ("Magnitude", "Wanda", "SparseGPT"), ("Uniform", "OWL", "GlobalRanking", "PerLayer")
+    pairs = [(criterion, allocation) for criterion in criteria for allocation in allocations][:11]
+    for number, (criterion, allocation) in enumerate(pairs):
+        for share in (0.2, 0.4):
+            prune = {"unet": spec(share, criterion, allocation, "row")}
+            record(tmp_path, prune, 10 + number + share, 0.3, (number, 0, 0))
+    record(tmp_path, *RUNS["dense"])
+    assert main(["report", str(tmp_path)]) == 0
+    page = visit(tmp_path / "report" / "report.html")
+    lines = page.locator("#chart .mark-line path").evaluate_all(
+        "all => all.map(one => one.getAttribute('stroke') + ' ' + one.getAttribute('stroke-dasharray'))"
+    )
+    assert (len(lines), len(set(lines))) == (11, 11)
+    points = page.locator(POINTS).evaluate_all(
+        "all => all.map(one => one.getAttribute('stroke') + ' ' + one.getAttribute('fill-opacity'))"
+    )
+    assert (len(points), len(set(points))) == (23, 12)
 
 
 def test_a_point_opens_its_run_by_mouse_and_by_keyboard(report, visit):

@@ -46,6 +46,7 @@ class ExaminerScore(Score):
     """
 
     higher_is_better = True
+    judges = True
 
     def __init__(
         self,

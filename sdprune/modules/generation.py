@@ -79,6 +79,10 @@ class DrawingModule(FrozenModule):
             drawn = self.pipeline.generate(prompts, seeds, self.sampling)
         return list(zip(drawn.images.permute(0, 2, 3, 1).numpy(), drawn.finite, strict=True))
 
+    def draw_samples(self, prompts: Sequence[str]) -> list[tuple[np.ndarray, bool]]:
+        """Pictures of prompts that are no captions of the data, as of `draw`; the noise hangs on the prompt's words."""
+        return self.draw(prompts, [f"sample:{prompt}" for prompt in prompts])
+
     @contextmanager
     def timing(self, what: str) -> Iterator[None]:
         """Add the seconds that a block takes to the record's account."""

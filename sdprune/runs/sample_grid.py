@@ -22,7 +22,7 @@ class SampleGrid(Callback):
             record.finish({**record.results, "samples": None})
         (record.directory / "grid.png").unlink(missing_ok=True)
         if samples:
-            drawn = pl_module.draw(samples, [f"sample:{prompt}" for prompt in samples])
+            drawn = pl_module.draw_samples(samples)
             for number, (pixels, finite) in enumerate(drawn):
                 save_png(record.sample_path(number), pixels, finite)
             rows = {"pruned" if pl_module.reports else "dense": [pixels for pixels, _ in drawn]}

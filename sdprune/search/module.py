@@ -17,9 +17,10 @@ from sdprune.locks import RunLock
 from sdprune.metrics import Column, ImageBatch, Score
 from sdprune.modules.generation import DrawingModule
 from sdprune.modules.pruning_plan import PruningOptions, PruningPlan
+from sdprune.modules.weights import Weights
 from sdprune.pipelines import DiffusersFamily, Sampling
 from sdprune.processes import Processes
-from sdprune.pruning import Budget, InfeasibleError, PruneSpec, targets_of
+from sdprune.pruning import Budget, InfeasibleError, PruneSpec
 from sdprune.runs.png import Picture, stacked
 from sdprune.runs.record import Record
 from sdprune.search.answer import write_answer
@@ -27,7 +28,6 @@ from sdprune.search.certificate import ALPHA, FIRST, Bisection, Tolerance, fewes
 from sdprune.search.files import read_state, write_state
 from sdprune.search.options import Levels, check_path, check_spec, model_of, number_of
 from sdprune.search.search import CERTIFICATE, DENSE, SCALE, SEARCH, Model, Search
-from sdprune.search.weights import Weights
 
 if TYPE_CHECKING:
     from sdprune.data import CocoDataModule
@@ -106,7 +106,7 @@ class SearchModule(DrawingModule):
         self.search: Search | None = None
         self.facts_of_models: dict[str, Any] = {}
         """What pruning came to, by the name of the model."""
-        self._weights: Weights | None = None
+        self._weights: Weights[Model] | None = None
 
     def _check_path(self) -> None:
         if not self.prune and self.budget is None:
@@ -290,13 +290,7 @@ class SearchModule(DrawingModule):
         for column in self._columns.values():
             column.prepare(self.trainer.strategy.root_device)
         names = self.prune if self.budget is None else self.pipeline.prunable
-        self._weights = Weights(
-            {
-                (name, target.name): target.weight
-                for name in names
-                for target in targets_of(self.pipeline.components[name], self.prune.get(name, PruneSpec()))
-            }
-        )
+        self._weights = Weights(self.pipeline, {name: self.prune.get(name, PruneSpec()) for name in names}, DENSE)
 
     def _prune(self, model: Model) -> None:
         """Prune the dense pipeline in place; collective."""

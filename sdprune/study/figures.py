@@ -18,6 +18,8 @@ from sdprune.study.records import sample
 SCORES = {"fid": "FID (lower is better)", "clip_score": "CLIP score (higher is better)"}
 # Colours that people with colour blindness tell apart (Okabe & Ito, 2008).
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+DASHES = ("-", "--", ":", "-.")
+"""Of the lines of each round through the colours."""
 _SIDE = 128  # pixels of a picture in a sheet
 
 
@@ -59,8 +61,10 @@ def curves(
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "sdprune", "font.size": 9, "text.parse_math": False}):
         canvas = Canvas(figsize=(9, 3.4), layout="constrained")
         for axes, (metric, label) in zip(canvas.subplots(1, 2), SCORES.items(), strict=True):
-            for colour, (name, runs) in zip(COLOURS * 3, lines.items(), strict=False):
-                _line(axes, runs, column, metric, colour, name)
+            for i, (name, runs) in enumerate(lines.items()):
+                around, place = divmod(i, len(COLOURS))
+                style = {"color": COLOURS[place], "linestyle": DASHES[around % len(DASHES)]}
+                _line(axes, runs, column, metric, style, name)
             level = number(study.dense, f"metrics/{metric}")
             if level is not None:
                 axes.axhline(level, color="grey", linestyle="--", linewidth=1, label="dense")
@@ -73,17 +77,17 @@ def curves(
     return Figure(f"{_slug(caption)}.svg", caption, content.getvalue())
 
 
-def _line(axes: Any, runs: pd.DataFrame, column: str, metric: str, colour: str, name: str) -> None:
+def _line(axes: Any, runs: pd.DataFrame, column: str, metric: str, style: dict[str, str], name: str) -> None:
     score, change = f"metrics/{metric}", f"comparison/{metric}_diff"
     columns = [column, score, change, f"{change}_low", f"{change}_high"]
     found = runs.sort_values(column, kind="stable").reindex(columns=columns).astype(float).dropna(subset=[score])
     if not len(found):
         return
     sparsities = 100 * found[column]
-    axes.plot(sparsities, found[score], marker="o", markersize=3, color=colour, label=_short(name))
+    axes.plot(sparsities, found[score], marker="o", markersize=3, label=_short(name), **style)
     if found.notna().all(axis=None):
         low, high = (found[score] - found[change] + found[f"{change}_{end}"] for end in ("low", "high"))
-        axes.fill_between(sparsities, low, high, color=colour, alpha=0.15, linewidth=0)
+        axes.fill_between(sparsities, low, high, color=style["color"], alpha=0.15, linewidth=0)
 
 
 def _short(name: str) -> str:

@@ -27,6 +27,8 @@ class Score(ABC):
     name: str
     """Key of the score in the results and of its reference; no other score of a run has it."""
     higher_is_better: ClassVar[bool] = False
+    judges: ClassVar[bool] = False
+    """Whether it says yes (1) or no (0) of an image."""
     minimum: int = 1
     """Number of images that it needs."""
     tolerance: float | None = None

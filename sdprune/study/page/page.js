@@ -2,6 +2,7 @@
 const data = JSON.parse(document.getElementById("data").textContent);
 const $ = (id) => document.getElementById(id);
 const COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8F6BC1", "#8A8A8A"];
+const DASHES = [[1, 0], [6, 3], [2, 2], [8, 3, 2, 3]];  // of the lines of each round through the colours
 const SHAPES = { text: "circle", image: "square", both: "triangle-up", dense: "diamond" };
 const STEP = 18; // pairs of pictures that are shown at once
 let group, series, state;
@@ -106,17 +107,21 @@ function drawLegend() {
 
 function swatch(name) {
   const made = el("i");
-  made.style.background = colour(name);
+  const [drawn, left] = dash(name);
+  made.style.background = `repeating-linear-gradient(90deg, ${colour(name)} 0 ${drawn}px, transparent 0 ${drawn + left}px)`;
+  made.style.outline = `1.5px solid ${colour(name)}`;
   return made;
 }
 const colour = (name) => COLOURS[series.indexOf(name) % COLOURS.length];
+const round = (name) => Math.floor(Math.max(0, series.indexOf(name)) / COLOURS.length);
+const dash = (name) => DASHES[round(name) % DASHES.length];
 
 async function drawChart() {
   const key = state.measure, axis = state.axis, one = measure(key);
   const values = group.runs.flatMap((run, i) => {
     const value = run.values[key];
     return value && !state.off.has(run.series)
-      ? [{ i, x: run.axes[axis], y: value[0], low: value[1], high: value[2], series: run.series, kind: run.kind, title: run.name }]
+      ? [{ i, x: run.axes[axis], y: value[0], low: value[1], high: value[2], series: run.series, open: round(run.series) > 0, kind: run.kind, title: run.name }]
       : [];
   });
   const bars = values.filter((value) => Number.isFinite(value.low));
@@ -125,14 +130,16 @@ async function drawChart() {
   const x = { field: "x", type: "quantitative", title: `${group.axes[axis]}, %`, axis: { format: "~g" } };
   const y = { field: "y", type: "quantitative", title: label(one), scale: { zero: false } };
   const color = { field: "series", type: "nominal", legend: null, scale: { domain: [...shown, "dense"], range: [...shown.map(colour), "currentColor"] } };
+  const strokeDash = { field: "series", type: "nominal", legend: null, scale: { domain: [...shown, "dense"], range: [...shown.map(dash), DASHES[0]] } };
+  const fillOpacity = { field: "open", type: "nominal", legend: null, scale: { domain: [false, true], range: [1, 0] } };
   const spec = {
     width: "container", height: 320, data: { values }, background: null, autosize: { type: "fit", contains: "padding" },
     layer: [
       ...(level === undefined || level === null ? [] : [{ data: { values: [{ y: level }] }, mark: { type: "rule", strokeDash: [6, 4], color: "currentColor", opacity: 0.7, aria: false }, encoding: { y } }]),
-      { mark: { type: "line", opacity: 0.7, aria: false }, encoding: { x, y, color } },
+      { mark: { type: "line", opacity: 0.7, aria: false }, encoding: { x, y, color, strokeDash } },
       ...(bars.length ? [{ data: { values: bars }, mark: { type: "rule", opacity: 0.6, aria: false }, encoding: { x, y: { ...y, field: "low" }, y2: { field: "high" }, color } }] : []),
       { mark: { type: "point", filled: true, size: 90, opacity: 1, cursor: "pointer" }, name: "points",
-        encoding: { x, y, color, shape: { field: "kind", legend: null, scale: { domain: Object.keys(SHAPES), range: Object.values(SHAPES) } }, description: { field: "title" } } },
+        encoding: { x, y, color, stroke: color, fillOpacity, shape: { field: "kind", legend: null, scale: { domain: Object.keys(SHAPES), range: Object.values(SHAPES) } }, description: { field: "title" } } },
     ],
     config: {
       axis: { labelColor: "currentColor", titleColor: "currentColor", gridColor: "currentColor", gridOpacity: 0.12, domainColor: "currentColor", tickColor: "currentColor", labelFontSize: 12, titleFontSize: 13, titleFontWeight: "normal" },

@@ -15,6 +15,8 @@ import pytest
 import yaml
 from command_lines import CONFIGS, CPU, fit, predict, process, the_run
 
+from sdprune.__main__ import VERBS
+
 YAML = (CONFIGS / "predict.yaml").read_text()
 
 
@@ -38,7 +40,7 @@ sys.exit(f"imported {heavy}" if heavy else 0)
     assert "usage: sdprune unpack DIR --out DIR" in done.stdout
     assert (
         done.stderr == "sdprune: error: Unknown verb 'predct'. Did you mean 'predict'? "
-        "Choices: fit, predict, search, sweep, report, inspect, pack, unpack, push.\n"
+        f"Choices: {', '.join(VERBS)}.\n"
     )
 
 

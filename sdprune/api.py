@@ -21,6 +21,7 @@ from sdprune.pruning import PruneReport, PruneSpec, Statistics, apply, targets_o
 from sdprune.pruning.narrowing import NarrowReport, NarrowSpec, choose, groups_of, pair_name, pairing
 from sdprune.pruning.narrowing import narrow as apply_narrowing
 from sdprune.pruning.narrowing.engine import LAYERS
+from sdprune.pruning.statistics.alone_error import AloneError
 from sdprune.pruning.statistics.pruned_error import Probe, PrunedError
 
 _Spec = TypeVar("_Spec", PruneSpec, NarrowSpec)
@@ -100,12 +101,14 @@ def gather(
     for request in before:
         store.add(request.facts, (dense or {})[request.statistic])
     names = {names} if isinstance(names, str) else set(names)
-    probe = spec.allocation.probe if PrunedError.name in names else None
-    sums = sorted((names | (spec.criterion.statistics if probe else set())) - {PrunedError.name})
+    errors = [AloneError.name, PrunedError.name]
+    probe = spec.allocation.probe if names & set(errors) else None
+    sums = sorted((names | (spec.criterion.statistics if probe else set())) - set(errors))
     requests = [Request("", name, spec, {"statistic": name}, spec.sequential, before) for name in sums]
     if probe is not None:
-        alone, facts = alone_at(spec, probe.levels[0]), {"statistic": PrunedError.name}
-        requests.append(Request("", PrunedError.name, alone, facts, before=tuple(requests), probe=probe))
+        alone = alone_at(spec, probe.levels[0])
+        for name in errors:
+            requests.append(Request("", name, alone, {"statistic": name}, before=tuple(requests), probe=probe))
     subject = _Module(module, calls)
     collector = Collector({"": subject}, requests, store, processes=Processes(alone=True), first=subject.first)
     collector.run(lambda: ((call, index, call.samples) for index, call in enumerate(calls)))

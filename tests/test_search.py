@@ -134,10 +134,9 @@ def test_the_risk_is_shared_and_the_paths_are_those_of_the_levels(whole):
     thresholds = [results["thresholds"][name][name] for name in ("text_encoder", "unet")]
     steps = [round((share - 0.02) / 0.39) for share in thresholds]
     joint = [[levels[step + 1 - back] for step in steps] for back in range(min(steps) + 1)]
-    for probe in by_path["together"]:
-        assert [probe["sparsities"][name] for name in ("text_encoder", "unet")] in joint
-        assert probe["prompts"] == "search"
+    first = joint.index([by_path["certificate"][0]["sparsities"][name] for name in ("text_encoder", "unet")])
     for attempt, probe in enumerate(by_path["certificate"], 1):
+        assert [probe["sparsities"][name] for name in ("text_encoder", "unet")] == joint[first + attempt - 1]
         assert (probe["prompts"], probe["alpha"]) == ("certificate", 0.05 / 2**attempt)
     assert results["answer"]["path"] == "certificate"
     (also,) = by_path["also"]

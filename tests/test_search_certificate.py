@@ -213,9 +213,12 @@ def test_thresholds_are_wrong_in_at_most_one_of_twenty(broken, spread):
 
 
 def test_what_is_found_together_is_wrong_in_at_most_one_of_twenty():
-    """Of joint models with losses that add up; the bisection on the search's prompts alone would be less sure."""
+    """Of joint models with losses that add up; with at most a tenth of the images of a grid."""
     world, searches = World(Tolerance(0.02), 0.004, 0.004), 100
-    answers = [search.answer for search in world.simulate(["text_encoder", "unet"], searches)]
+    found = list(world.simulate(["text_encoder", "unet"], searches))
+    images = [search.images() for search in found]
+    assert np.mean([one["pruned"] + one["dense"] for one in images]) < images[0]["grid"] / 10
+    answers = [search.answer for search in found]
     losses = [world.true_loss(one.model) for one in answers if one is not None]
     assert len(losses) > 0.9 * searches
     assert sum(loss > 1 for loss in losses) <= tolerated(searches)
@@ -248,6 +251,27 @@ def test_a_certificate_that_fails_steps_back_at_half_the_risk():
     assert [one.alpha for one in tests] == [ALPHA / 2, ALPHA / 4, ALPHA / 8, ALPHA / 16]
     assert [one.verdict for one in tests] == ["futile"] * 3 + ["certified"]
     assert search.answer is tests[-1]
+
+
+def test_the_first_joint_model_is_expected_to_lose_half_a_tolerance():
+    """Losses without noise that add up: the sparsest model on the way back from both limits that loses no more."""
+    share = {"text_encoder": 0.0019, "unet": 0.0016}  # lost by a level, of a tolerance of 0.02
+    paths = {name: [Model({name: level / 10}) for level in range(1, 10)] for name in share}
+
+    def scores_of(model):
+        lost = sum(share[name] * round(10 * level) for name, level in model.sparsities.items())
+        return np.full(2 * 256 + 16, 1 - lost)
+
+    search = run(Search(Tolerance(0.02), paths, 256), scores_of, np.arange(2 * 256 + 16))
+    thresholds = [round(10 * search.thresholds[name].sparsities[name]) for name in share]
+    wanted = next(
+        back
+        for back in range(9)
+        if sum(lost * (level - back) for lost, level in zip(share.values(), thresholds, strict=True)) <= 0.01
+    )
+    first = next(one for one in search.probes if one.part == CERTIFICATE)
+    assert [round(10 * level) for level in first.model.sparsities.values()] == [one - wanted for one in thresholds]
+    assert not any(one.part != CERTIFICATE and len(one.model.sparsities) > 1 for one in search.probes)
 
 
 def test_a_loss_that_falls_with_sparsity_is_seen_and_certified_anew():

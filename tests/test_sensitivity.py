@@ -74,7 +74,7 @@ def test_errors_are_those_of_pruning_by_hand(unit):
     net, inputs = network()
     before = copy.deepcopy(net.state_dict())
     spec = PruneSpec(sparsity=0.5, allocation=sensitivity(unit))
-    found = gather(net, inputs, spec, "pruned_error")["pruned_error"]
+    found = gather(net, inputs, spec, "alone_error")["alone_error"]
     names = [target.name for target in find_targets(net)]
     assert set(found) == set(names)
     for name in names:
@@ -87,8 +87,36 @@ def test_errors_are_those_of_pruning_by_hand(unit):
 def test_the_first_samples_count():
     net, inputs = network()
     spec = PruneSpec(sparsity=0.5, allocation=sensitivity("layer", samples=4))
-    (found,) = gather(net, inputs, spec, "pruned_error").values()
+    (found,) = gather(net, inputs, spec, "alone_error").values()
     assert found["head"].tolist() == pytest.approx(errors_by_hand(net, inputs[:1], ["head"]), rel=1e-4)
+
+
+class StandingIn(nn.Module):
+    """Two equal layers whose outputs are added, and one that has outputs of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = (nn.Linear(40, 30, bias=False) for _ in range(3))
+        self.b.weight.data = self.a.weight.data.clone()
+
+    def forward(self, x):
+        return torch.cat([self.a(x) + self.b(x), self.c(x)], 1)
+
+
+def test_what_units_lose_together_counts():
+    """Two equal errors that are added make one of four times the square: each adds three to that of the other, and the
+    geometric mean of one and three counts."""
+    torch.manual_seed(0)
+    net, inputs = StandingIn(), [torch.randn(64, 40)]
+    before = copy.deepcopy(net.state_dict())
+    allocation = Sensitivity(levels=[step / 40 for step in range(2, 39)], samples=64)
+    found = gather(net, inputs, PruneSpec(sparsity=0.5, allocation=allocation), ["alone_error", "pruned_error"])
+    alone, beside = found["alone_error"], found["pruned_error"]
+    for name, factor in (("a", math.sqrt(3)), ("b", math.sqrt(3)), ("c", 1)):
+        assert (beside[name] / alone[name]).tolist() == pytest.approx([factor] * 37, rel=0.1), name
+    assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
+    chosen = allocation.sparsities(find_targets(net), 0.5, found)
+    assert max(chosen["a"], chosen["b"]) < chosen["c"]
 
 
 def interpolated(levels, errors, sparsity):
@@ -198,13 +226,13 @@ FEW = [
 ]  # fmt: skip
 
 
-def measured(output):
-    (directory,) = (output / "statistics").glob("unet-pruned_error-*")
+def measured(output, statistic="pruned_error"):
+    (directory,) = (output / "statistics").glob(f"unet-{statistic}-*")
     return {layer: value for file in directory.glob("*.safetensors") for layer, value in load_file(file).items()}
 
 
 def test_errors_of_a_denoiser_are_those_of_its_guided_prediction(sdprune, tmp_path):
-    """On the inputs that it has in the dense model, at steps in the middle of equal parts of the drawing."""
+    """On the inputs that it has in the dense model, each prompt at one of the steps in the middle of equal parts."""
     from sdprune.mini.source import EmbeddedWorld
     from sdprune.pipelines import Sampling, StableDiffusion
     from sdprune.pipelines.sampling import image_seed
@@ -223,18 +251,18 @@ def test_errors_of_a_denoiser_are_those_of_its_guided_prediction(sdprune, tmp_pa
 
     def predictions():
         outputs = [unet(*args, **{**kwargs, "return_dict": False})[0] for args, kwargs in (calls[1], calls[3])]
-        return [(out[i] + 2.5 * (out[2 + i] - out[i])).flatten() for out in outputs for i in range(2)]
+        return [(out[i] + 2.5 * (out[2 + i] - out[i])).flatten() for i, out in enumerate(outputs)]
 
     with torch.no_grad():
         dense, weight = predictions(), unet.get_submodule(LAYER).weight
         original = weight.clone()
-        for level, found in zip((0.3, 0.8), measured(tmp_path)[LAYER].tolist(), strict=True):
+        for level, found in zip((0.3, 0.8), measured(tmp_path, "alone_error")[LAYER].tolist(), strict=True):
             weight.copy_(lowest(original, level))
             ratios = [
                 float((new - old).square().sum() / old.square().sum())
                 for new, old in zip(predictions(), dense, strict=True)
             ]
-            assert found == pytest.approx(sum(ratios) / 4, rel=1e-3)
+            assert found == pytest.approx(sum(ratios) / 2, rel=1e-3)
 
 
 def test_text_encoders_are_measured_by_what_the_denoiser_reads(sdprune, tmp_path):
@@ -251,7 +279,7 @@ def test_text_encoders_are_measured_by_what_the_denoiser_reads(sdprune, tmp_path
     model.load(torch.float32, torch.device("cpu"))
     source = EmbeddedWorld(split="train", images=20)
     source.prepare()
-    (file,) = (tmp_path / "statistics").glob("text_encoder-pruned_error-*/*.safetensors")
+    (file,) = (tmp_path / "statistics").glob("text_encoder-alone_error-*/*.safetensors")
     ((name, errors),) = load_file(file).items()
     tokenizer, encoder = model.tokenizers["tokenizer"], model.components["text_encoder"]
     ids = tokenizer(

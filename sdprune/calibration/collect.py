@@ -20,6 +20,7 @@ from sdprune.calibration.store import Store
 from sdprune.errors import InputError
 from sdprune.processes import Processes
 from sdprune.pruning import Statistics, statistic
+from sdprune.pruning.statistics.alone_error import AloneError
 from sdprune.pruning.statistics.pruned_error import Probe
 
 KEPT = 64 << 30
@@ -144,8 +145,8 @@ class Collector:
         missing = {str(request.facts): request for request in requests if request.facts not in self.store}
         groups: dict[tuple[str, int], list[Request]] = {}
         for request in missing.values():
-            own = request.sequential or request.probe is not None
-            groups.setdefault((request.component, id(request.spec) * own), []).append(request)
+            own = request if request.probe else request.spec if request.sequential else None
+            groups.setdefault((request.component, id(own)), []).append(request)
         return list(groups.values())
 
     def _plan(self, group: Sequence[Request]) -> tuple[list[Pass], Optional[Flow]]:
@@ -209,7 +210,11 @@ class Collector:
             measurement = Measurement(subject.module, targets, request.spec, statistics, probe, run)
             done = self.processes.broadcast(frozenset(self.store.load(request.facts)))
             self._report.begin_measuring(len(done))
-            for found in measurement.measure(done, self.processes):
+            if request.statistic == AloneError.name:
+                measured = measurement.alone(done, self.processes)
+            else:
+                measured = measurement.beside(statistics[AloneError.name], done, self.processes)
+            for found in measured:
                 if self.processes.is_first:
                     self.store.add(request.facts, found)
                 self._report.measured(f"{subject.name} ({request.statistic})", len(found), len(targets))

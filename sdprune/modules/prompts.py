@@ -20,6 +20,7 @@ from sdprune.pipelines import Component, Sampling
 from sdprune.pipelines.sampling import image_seed
 from sdprune.pruning import PruneSpec
 from sdprune.pruning.statistics import statistic
+from sdprune.pruning.statistics.alone_error import AloneError
 from sdprune.pruning.statistics.pruned_error import Probe, PrunedError, ReadAt
 from sdprune.pruning.timesteps import Timesteps
 
@@ -144,12 +145,15 @@ class Requests:
         alone, subject = alone_at(spec, probe.levels[0]), self.subjects[component]
         read_at = subject.read_at(probe)
         facts = {
-            "component": component, "statistic": NAME, "prune": {**alone.describe(), "sparsity": None},
+            "component": component, "prune": {**alone.describe(), "sparsity": None},
             "probe": asdict(probe) | {"read_at": read_at},
             "reads": [one.facts for one in before], **self.facts, **subject.facts(),
             **(subject.drawing() if read_at == "prediction" else {}),
         }  # fmt: skip
-        return [*before, Request(component, NAME, alone, facts, before=tuple(before), probe=probe)]
+        for name in (AloneError.name, NAME):
+            read, of = tuple(before), {**facts, "statistic": name}
+            before = [*before, Request(component, name, alone, of, before=read, probe=probe)]
+        return before
 
     def of_criterion(self, component: str, spec: PruneSpec) -> list[Request]:
         """What the criterion reads."""

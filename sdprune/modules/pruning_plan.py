@@ -28,6 +28,7 @@ from sdprune.pruning.allocation.uniform import Uniform
 from sdprune.pruning.budget import Split
 from sdprune.pruning.narrowing import NarrowSpec
 from sdprune.pruning.spec import AGREEMENT
+from sdprune.pruning.statistics.pruned_error import PrunedError
 from sdprune.runs.label import label
 
 if TYPE_CHECKING:
@@ -166,7 +167,7 @@ class PruningPlan:
 
     def _errors(self, name: str) -> Mapping[str, Tensor]:
         """The measured errors of a component's layers."""
-        (request,) = (one for one in self.requests[name][0] if one.probe is not None)
+        (request,) = (one for one in self.requests[name][0] if one.statistic == PrunedError.name)
         return self.calibration.store.load(request.facts)
 
     def _order(self, name: str) -> list[str]:

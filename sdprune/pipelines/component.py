@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from fnmatch import fnmatchcase
 from inspect import BoundArguments, signature
-from typing import TYPE_CHECKING, Any, ClassVar, Optional
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Optional
 
 from sdprune.pruning.targets import layer_kind
 
@@ -20,6 +20,14 @@ if TYPE_CHECKING:
 
 class _Reached(Exception):  # noqa: N818  no error
     """Ends a run behind the component that was wanted."""
+
+
+class _Drawing(NamedTuple):
+    """Prompts that are drawn together, and the calls of the denoiser in one step of it."""
+
+    prompts: Sequence[str]
+    seeds: Sequence[int]
+    calls: list[BoundArguments]
 
 
 class Component(ABC):
@@ -77,7 +85,8 @@ class Component(ABC):
             prompts: one an item.
             seeds: of the noise, one an item.
             sampling: how images are drawn.
-            steps: at how many denoising steps, in the middle of equal parts of the drawing.
+            steps: at how many denoising steps, in the middle of equal parts of the drawing: a denoiser sees each
+                prompt at one of them, in turn.
 
         Returns:
             Runs the component on these inputs, and returns what the pipeline makes of its output: [samples, n].
@@ -88,7 +97,7 @@ class Component(ABC):
         self, prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling, steps: int
     ) -> Callable[[], Tensor]:
         """The same, but what is returned gives the guided prediction that the denoiser makes of the component's output,
-        on the latents of the model as it is now: [samples * steps, n]."""
+        on the latents of the model as it is now."""
 
     @abstractmethod
     def tokens(self, prompts: Sequence[str]) -> Optional[Tensor]:
@@ -230,8 +239,10 @@ class Denoiser(Component):
     def dense_inputs(  # noqa: D102
         self, prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling, steps: int
     ) -> Callable[[], Tensor]:
-        found = self._steps(prompts, seeds, sampling, steps)
-        return lambda: self._guided(found, len(prompts), sampling.guidance)
+        import torch
+
+        drawn = self._spread(prompts, seeds, sampling, steps)
+        return lambda: torch.cat([self._guided(one.calls, len(one.prompts), sampling.guidance) for one in drawn])
 
     def predictions(  # noqa: D102
         self, prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling, steps: int
@@ -242,31 +253,43 @@ class Denoiser(Component):
         self, prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling, steps: int
     ) -> Callable[[], Tensor]:
         """The same, but the text encoders run anew each time."""
-        found = self._steps(prompts, seeds, sampling, steps)
+        import torch
 
-        def run() -> Tensor:
-            (first,) = self._steps(prompts, seeds, sampling, 1, calls=len(found[0]))
-            moved = [[self._at(own, call) for own, call in zip(first, step, strict=True)] for step in found]
-            return self._guided(moved, len(prompts), sampling.guidance)
+        drawn = self._spread(prompts, seeds, sampling, steps)
 
-        return run
+        def of(one: _Drawing) -> Tensor:
+            first = self._calls(one.prompts, one.seeds, sampling, 0, most=len(one.calls))
+            moved = [self._at(own, call) for own, call in zip(first, one.calls, strict=True)]
+            return self._guided(moved, len(one.prompts), sampling.guidance)
 
-    def _steps(
-        self, prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling, steps: int, calls: Optional[int] = None
-    ) -> list[list[BoundArguments]]:
-        """The calls of one prediction in each of so many denoising steps, or the first calls of all."""
-        wanted = {int((number + 0.5) * sampling.steps / steps) for number in range(min(steps, sampling.steps))}
-        found: dict[int, list[BoundArguments]] = {}
-        now, recording = 0, False
+        return lambda: torch.cat([of(one) for one in drawn])
 
-        def before_step(step: int) -> None:
-            nonlocal now, recording
-            now, recording = step, calls is not None or (step in wanted and step not in found)
+    def _spread(self, prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling, steps: int) -> list[_Drawing]:
+        """The calls of one prediction of each prompt, in turn at one of so many denoising steps."""
+        count = min(steps, sampling.steps, len(prompts))
+        groups = [(prompts[place::count], seeds[place::count]) for place in range(count)]
+        wanted = [int((place + 0.5) * sampling.steps / count) for place in range(count)]
+        return [
+            _Drawing(*group, self._calls(*group, sampling, step)) for group, step in zip(groups, wanted, strict=True)
+        ]
+
+    def _calls(
+        self, prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling, step: int, most: Optional[int] = None
+    ) -> list[BoundArguments]:
+        """The calls of one prediction in a denoising step, or the first of them; what comes later does not run."""
+        found: list[BoundArguments] = []
+        recording = False
+
+        def before_step(now: int) -> None:
+            nonlocal recording
+            if found:
+                raise _Reached
+            recording = now == step
 
         def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if recording:
-                found.setdefault(now, []).append(signature(module.forward).bind(*args, **kwargs))
-            if calls is not None and len(found[now]) == calls:
+                found.append(signature(module.forward).bind(*args, **kwargs))
+            if len(found) == most:
                 raise _Reached
 
         handle = self.module.register_forward_pre_hook(keep, with_kwargs=True)
@@ -275,27 +298,24 @@ class Denoiser(Component):
                 self.run(prompts, seeds, sampling, before_step)
         finally:
             handle.remove()
-        return list(found.values())
+        return found
 
     def _at(self, call: BoundArguments, other: BoundArguments) -> BoundArguments:
         """A call with the latents and the timestep of another one."""
         taken = {name: other.arguments[name] for name in (next(iter(other.arguments)), self.family.timestep)}
         return BoundArguments(call.signature, {**call.arguments, **taken})
 
-    def _guided(self, steps: Sequence[Sequence[BoundArguments]], items: int, guidance: float) -> Tensor:
-        """Guided predictions of steps that predict each item twice, or without guidance once."""
+    def _guided(self, calls: Sequence[BoundArguments], items: int, guidance: float) -> Tensor:
+        """The guided prediction of calls that predict each item twice, or without guidance once: [items, n]."""
         import torch
 
-        found = []
-        for calls in steps:
-            with torch.no_grad():
-                prediction = torch.cat([self._predicted(call) for call in calls])
-            if len(prediction) != items:
-                halves = prediction.chunk(2)
-                without = self.family.unconditional
-                prediction = self.family.guided(halves[without], halves[1 - without], guidance)
-            found.append(prediction.flatten(1))
-        return torch.cat(found)
+        with torch.no_grad():
+            prediction = torch.cat([self._predicted(call) for call in calls])
+        if len(prediction) != items:
+            halves = prediction.chunk(2)
+            without = self.family.unconditional
+            prediction = self.family.guided(halves[without], halves[1 - without], guidance)
+        return prediction.flatten(1)
 
     def _predicted(self, call: BoundArguments) -> Tensor:
         """What the denoiser predicts of the latents: [items, ...], without channels that say how sure it is."""

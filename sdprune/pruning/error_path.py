@@ -39,6 +39,10 @@ class Unit:
         """How many weights it may lose: what is beyond the highest level is not known."""
         return math.ceil(self.size * rational(self.levels[-1]))
 
+    def error(self, lost: int) -> float:
+        """The error when it loses so many weights."""
+        return float(np.interp(lost / self.most * _STEPS, np.arange(_STEPS + 1), self.curve()))
+
     def curve(self) -> np.ndarray:
         """The error at _STEPS equal steps up to the highest level: a power law between neighbouring levels, and below
         the lowest one as above it."""
@@ -96,6 +100,15 @@ class ErrorPath:
             error += step.error * (taken / step.weights if step.weights else 1)
             left -= taken
         return error
+
+    def within(self, error: float) -> int:
+        """How many weights all units may lose at a sum of errors that is no larger."""
+        lost, left = 0, error
+        for step in self._steps:
+            if step.error > left:
+                return lost + int(step.weights * left / step.error)
+            lost, left = lost + step.weights, left - step.error
+        return lost
 
     def groups(self, total: int) -> dict[Hashable, int]:
         """How many weights each group loses."""

@@ -25,6 +25,8 @@ SCALE, SEARCH, CERTIFICATE = "scale", "search", "certificate"
 """The parts that the prompts are drawn in; no prompt is in two of them."""
 VERDICTS = {"certified": "certified", "futile": "given up", "undecided": "not certified"}
 """The decisions for people."""
+_PROMISING = 0.5
+"""The loss that a joint model is expected to have when it is tested, in tolerances: more is seldom certified."""
 _SUDDEN = 0.1
 """Sparsities between a loss of one tolerance and one of five that still count as a sudden drop."""
 
@@ -87,9 +89,10 @@ class Search:
     """Finds the sparsest models whose loss is within the tolerance.
 
     Each path, models of rising sparsity, is searched by bisection on the same prompts in the same order. With several
-    paths, one a component, joint models lie on a path back from their thresholds, all by the same number of steps. It
-    depends on what was seen, so what bisection finds on it is certified on prompts that no test has looked at. If that
-    fails, the model one step back is tested, and so on; the attempts have the risks alpha / 2, alpha / 4, ...
+    paths, one a component, joint models lie on a path back from their thresholds, all by the same number of steps. The
+    sparsest of them whose components lost half a tolerance together is tested on prompts that no test has looked at,
+    since the choice depends on what was seen. If that fails, the model one step back is tested, and so on; the attempts
+    have the risks alpha / 2, alpha / 4, ...
 
     Args:
         tolerance: of the loss.
@@ -145,12 +148,11 @@ class Search:
         models: Sequence[Model] = self.paths[name]
         best = sound[name]
         if len(sound) > 1:
-            name, models = "together", self._together(list(sound.values()))
-            best = yield from self._bisect(name, models)
+            models = self._together(list(sound.values()))
+            best = next((one for one in reversed(models) if self._forecast(one) <= _PROMISING), models[0])
         elif not self.fresh and not self.falls(name):
             return next(one for one in self.probes if one.path == name and one.model == best)
-        at_most = models.index(best) if best in models else -1
-        for attempt, model in enumerate(reversed(models[: at_most + 1]), 1):
+        for attempt, model in enumerate(reversed(models[: models.index(best) + 1]), 1):
             self.left = self.n_max
             probe = yield from self._probe(Probe("certificate", model, CERTIFICATE, ALPHA / 2**attempt))
             if probe.decision and probe.decision.certified:
@@ -166,6 +168,19 @@ class Search:
             parts = [path[place - back].sparsities for path, place in zip(steps, places, strict=True)]
             found.append(Model({name: share for part in parts for name, share in part.items()}))
         return found
+
+    def _forecast(self, model: Model) -> float:
+        """The loss to expect of a model of several components, in tolerances: the sum of theirs, interpolated between
+        what was seen of each."""
+        total = 0.0
+        for name, level in model.sparsities.items():
+            probes = sorted(
+                (one for one in self.probes if one.path == name), key=lambda one: one.model.sparsities[name]
+            )
+            seen = [0.0, *(one.model.sparsities[name] for one in probes)]
+            losses = np.maximum.accumulate([0.0, *(one.loss for one in probes)])
+            total += float(np.interp(level, seen, losses))
+        return total / self.tolerance.value
 
     def _bisect(self, name: str, models: Sequence[Model]) -> Generator[Wanted, None, Model]:
         tree = Bisection(len(models))

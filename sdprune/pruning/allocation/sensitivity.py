@@ -19,17 +19,17 @@ from sdprune.pruning.targets import Target, by_block
 class Sensitivity(Allocation):
     """Share the sparsity out by measurement: the sum of the units' errors becomes as small as it can be.
 
-    Each layer, or each block, is pruned alone to a few sparsities, by the specification's criterion. The error that
-    this makes (see `PrunedError`) is interpolated between these sparsities, in logarithms of both, and errors of
-    several units are taken to add up. The chosen sparsities have the smallest sum of errors at the overall sparsity
-    (see `ErrorPath`). None exceeds the highest level, since what is not measured is not known: an overall sparsity from
-    there on is uniform.
+    Each layer, or each block, is pruned alone to a few sparsities, by the specification's criterion. The errors that
+    this makes are raised where a unit adds more to those of the others in a pruned model (see `PrunedError`). They
+    are interpolated between these sparsities, in logarithms of both, and taken to add up. The chosen sparsities have
+    the smallest sum of errors at the overall sparsity (see `ErrorPath`). None exceeds the highest level, since what is
+    not measured is not known: an overall sparsity from there on is uniform.
 
     Args:
         unit: layer or block: what is pruned alone, and gets a sparsity of its own.
         levels: sparsities that are measured, in (0, 1), ascending.
         samples: how many calibration prompts the error is measured on, the first ones.
-        steps: at how many denoising steps.
+        steps: at how many denoising steps; each prompt counts at one of them, in turn.
         read_at: output or prediction: whether the error is that of the component's own output, or of what the denoiser
             predicts from it, in which components compare. A denoiser's output is its prediction.
     """
@@ -38,7 +38,7 @@ class Sensitivity(Allocation):
 
     def __init__(
         self, unit: ProbedUnit = "layer", levels: List[float] = [0.3, 0.5, 0.7, 0.85, 0.95],  # noqa: B006 (not changed)
-        samples: int = 8, steps: int = 3, read_at: ReadAt = "output",
+        samples: int = 24, steps: int = 8, read_at: ReadAt = "output",
     ) -> None:  # fmt: skip
         for name, choice, choices in (("unit", unit, ProbedUnit), ("read_at", read_at, ReadAt)):
             if choice not in get_args(choices):

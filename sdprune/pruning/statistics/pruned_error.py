@@ -1,4 +1,4 @@
-"""What a component loses when one layer or block of it alone is pruned."""
+"""What a component loses when one layer or block of it is pruned."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from sdprune.pruning.timesteps import Timesteps
 
 ProbedUnit = Literal["layer", "block"]
 ReadAt = Literal["output", "prediction"]
+HARMLESS = 0.03
+"""The sum of errors alone in the pruned model that `pruned_error` is measured in."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,8 @@ class Probe:
         unit: what is pruned by itself: each layer, or each block as a whole.
         levels: the sparsities that it is pruned to, ascending.
         samples: how many calibration prompts the error is a mean over, the first ones.
-        steps: at how many denoising steps, in the middle of equal parts of the drawing.
+        steps: at how many denoising steps, in the middle of equal parts of the drawing; each prompt counts at one of
+            them, in turn.
         read_at: the component's own output, or what the denoiser predicts from it.
     """
 
@@ -34,12 +37,12 @@ class Probe:
 
 
 class PrunedError(Statistic):
-    """`pruned_error`: how much an output changes when a unit alone is pruned: float64 [levels].
+    """`pruned_error`: how much an output changes when a unit is pruned, beside others: float64 [levels].
 
-    For each sample it is the squared change over the squared output; then the mean over samples. The output is what
-    the pipeline makes of the component: a denoiser's guided prediction on the latents of the dense model, or the
-    embeddings of the prompts; or, read at the prediction, that of the dense denoiser from the embeddings that the
-    pruned text encoder gives. Where blocks are the units, the layers of a block have the same numbers.
+    Units that stand in for each other lose little alone, and much together. In a model that is pruned so far that the
+    errors alone add up to HARMLESS, what a unit adds to the error is measured by making it dense. Where that is more
+    than what it loses alone at the same sparsity, its `alone_error` is multiplied by the root of the ratio: this is the
+    geometric mean of the unit's error when no other is pruned and when all are.
     """
 
     name = "pruned_error"

@@ -14,6 +14,7 @@ from sdprune.calibration.observer import BatchSums, Totals
 from sdprune.calibration.passes import MEMORY, Pass, plan_passes
 from sdprune.calibration.progress import CalibrationState, ProgressReport, size_shown
 from sdprune.calibration.pruned_error import Measurement
+from sdprune.calibration.removal_error import RemovalMeasurement
 from sdprune.calibration.replay import most_kept
 from sdprune.calibration.requests import Request, Subject
 from sdprune.calibration.store import Store
@@ -206,7 +207,11 @@ class Collector:
         with torch.inference_mode(False), torch.no_grad():
             run = subject.dense_inputs(self.first(probe.samples), probe)
             targets = request.targets(subject.module)
-            measurement = Measurement(subject.module, targets, request.spec, statistics, probe, run)
+            measurement = (
+                Measurement(subject.module, targets, request.spec, statistics, probe, run)
+                if request.narrow is None
+                else RemovalMeasurement(subject.module, request.narrow, statistics, probe, run)
+            )
             done = self.processes.broadcast(frozenset(self.store.load(request.facts)))
             self._report.begin_measuring(len(done))
             for found in measurement.measure(done, self.processes):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -60,15 +61,21 @@ class Measurement:
     def _of(self, members: Sequence[Target], dense: Tensor) -> Tensor:
         originals = [target.weight.detach().clone() for target in members]
         errors = []
-        for level in self.probe.levels:
+        for change in self._changes(members):
             try:
-                prune_targets(members, Plan(members, replace(self.spec, sparsity=level), self.statistics, {}))
-                change = (self._output() - dense).square().sum(1) / dense.square().sum(1)
-                errors.append(float(change.mean()))
+                change()
+                error = (self._output() - dense).square().sum(1) / dense.square().sum(1)
+                errors.append(float(error.mean()))
             finally:
                 for target, original in zip(members, originals, strict=True):
                     target.weight.detach().copy_(original)
         return torch.tensor(errors, dtype=torch.float64)
+
+    def _changes(self, members: Sequence[Target]) -> Iterator[Callable[[], object]]:
+        """What changes the weights of the layers of a unit, level by level; they are dense again before the next."""
+        for level in self.probe.levels:
+            plan = Plan(members, replace(self.spec, sparsity=level), self.statistics, {})
+            yield partial(prune_targets, members, plan)
 
     def _output(self) -> Tensor:
         with evaluating(self.component):

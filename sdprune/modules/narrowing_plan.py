@@ -24,6 +24,7 @@ from sdprune.pruning.narrowing import (
     pairing,
 )
 from sdprune.pruning.narrowing.engine import Units
+from sdprune.pruning.statistics.removal_error import RemovalError
 
 if TYPE_CHECKING:
     from sdprune.calibration.requests import Request
@@ -59,10 +60,11 @@ class NarrowingPlan:
         }
 
     def meta_module(self, name: str) -> nn.Module:
-        """A component on the meta device, in the shapes that it will have."""
+        """A component on the meta device, in the shapes that it will have; it is dense where measurement decides these,
+        until it has."""
         module = self.pipeline.meta_module(name)
-        if name in self.specs:
-            narrow_shapes(module, self.specs[name])
+        if name in self.specs and not (self.specs[name].flops and self.choosing.missing):
+            narrow_shapes(module, self.specs[name], self._stored(name, 0).get(RemovalError.name))
         return module
 
     def choose(self) -> dict[str, Units]:
@@ -115,6 +117,7 @@ def narrowing_requests(
         parts = [(group, part) for group in groups for part in group.inputs]
         readers = [group.path(part) for group, part in parts]
         choice = requests.of_layers(name, spec.statistics, spec.timesteps, readers)
+        choice += requests.of_removal(name, spec, readers, choice)
         pairs = [pair_name(group, part) for group, part in parts]
         chosen = {"narrow": spec.describe(), "reads": [one.facts for one in choice]}
         found[name] = (

@@ -536,22 +536,22 @@ def measured(miniature, tmp_path_factory):
     return output
 
 
-MEASURED = ["--model.prune={}", "--model.narrow.unet.flops=0.2", "--model.compare_dense=false"]
-MEASURED += ["--model.narrow.unet.include=['mid_block*', 'down_blocks.1*']"]
+MEASURED = ["--model.prune={}", "--model.narrow.unet.flops=0.08", "--model.compare_dense=false"]
+MEASURED += ["--model.narrow.unet.include=['mid_block*']", "--model.narrow.unet.criterion=Wanda"]
 
 
 def test_measurement_by_the_command_line(sdprune, measured):
     """The name and the record say what it is; another share gathers nothing but the fit anew."""
-    record = the_run(measured, "unet-narrow-flops0.2-sparsegpt")
+    record = the_run(measured, "unet-narrow-flops0.08-wanda")
     found = json.loads((record / "results.json").read_text())["narrowing"]["unet"]
     assert found["kinds"].keys() == set(KINDS)
-    assert found["spec"]["flops"] == 0.2
+    assert found["spec"]["flops"] == 0.08
     stored = {path.name.rpartition("-")[0] for path in (measured / "statistics").glob("unet-*")}
-    assert stored == {"unet-hessian", "unet-removal_error"}
-    told = sdprune(*predict(measured, *MEASURED, "--model.narrow.unet.flops=0.1", "--model.prune.unet.sparsity=0.5"))
+    assert stored == {"unet-hessian", "unet-input_norm", "unet-removal_error"}
+    told = sdprune(*predict(measured, *MEASURED, "--model.narrow.unet.flops=0.04", "--model.prune.unet.sparsity=0.5"))
     assert (told.code, told.err) == (0, "")
     assert len(list((measured / "statistics").glob("unet-removal_error-*"))) == 1
-    other = json.loads((the_run(measured, "unet-narrow-flops0.1") / "results.json").read_text())
+    other = json.loads((the_run(measured, "unet-narrow-flops0.04") / "results.json").read_text())
     assert other["narrowing"]["unet"]["parameters"] > found["parameters"]
     told = sdprune(*predict(measured, *MEASURED, "--model.narrow.unet.flops=0.9"))
     assert told.code == 2
@@ -561,7 +561,7 @@ def test_measurement_by_the_command_line(sdprune, measured):
 def test_two_processes_make_the_same_narrowed_model(measured, tmp_path):
     done = process(predict(tmp_path, *MEASURED, "--trainer.devices=2", "--trainer.strategy=ddp"))
     assert (done.returncode, done.stderr) == (0, "")
-    one, two = (the_run(output, "unet-narrow-flops0.2") for output in (measured, tmp_path))
+    one, two = (the_run(output, "unet-narrow-flops0.08") for output in (measured, tmp_path))
     hashes = [json.loads((record / "results.json").read_text())["narrowing"]["unet"]["hash"] for record in (one, two)]
     assert hashes[0] == hashes[1]
     assert pictures(one) == pictures(two)

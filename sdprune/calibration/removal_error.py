@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+from sdprune.calibration.execution import evaluating
 from sdprune.calibration.pruned_error import Measurement
 from sdprune.pruning import Statistics, Target
 from sdprune.pruning.narrowing import Group, NarrowSpec, groups_of
@@ -42,18 +43,19 @@ class RemovalMeasurement(Measurement):
             for name, group in self.groups.items()
         }
         self._flops: Mapping[str, int] = {}
-        """Of the component in one run, by name of the module; that of the component is empty."""
+        """See `_flops_of`."""
 
     def _output(self) -> Tensor:
         if self._flops:
             return super()._output()
-        with FlopCounterMode(display=False, custom_mapping=_ATTENTION) as counter:
+        calls: list[Any] = []
+        handle = self.component.register_forward_pre_hook(lambda _, *call: calls.append(call), with_kwargs=True)
+        try:
             found = super()._output()
-        root = type(self.component).__name__
-        counts = {name: sum(one.values()) for name, one in counter.get_flop_counts().items()}
-        self._flops = {
-            name.removeprefix(root).removeprefix("."): one for name, one in counts.items() if name.startswith(root)
-        }
+        finally:
+            handle.remove()
+        with evaluating(self.component):
+            self._flops = _flops_of(self.component, *calls[0])
         return found
 
     def _of(self, members: Sequence[Target], dense: Tensor) -> Tensor:
@@ -82,6 +84,15 @@ class RemovalMeasurement(Measurement):
         for reader in readers:
             found = silenced(reader, kept, self.narrow.damping if self.narrow.refit else None)
             reader.target.write(found == 0, found)
+
+
+def _flops_of(component: nn.Module, args: Any, kwargs: Any) -> dict[str, int]:
+    """FLOPs of one call, by name of the module; those of the component have no name."""
+    with FlopCounterMode(display=False, custom_mapping=_ATTENTION) as counter:
+        component(*args, **kwargs)
+    root = type(component).__name__
+    counts = {f"{name}.": sum(one.values()) for name, one in counter.get_flop_counts().items()}
+    return {name[len(root) + 1 : -1]: one for name, one in counts.items() if name.startswith(f"{root}.")}
 
 
 def _attention(query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:

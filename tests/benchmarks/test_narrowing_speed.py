@@ -32,7 +32,7 @@ SHARES = [
     *({"channels": share, "neurons": share, "heads": share} for share in (0.2, 0.4)),
     {"channels": 0.4, "neurons": 0.4, "heads": 0.2},
 ]
-ROWS = [(share, refit) for share in SHARES for refit in (True, False)] if FULL else [({"flops": 0.2}, True)]
+ROWS = [(share, refit) for share in SHARES for refit in (True, False)] if FULL else [({"flops": 0.05}, True)]
 
 
 @pytest.fixture(autouse=True)
@@ -63,7 +63,8 @@ def narrowed(runs, share, refit):
         f"--model.store={runs}/statistics",
         f"--model.directory={directory}",
     ]
-    narrow = json.dumps({"unet": {**share, "refit": refit}})
+    choice = {} if FULL else {"criterion": "Wanda", "include": ["mid_block*"]}
+    narrow = json.dumps({"unet": {**share, "refit": refit, **choice}})
     assert main(["fit", "--config", str(CONFIGS / "prune.yaml"), *words, f"--model.narrow={narrow}"]) == 0
     unet = json.loads((directory / "pruning_report.json").read_text())["narrowing"]["unet"]
     return directory, unet["parameters"] / unet["parameters_before"]

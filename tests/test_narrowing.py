@@ -303,6 +303,15 @@ def test_measurement_shares_out_what_has_to_go(batches, flops):
     assert [part.fc1.out_features for part in small.parts] == list(counts)
 
 
+def test_measurement_where_one_step_can_go(batches):
+    """16 neurons go by eights: whatever has to go, one step does, and no more can."""
+    for flops in (0.05, 0.5):
+        small = Reader()
+        assert package.narrow(small, flops=flops, inputs=batches).groups[0].kept == small.fc1.out_features == 8
+    with pytest.raises(InputError, match=r"flops is 0.6, and all that can be removed has 0.500 of the"):
+        package.narrow(Reader(), flops=0.6, inputs=batches)
+
+
 def test_flops_are_those_of_heads_neurons_and_channels():
     """What is saved, counted by torch on the dense and on the narrowed module, but for single steps."""
     from torch.nn.attention import SDPBackend, sdpa_kernel

@@ -1,7 +1,7 @@
 """Pruning any module in one call."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import accumulate
 from typing import Any, Optional, TypeVar
@@ -23,6 +23,7 @@ from sdprune.pruning.narrowing import narrow as apply_narrowing
 from sdprune.pruning.narrowing.engine import LAYERS
 from sdprune.pruning.statistics.alone_error import AloneError
 from sdprune.pruning.statistics.pruned_error import Probe, PrunedError
+from sdprune.pruning.statistics.removal_error import RemovalError
 
 _Spec = TypeVar("_Spec", PruneSpec, NarrowSpec)
 
@@ -109,10 +110,19 @@ def gather(
         alone = alone_at(spec, probe.levels[0])
         for name in errors:
             requests.append(Request("", name, alone, {"statistic": name}, before=tuple(requests), probe=probe))
+    found = _collected(module, calls, requests, store)
+    return {name: one for name, one in found.items() if name in names}
+
+
+def _collected(
+    module: nn.Module, calls: list[Call], requests: Sequence[Request], store: Optional[MemoryStore] = None
+) -> dict[str, dict[str, Tensor]]:
+    """What requests ask for, by statistic, then by layer."""
+    store = store or MemoryStore()
     subject = _Module(module, calls)
     collector = Collector({"": subject}, requests, store, processes=Processes(alone=True), first=subject.first)
     collector.run(lambda: ((call, index, call.samples) for index, call in enumerate(calls)))
-    return {one.statistic: dict(store.load(one.facts)) for one in requests if one.statistic in names}
+    return {one.statistic: dict(store.load(one.facts)) for one in requests}
 
 
 def narrow(
@@ -137,7 +147,7 @@ def narrow(
         InputError: for choices that make no sense, parts that the module does not have, inputs that it does not take.
     """
     spec = _spec(NarrowSpec, spec, options, "neurons=0.3")
-    if not spec.shares:
+    if not spec.removes:
         raise InputError("Nothing is to be removed: give a share, as in neurons=0.3.")
     if spec.calibrates and inputs is None:
         raise InputError("Give the inputs to calibrate on, or criterion='Magnitude' with refit=False.")
@@ -145,7 +155,11 @@ def narrow(
     groups = groups_of(module, spec)
     parts = [(group, part) for group in groups for part in group.inputs]
     readers = PruneSpec(layers=LAYERS, include=[group.path(part) for group, part in parts], timesteps=spec.timesteps)
-    units = choose(module, spec, gather(module, batches, readers, spec.statistics) if spec.statistics else {})
+    requests = [Request("", name, readers, {"statistic": name}) for name in sorted(spec.statistics)]
+    if spec.flops:
+        facts = {"statistic": RemovalError.name}
+        requests.append(Request("", RemovalError.name, readers, facts, False, tuple(requests), spec.probe, spec))
+    units = choose(module, spec, _collected(module, calls_of(module, batches), requests) if requests else {})
     if not spec.refit:
         return apply_narrowing(module, spec, units)
     with pairing(module, groups, units):

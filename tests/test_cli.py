@@ -39,8 +39,7 @@ sys.exit(f"imported {heavy}" if heavy else 0)
     assert "usage: sdprune pack DIR --out DIR" in done.stdout
     assert "usage: sdprune unpack DIR --out DIR" in done.stdout
     assert (
-        done.stderr == "sdprune: error: Unknown verb 'predct'. Did you mean 'predict'? "
-        f"Choices: {', '.join(VERBS)}.\n"
+        done.stderr == f"sdprune: error: Unknown verb 'predct'. Did you mean 'predict'? Choices: {', '.join(VERBS)}.\n"
     )
 
 

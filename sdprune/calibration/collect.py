@@ -14,6 +14,7 @@ from sdprune.calibration.observer import BatchSums, Totals
 from sdprune.calibration.passes import MEMORY, Pass, plan_passes
 from sdprune.calibration.progress import CalibrationState, ProgressReport, size_shown
 from sdprune.calibration.pruned_error import Measurement
+from sdprune.calibration.removal_error import RemovalMeasurement
 from sdprune.calibration.replay import most_kept
 from sdprune.calibration.requests import Request, Subject
 from sdprune.calibration.store import Store
@@ -21,7 +22,7 @@ from sdprune.errors import InputError
 from sdprune.processes import Processes
 from sdprune.pruning import Statistics, statistic
 from sdprune.pruning.statistics.alone_error import AloneError
-from sdprune.pruning.statistics.pruned_error import Probe
+from sdprune.pruning.statistics.pruned_error import Probe, PrunedError
 
 KEPT = 64 << 30
 _SAVING = 0.05  # share of the time that may go into saving sums for the case of an interruption
@@ -207,13 +208,17 @@ class Collector:
         with torch.inference_mode(False), torch.no_grad():
             run = subject.dense_inputs(self.first(probe.samples), probe)
             targets = request.targets(subject.module)
-            measurement = Measurement(subject.module, targets, request.spec, statistics, probe, run)
+            measurement = (
+                Measurement(subject.module, targets, request.spec, statistics, probe, run)
+                if request.narrow is None
+                else RemovalMeasurement(subject.module, request.narrow, statistics, probe, run)
+            )
             done = self.processes.broadcast(frozenset(self.store.load(request.facts)))
             self._report.begin_measuring(len(done))
-            if request.statistic == AloneError.name:
-                measured = measurement.alone(done, self.processes)
-            else:
+            if request.statistic == PrunedError.name:
                 measured = measurement.beside(statistics[AloneError.name], done, self.processes)
+            else:
+                measured = measurement.alone(done, self.processes)
             for found in measured:
                 if self.processes.is_first:
                     self.store.add(request.facts, found)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +46,7 @@ class Measurement:
         self.units = units_of(targets, probe.unit)
 
     def alone(self, done: frozenset[str], processes: Processes) -> Iterator[dict[str, Tensor]]:
-        """`alone_error` of the units that have layers beside `done`, by layer; the processes share the units.
+        """The error of each unit that has layers beside `done`, by layer; the processes share the units.
 
         Yields:
             The layers of as many units as there are processes, the same on each of them.
@@ -96,13 +97,18 @@ class Measurement:
     def _of(self, members: Sequence[Target], dense: Tensor) -> Tensor:
         originals = _weights(members)
         errors = []
-        for level in self.probe.levels:
+        for change in self._changes(members):
             try:
-                self._prune(members, level)
+                change()
                 errors.append(self._error(dense))
             finally:
                 _write(members, originals)
         return torch.tensor(errors, dtype=torch.float64)
+
+    def _changes(self, members: Sequence[Target]) -> Iterator[Callable[[], object]]:
+        """What changes the weights of the layers of a unit, level by level; they are dense again before the next."""
+        for level in self.probe.levels:
+            yield partial(self._prune, members, level)
 
     def _prune(self, members: Sequence[Target], level: float) -> None:
         prune_targets(members, Plan(members, replace(self.spec, sparsity=level), self.statistics, {}))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sdprune.calibration.observer import InputObserver
 from sdprune.pruning import PruneSpec, Target, find_targets
+from sdprune.pruning.narrowing import NarrowSpec
 from sdprune.pruning.statistics.pruned_error import Probe
 
 
@@ -65,6 +66,8 @@ class Request:
     its criterion reads."""
     probe: Optional[Probe] = None
     """How an error of pruning is measured; other statistics are sums over layer inputs."""
+    narrow: Optional[NarrowSpec] = None
+    """Says what is removed, where the error is that of removing whole units."""
 
     def targets(self, component: nn.Module) -> list[Target]:
         """The layers that it is about."""

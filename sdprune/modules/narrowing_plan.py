@@ -24,6 +24,7 @@ from sdprune.pruning.narrowing import (
     pairing,
 )
 from sdprune.pruning.narrowing.engine import Units
+from sdprune.pruning.statistics.removal_error import RemovalError
 
 if TYPE_CHECKING:
     from sdprune.calibration.requests import Request
@@ -59,14 +60,22 @@ class NarrowingPlan:
         }
 
     def meta_module(self, name: str) -> nn.Module:
-        """A component on the meta device, in the shapes that it will have."""
+        """A component on the meta device, in the shapes that it will have; it is dense where measurement decides these,
+        until it has."""
         module = self.pipeline.meta_module(name)
-        if name in self.specs:
-            narrow_shapes(module, self.specs[name])
+        if name in self.specs and not (self.specs[name].flops and self.choosing.missing):
+            with _naming(name):
+                narrow_shapes(module, self.specs[name], self._stored(name, 0).get(RemovalError.name))
         return module
 
     def choose(self) -> dict[str, Units]:
-        """By component, the units that stay, with statistics from the store; the pipeline is dense."""
+        """By component, the units that stay, with statistics from the store; the pipeline is dense.
+
+        Raises:
+            InputError: measurement is to remove more than it can.
+        """
+        for name in self.specs:
+            self.meta_module(name)
         found = {
             name: choose(self.pipeline.components[name], spec, self._stored(name, 0))
             for name, spec in self.specs.items()
@@ -98,6 +107,15 @@ class NarrowingPlan:
         return {one.statistic: self.choosing.store.load(one.facts) for one in self.read[name][part]}
 
 
+@contextmanager
+def _naming(component: str) -> Iterator[None]:
+    """Name the option of a component that an error begins with as a whole."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"--model.narrow.{component}.{error}") from error
+
+
 def narrowing_requests(
     pipeline: DiffusersFamily, specs: Mapping[str, NarrowSpec], requests: Requests
 ) -> dict[str, tuple[list[Request], list[Request]]]:
@@ -108,13 +126,12 @@ def narrowing_requests(
     """
     found = {}
     for name, spec in specs.items():
-        try:
+        with _naming(name):
             groups = groups_of(pipeline.meta_module(name), spec)
-        except InputError as error:
-            raise InputError(f"--model.narrow.{name}.{error}") from error
         parts = [(group, part) for group in groups for part in group.inputs]
         readers = [group.path(part) for group, part in parts]
         choice = requests.of_layers(name, spec.statistics, spec.timesteps, readers)
+        choice += requests.of_removal(name, spec, readers, choice)
         pairs = [pair_name(group, part) for group, part in parts]
         chosen = {"narrow": spec.describe(), "reads": [one.facts for one in choice]}
         found[name] = (

@@ -19,9 +19,11 @@ from sdprune.identity import code_of
 from sdprune.pipelines import Component, Sampling
 from sdprune.pipelines.sampling import image_seed
 from sdprune.pruning import PruneSpec
+from sdprune.pruning.narrowing import NarrowSpec
 from sdprune.pruning.statistics import statistic
 from sdprune.pruning.statistics.alone_error import AloneError
 from sdprune.pruning.statistics.pruned_error import Probe, PrunedError, ReadAt
+from sdprune.pruning.statistics.removal_error import RemovalError
 from sdprune.pruning.timesteps import Timesteps
 
 NAME = PrunedError.name
@@ -154,6 +156,20 @@ class Requests:
             read, of = tuple(before), {**facts, "statistic": name}
             before = [*before, Request(component, name, alone, of, before=read, probe=probe)]
         return before
+
+    def of_removal(
+        self, component: str, spec: NarrowSpec, layers: Sequence[str], before: Sequence[Request]
+    ) -> list[Request]:
+        """The errors by which measurement decides how many units each module loses; `before` is what the choice of
+        units reads, `layers` are those that read units."""
+        if not spec.flops:
+            return []
+        some, subject = PruneSpec(layers=["Linear", "Conv2d"], include=list(layers)), self.subjects[component]
+        facts = {
+            "component": component, "statistic": RemovalError.name, "narrow": {**spec.describe(), "flops": None},
+            "probe": asdict(spec.probe), "reads": [one.facts for one in before], **self.facts, **subject.facts(),
+        }  # fmt: skip
+        return [Request(component, RemovalError.name, some, facts, False, tuple(before), spec.probe, spec)]
 
     def of_criterion(self, component: str, spec: PruneSpec) -> list[Request]:
         """What the criterion reads."""

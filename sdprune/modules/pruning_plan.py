@@ -227,7 +227,7 @@ class PruningOptions:
     def wanted(self) -> bool:
         """Whether anything is to be pruned or narrowed; needs no look at the model."""
         return (
-            any(spec.shares for spec in self.narrow.values())
+            any(spec.removes for spec in self.narrow.values())
             or self.budget is not None
             or any(not spec.dense for spec in self.prune.values())
         )
@@ -271,7 +271,7 @@ class PruningOptions:
         return PruningPlan(pipeline, dtype, specs, needed, calibration, narrowing, self.budget)
 
     def _narrowing(self, pipeline: DiffusersFamily, data: CocoDataModule, dtype: str) -> NarrowingPlan:
-        specs = {name: spec for name, spec in self.narrow.items() if spec.shares}
+        specs = {name: spec for name, spec in self.narrow.items() if spec.removes}
         requests = self.requests(pipeline, data, dtype, any(spec.calibrates for spec in specs.values()))
         read = narrowing_requests(pipeline, specs, requests)
         choosing, refitting = (
@@ -308,6 +308,12 @@ class PruningOptions:
     ) -> dict[str, PruneSpec]:
         """All prunable components at the sparsities that the budget gives them, or to be measured for its total."""
         components = narrowing.pipeline.prunable
+        for name, spec in narrowing.specs.items():
+            if spec.flops:
+                raise InputError(
+                    f"--model.narrow.{name}.flops leaves the number of weights to measurement, and --model.budget "
+                    "counts them before: give heads, neurons and channels in place of flops."
+                )
         sizes = {name: _size(narrowing.meta_module(name), spec) for name, spec in specs.items()}
         text = [name for name, component in components.items() if component.role == "text"]
         if budget.measured:

@@ -13,7 +13,7 @@ import numpy as np
 from sdprune.pruning.selection import rational
 
 _STEPS = 200
-"""Sparsities at which errors are compared, up to the highest level."""
+"""Sparsities at which errors are compared, up to the highest level, unless a unit has steps of its own."""
 _TINY, _HUGE = 1e-12, 1e12
 """Errors beyond are taken for these: logarithms of 0 and of infinity have no slope."""
 
@@ -27,12 +27,14 @@ class Unit:
         size: how many weights it has.
         levels: sparsities that were measured, ascending.
         errors: at each of them.
+        steps: at how many equal steps up to the highest level errors are compared.
     """
 
     group: Hashable
     size: int
     levels: Sequence[float]
     errors: Sequence[float]
+    steps: int = _STEPS
 
     @property
     def most(self) -> int:
@@ -44,12 +46,14 @@ class Unit:
         return float(np.interp(lost / self.most * _STEPS, np.arange(_STEPS + 1), self.curve()))
 
     def curve(self) -> np.ndarray:
-        """The error at _STEPS equal steps up to the highest level: a power law between neighbouring levels, and below
+        """The error at equal steps up to the highest level: a power law between neighbouring levels, and below
         the lowest one as above it."""
         x = np.log(self.levels)
         y = np.log(np.clip(np.nan_to_num(self.errors, nan=_HUGE, posinf=_HUGE), _TINY, _HUGE))
         y = np.maximum.accumulate(y)  # more zeros do not lose less, but for noise
-        grid = np.log(np.arange(1, _STEPS + 1) / _STEPS) + x[-1]
+        grid = np.log(np.arange(1, self.steps + 1) / self.steps) + x[-1]
+        if len(x) == 1:  # in proportion: nothing else is known
+            return np.concatenate([[0.0], np.exp(y + grid - x[-1])])
         part = np.clip(np.searchsorted(x, grid) - 1, 0, len(x) - 2)
         slope = np.diff(y) / np.diff(x)
         return np.concatenate([[0.0], np.exp(np.minimum(y[part] + slope[part] * (grid - x[part]), np.log(_HUGE)))])
@@ -123,7 +127,7 @@ def _steps(number: int, unit: Unit) -> list[_Step]:
     curve, size = unit.curve(), unit.most
     return [
         _Step(
-            float(curve[b] - curve[a]) / ((b - a) * size), number, b, size * b // _STEPS - size * a // _STEPS,
+            float(curve[b] - curve[a]) / ((b - a) * size), number, b, size * b // unit.steps - size * a // unit.steps,
             float(curve[b] - curve[a]),
         )
         for a, b in pairwise(_hull(curve))

@@ -48,7 +48,7 @@ def _written(words: list[str]) -> str:
 
 def _narrowed(spec: Any) -> list[str]:
     """`narrow-channels0.4-heads0.2-wanda-plain`: the shares, the criterion, and whether nothing is refitted."""
-    shares = [f"{kind}{share:g}" for kind, share in spec.shares.items()]
+    shares = [f"flops{spec.flops:g}"] if spec.flops else [f"{kind}{share:g}" for kind, share in spec.shares.items()]
     return ["narrow", *shares, type(spec.criterion).__name__.lower(), *([] if spec.refit else ["plain"])]
 
 

@@ -1,4 +1,5 @@
-"""What narrowing buys on the miniature: parameters, images a second and CLIP score, kind by kind and all together.
+"""What narrowing buys on the miniature: parameters, images a second and CLIP score, by measurement, kind by kind and
+all kinds together. Every model is saved and loaded again.
 
     SDPRUNE_BENCHMARK=1 pytest -n 0 -s tests/benchmarks/test_narrowing_speed.py
 
@@ -20,19 +21,18 @@ import torch
 
 from sdprune.__main__ import main
 from sdprune.pipelines import Sampling, StableDiffusion
-from sdprune.pruning.narrowing import NarrowSpec, narrow_shapes
 
 FULL = os.environ.get("SDPRUNE_BENCHMARK") == "1"
 N = int(os.environ.get("SDPRUNE_BENCHMARK_N", "256")) if FULL else 4
-CONFIG = Path(__file__).parents[2] / "configs" / "mini" / "predict.yaml"
+CONFIGS = Path(__file__).parents[2] / "configs" / "mini"
 STEPS, ROUNDS, BATCH = (20, 9, 32) if FULL else (2, 2, 2)
 SHARES = [
+    *({"flops": flops} for flops in (0.3, 0.35, 0.4, 0.45, 0.5)),
     *({kind: share} for kind in ("channels", "neurons", "heads") for share in (0.2, 0.4)),
     *({"channels": share, "neurons": share, "heads": share} for share in (0.2, 0.4)),
     {"channels": 0.4, "neurons": 0.4, "heads": 0.2},
-    {"channels": 0.4, "neurons": 0.4},
 ]
-ROWS = [(share, refit) for share in SHARES for refit in (True, False)] if FULL else [({"channels": 0.4}, True)]
+ROWS = [(share, refit) for share in SHARES for refit in (True, False)] if FULL else [({"flops": 0.05}, True)]
 
 
 @pytest.fixture(autouse=True)
@@ -52,52 +52,67 @@ def runs(request, tmp_path, monkeypatch):
     return Path(os.environ.get("SDPRUNE_BENCHMARK_RUNS") or tmp_path)
 
 
-def quality(runs, share, refit):
-    """The difference in CLIP score with its interval, and the share of the U-Net's parameters that is left."""
-    before = set(runs.glob("*/results.json"))
-    small = [] if FULL else ["--data.source.images=40", "--data.calibration.images=20"]
+def narrowed(runs, share, refit):
+    """The directory of the narrowed model, and the share of the U-Net's parameters that is left."""
     calibration = ["--data.calibration_n=48", "--data.calibration_batch_size=16"]
     calibration = calibration if FULL else ["--data.calibration_n=2", "--data.calibration_batch_size=2"]
-    words = [f"--data.n={N}", f"--model.sampling.steps={STEPS}", *small, *calibration]
-    words += ["--model.prune={}", f"--model.output={runs}", f"--model.store={runs}/statistics", "--model.samples=[a]"]
-    narrow = {"unet": {**share, "criterion": "Wanda", "refit": refit}}
-    assert main(["predict", "--config", str(CONFIG), *words, f"--model.narrow={json.dumps(narrow)}"]) == 0
+    directory = runs / "-".join(["narrowed", *(f"{kind}{one}" for kind, one in share.items()), f"refit{refit}"])
+    words = [
+        *small(calibration),
+        "--model.prune={}",
+        f"--model.store={runs}/statistics",
+        f"--model.directory={directory}",
+    ]
+    choice = {} if FULL else {"criterion": "Wanda", "include": ["mid_block*"]}
+    narrow = json.dumps({"unet": {**share, "refit": refit, **choice}})
+    assert main(["fit", "--config", str(CONFIGS / "prune.yaml"), *words, f"--model.narrow={narrow}"]) == 0
+    unet = json.loads((directory / "pruning_report.json").read_text())["narrowing"]["unet"]
+    return directory, unet["parameters"] / unet["parameters_before"]
+
+
+def quality(runs, directory):
+    """The difference in CLIP score with its interval."""
+    before = set(runs.glob("*/results.json"))
+    words = [*small([]), f"--data.n={N}", "--model.prune={}", f"--model.output={runs}", "--model.samples=[a]"]
+    words += [f"--model.pipeline.model={directory}", "--model.baseline=miniature"]
+    assert main(["predict", "--config", str(CONFIGS / "predict.yaml"), *words]) == 0
     found = [json.loads(path.read_text()) for path in runs.glob("*/results.json") if path not in before]
-    (results,) = (one for one in found if "narrowing" in one)
-    unet = results["narrowing"]["unet"]
-    interval = [results["comparison"][f"clip_score_diff{end}"] for end in ("", "_low", "_high")]
-    return interval, unet["parameters"] / unet["parameters_before"]
+    (results,) = (one for one in found if one["comparison"])
+    return [results["comparison"][f"clip_score_diff{end}"] for end in ("", "_low", "_high")]
 
 
-def speed(share):
-    """Images a second over those of the dense model: it depends on shapes alone."""
-    models = {}
-    for name in ("dense", "narrow"):
-        models[name] = StableDiffusion("miniature")
-        models[name].load(torch.float32, torch.device("cpu"))
-    narrow_shapes(models["narrow"].components["unet"], NarrowSpec(**share, criterion="Magnitude", refit=False))
-    seconds = {"dense": [], "narrow": []}
+def small(words):
+    """Options of both commands, with a smaller world where little is measured."""
+    world = [] if FULL else ["--data.source.images=40"]
+    return [*words, *world, f"--model.sampling.steps={STEPS}", "--trainer.accelerator=cpu"]
+
+
+def speed(directory):
+    """Images a second over those of the dense model: the median and the quartiles of rounds."""
+    models = {name: StableDiffusion(str(model)) for name, model in (("dense", "miniature"), ("narrow", directory))}
+    seconds = {name: [] for name in models}
+    for model in models.values():
+        model.load(torch.float32, torch.device("cpu"))
     for number in range(ROUNDS + 1):
         for name, model in models.items():
             start = time.perf_counter()
             model.generate(["a red star"] * BATCH, list(range(BATCH)), Sampling(steps=STEPS, guidance=2.5))
             if number:  # the first round warms up
                 seconds[name].append(time.perf_counter() - start)
-    return statistics.median(a / b for a, b in zip(seconds["dense"], seconds["narrow"], strict=True))
+    low, median, high = statistics.quantiles(a / b for a, b in zip(seconds["dense"], seconds["narrow"], strict=True))
+    return median, low, high
 
 
 def test_narrowing(runs):
-    speeds = {}
     for share, refit in ROWS:
-        key = json.dumps(share)
-        speeds[key] = speeds.get(key) or speed(share)
-        (difference, low, high), left = quality(runs, share, refit)
+        directory, left = narrowed(runs, share, refit)
+        (difference, low, high), (median, slow, fast) = quality(runs, directory), speed(directory)
         words = " ".join(f"{kind} {one:.0%}" for kind, one in share.items())
         print(
-            f"\n| {words} | {'refitted' if refit else 'plain'} | {left:.1%} | {speeds[key]:.2f} | {difference:+.4f} "
-            f"[{low:+.4f}, {high:+.4f}] |",
+            f"\n| {words} | {'refitted' if refit else 'plain'} | {left:.1%} | {median:.2f} ({slow:.2f} to {fast:.2f}) "
+            f"| {difference:+.4f} [{low:+.4f}, {high:+.4f}] |",
             flush=True,
         )
         assert left < 1
-        assert speeds[key] > 0
+        assert median > 0
         assert low <= difference <= high

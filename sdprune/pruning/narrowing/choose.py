@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Optional
 
 import torch
 from torch import Tensor
@@ -51,26 +52,49 @@ def _scores(reader: Reader, criterion: Ranking) -> Tensor:
     return scores.double().square().sum(0)[reader.columns].sum(1)
 
 
-def greedy(readers: Sequence[Reader], damping: float, parts: int, kept: int) -> Tensor:
+def greedily(readers: Sequence[Reader], damping: float, parts: int, counts: Sequence[int]) -> Iterator[Tensor]:
     """Remove one unit after another: each time the one whose loss changes the outputs least after a least-squares fit
     of all other weights (Hassibi & Stork 1993, Optimal Brain Surgeon, for several weights of every row at once).
 
-    Arguments and result as of `by_score`; damping is a share of the mean diagonal of the Hessian.
+    Args:
+        readers: the layers.
+        damping: a share of the mean diagonal of the Hessian.
+        parts: equal runs of units that keep equally many.
+        counts: how many units stay, descending.
+
+    Yields:
+        Numbers of the units that stay at each of the counts, ascending.
     """
     states = [_State(one, damping) for one in readers]
     units = len(readers[0].columns)
     run = units // parts
     left = torch.full((parts,), run, device=readers[0].columns.device)
     alive = torch.ones(units, dtype=torch.bool, device=left.device)
-    for _ in range(units - kept):
-        errors = torch.stack([state.errors() for state in states]).sum(0)
-        open_runs = (left > kept // parts).repeat_interleave(run)
-        unit = int(errors.masked_fill(~(alive & open_runs), torch.inf).argmin())
-        for state in states:
-            state.remove(unit)
-        alive[unit] = False
-        left[unit // run] -= 1
-    return alive.nonzero().flatten()
+    for kept in counts:
+        for _ in range(int(alive.sum()) - kept):
+            errors = torch.stack([state.errors() for state in states]).sum(0)
+            open_runs = (left > kept // parts).repeat_interleave(run)
+            unit = int(errors.masked_fill(~(alive & open_runs), torch.inf).argmin())
+            for state in states:
+                state.remove(unit)
+            alive[unit] = False
+            left[unit // run] -= 1
+        yield alive.nonzero().flatten()
+
+
+def silenced(reader: Reader, kept: Tensor, damping: Optional[float]) -> Tensor:
+    """The reader's matrix with zeros for all units but those that stay.
+
+    With damping, the weights of these are fitted to the dense outputs by least squares, on the Hessian of its inputs.
+    """
+    weight, columns = reader.target.matrix, reader.columns[kept].flatten()
+    found = torch.zeros_like(weight)
+    found[:, columns] = weight[:, columns]
+    if damping is not None:
+        hessian, dense = damped(reader.statistics["hessian"], damping), weight.double()
+        solved = torch.linalg.solve(hessian[columns][:, columns], hessian[columns] @ dense.T)
+        found[:, columns] = solved.T.to(weight.dtype)
+    return found
 
 
 class _State:
@@ -79,7 +103,7 @@ class _State:
     def __init__(self, reader: Reader, damping: float) -> None:
         self.columns = reader.columns
         self.weight = reader.target.matrix.double()
-        self.inverse = torch.cholesky_inverse(torch.linalg.cholesky(_damped(reader.statistics["hessian"], damping)))
+        self.inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped(reader.statistics["hessian"], damping)))
 
     def errors(self) -> Tensor:
         """What removing each unit alone costs: trace(W_u (H^-1_uu)^-1 W_u^T), [units]."""
@@ -100,7 +124,7 @@ class _State:
         self.inverse[:, columns] = 0
 
 
-def _damped(hessian: Tensor, damping: float) -> Tensor:
+def damped(hessian: Tensor, damping: float) -> Tensor:
     """The Hessian in float64 with a share of its mean diagonal on the diagonal; of a layer without inputs it is 1."""
     found = hessian.double()
     mean = found.diagonal().mean()

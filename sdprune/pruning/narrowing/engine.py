@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Optional
 
@@ -13,13 +13,15 @@ from torch import Tensor, nn
 from sdprune.errors import InputError
 from sdprune.pruning.criteria.base import Ranking
 from sdprune.pruning.criteria.sparsegpt import SparseGPT
-from sdprune.pruning.narrowing.choose import Reader, by_score, greedy
+from sdprune.pruning.narrowing.allocate import shared_out
+from sdprune.pruning.narrowing.choose import Reader, by_score, greedily
 from sdprune.pruning.narrowing.groups import Group, Slice, find_groups
 from sdprune.pruning.narrowing.refit import pair_name, refit
 from sdprune.pruning.narrowing.spec import KINDS, NarrowSpec
 from sdprune.pruning.plan import Statistics
 from sdprune.pruning.prunable import require_prunable
 from sdprune.pruning.statistics import statistic_class
+from sdprune.pruning.statistics.removal_error import RemovalError
 from sdprune.pruning.targets import Target, check_pattern, find_targets, matches
 
 Units = Mapping[str, Tensor]
@@ -60,7 +62,7 @@ class NarrowReport:
                 "kept": sum(one.kept for one in self.groups if one.kind == kind),
             }
             for kind in KINDS
-            if kind in self.spec
+            if any(one.kind == kind for one in self.groups)
         }
         counts = {"parameters_before": self.parameters_before, "parameters": self.parameters}
         return {"spec": self.spec, "hash": self.hash, **counts, "kinds": kinds}
@@ -77,15 +79,17 @@ def groups_of(component: nn.Module, spec: NarrowSpec) -> list[Group]:
         InputError: a kind that the component does not have, a pattern that matches nothing, or layers whose weights
             cannot be changed, by name.
     """
-    if not spec.shares:
+    if not spec.removes:
         return []
     found = find_groups(component)
     kinds = {group.kind for group in found}
+    has = f"it has {', '.join(sorted(kinds))}" if kinds else "it has nothing that can be narrowed"
     for kind, share in spec.shares.items():
         if kind not in kinds:
-            has = f"it has {', '.join(sorted(kinds))}" if kinds else "it has nothing that can be narrowed"
             raise InputError(f"{kind} is {share:g}, and a {type(component).__name__} has no {kind}: {has}.")
-    found = [group for group in found if group.kind in spec.shares]
+    if not found:
+        raise InputError(f"flops is {spec.flops:g}, and of a {type(component).__name__} nothing can be removed: {has}.")
+    found = [group for group in found if spec.flops or group.kind in spec.shares]
     names = [group.name for group in found]
     for option, patterns in (("include", spec.include), ("exclude", spec.exclude)):
         for pattern in patterns:
@@ -108,19 +112,39 @@ def choose(component: nn.Module, spec: NarrowSpec, statistics: Optional[Statisti
     Raises:
         InputError: see `groups_of`; missing statistics, by the layer.
     """
-    found = {}
-    for group in groups_of(component, spec):
-        count = group.kept(spec.shares[group.kind])
-        found[group.name] = torch.arange(count)
-        if count < group.units:
-            readers = [_reader(group, one, spec, statistics or {}) for one in group.inputs]
-            if isinstance(spec.criterion, SparseGPT):
-                units = greedy(readers, spec.criterion.damping, group.parts, count)
-            else:
-                assert isinstance(spec.criterion, Ranking)
-                units = by_score(readers, spec.criterion, group.parts, count)
-            found[group.name] = units.cpu()
+    groups, found = groups_of(component, spec), {}
+    counts = counts_of(groups, spec, (statistics or {}).get(RemovalError.name))
+    for group in groups:
+        found[group.name] = torch.arange(group.units)
+        if counts[group.name] < group.units:
+            readers = [reader_of(group, one, spec, statistics or {}) for one in group.inputs]
+            found[group.name] = next(kept_of(group, readers, spec, [counts[group.name]])).cpu()
     return found
+
+
+def counts_of(groups: Sequence[Group], spec: NarrowSpec, errors: Optional[Layers] = None) -> dict[str, int]:
+    """How many units of each group stay, by its name.
+
+    Args:
+        groups: of a component.
+        spec: what to remove.
+        errors: the statistic `removal_error`, by the layers that read units, where measurement decides.
+    """
+    if not spec.flops:
+        return {group.name: group.kept(spec.shares[group.kind]) for group in groups}
+    names = {group.name: group.path(group.inputs[0]) for group in groups}
+    return shared_out(
+        groups, {name: _found(errors or {}, RemovalError.name, one, one) for name, one in names.items()}, spec.flops
+    )
+
+
+def kept_of(group: Group, readers: Sequence[Reader], spec: NarrowSpec, counts: Sequence[int]) -> Iterator[Tensor]:
+    """The units of a group that stay at each of some counts, descending."""
+    if isinstance(spec.criterion, SparseGPT):
+        yield from greedily(readers, spec.criterion.damping, group.parts, counts)
+    else:
+        assert isinstance(spec.criterion, Ranking)
+        yield from (by_score(readers, spec.criterion, group.parts, count) for count in counts)
 
 
 def narrow(component: nn.Module, spec: NarrowSpec, units: Units, pairs: Optional[Layers] = None) -> NarrowReport:
@@ -151,13 +175,16 @@ def narrow(component: nn.Module, spec: NarrowSpec, units: Units, pairs: Optional
     return report
 
 
-def narrow_shapes(component: nn.Module, spec: NarrowSpec) -> None:
-    """Give a component on the meta device the shapes that it will have: counts depend on no number."""
-    for group in groups_of(component, spec):
-        group.keep(torch.arange(group.kept(spec.shares[group.kind])))
+def narrow_shapes(component: nn.Module, spec: NarrowSpec, errors: Optional[Layers] = None) -> None:
+    """Give a component on the meta device the shapes that it will have; `errors` as in `counts_of`."""
+    groups = groups_of(component, spec)
+    counts = counts_of(groups, spec, errors)
+    for group in groups:
+        group.keep(torch.arange(counts[group.name]))
 
 
-def _reader(group: Group, part: Slice, spec: NarrowSpec, statistics: Statistics) -> Reader:
+def reader_of(group: Group, part: Slice, spec: NarrowSpec, statistics: Statistics) -> Reader:
+    """A layer that reads the units of a group, with what the choice reads of it."""
     target = Target(group.path(part), group.layer(part), "")
     values = {name: _read(statistics, name, target, spec) for name in spec.statistics}
     kernel = target.shape[1] // target.channels

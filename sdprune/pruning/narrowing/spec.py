@@ -11,9 +11,12 @@ from sdprune.pruning.criteria.base import Ranking
 from sdprune.pruning.criteria.sparsegpt import SparseGPT
 from sdprune.pruning.narrowing.groups.base import Kind
 from sdprune.pruning.spec import described, instance
+from sdprune.pruning.statistics.pruned_error import Probe
 from sdprune.pruning.timesteps import Timesteps
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
+_PROBE = Probe("layer", (0.25, 0.5, 0.75, 1.0), samples=8, steps=3)
+"""How errors are measured; where all units would go, one step stays."""
 
 
 @dataclass
@@ -27,6 +30,8 @@ class NarrowSpec:
         heads: share of the heads of every attention.
         neurons: share of the hidden neurons of every feed-forward layer.
         channels: share of the inner channels of every residual block of a U-Net.
+        flops: in place of these, the share of the component's FLOPs that is removed: which module loses how many
+            units is decided by measurement, so that the sum of errors is as small as it can be (see `RemovalError`).
         criterion: what ranks units, by the weights of the layer that reads them: Magnitude, Wanda, or a Ranking of
             your own, whose squared scores are added up; SparseGPT removes one after another, each time the one whose
             removal changes the layer's outputs least once the layer is refitted.
@@ -46,6 +51,7 @@ class NarrowSpec:
     heads: float = 0.0
     neurons: float = 0.0
     channels: float = 0.0
+    flops: float = 0.0
     criterion: Criterion = "SparseGPT"  # type: ignore[assignment]
     include: List[str] = field(default_factory=lambda: ["*"])
     exclude: List[str] = field(default_factory=list)
@@ -54,8 +60,11 @@ class NarrowSpec:
     timesteps: Timesteps = "uniform"
 
     def __post_init__(self) -> None:
-        for kind in KINDS:
-            setattr(self, kind, as_share(kind, getattr(self, kind)))
+        for option in (*KINDS, "flops"):
+            setattr(self, option, as_share(option, getattr(self, option)))
+        if self.flops and self.shares:
+            given = " and ".join(f"{kind} is {share:g}" for kind, share in self.shares.items())
+            raise InputError(f"flops is {self.flops:g}, which decides the shares of all kinds, and {given}: give one.")
         self.criterion = instance("criterion", self.criterion, Criterion)
         if not isinstance(self.criterion, (Ranking, SparseGPT)):
             raise InputError(
@@ -72,23 +81,36 @@ class NarrowSpec:
 
     @property
     def shares(self) -> dict[str, float]:
-        """Shares above 0 by kind."""
+        """Shares above 0 by kind; none where measurement decides them."""
         return {kind: share for kind in KINDS if (share := getattr(self, kind))}
 
     @property
+    def removes(self) -> bool:
+        """Whether anything is to be removed."""
+        return bool(self.flops or self.shares)
+
+    @property
+    def probe(self) -> Probe:
+        """How the errors of removing units are measured."""
+        return _PROBE
+
+    @property
     def statistics(self) -> frozenset[str]:
-        """Names of the statistics that the choice reads, of the layers that read units."""
-        return self.criterion.statistics if self.shares else frozenset()
+        """Names of the statistics that the choice of units reads, of the layers that read units."""
+        if not self.removes:
+            return frozenset()
+        return self.criterion.statistics | ({"hessian"} if self.flops and self.refit else set())
 
     @property
     def calibrates(self) -> bool:
         """Whether calibration inputs are needed."""
-        return bool(self.shares) and (self.refit or bool(self.criterion.statistics))
+        return self.removes and bool(self.flops or self.refit or self.criterion.statistics)
 
     def describe(self) -> dict[str, Any]:
         """Everything that decides which units stay, and the weights, as plain JSON values."""
         return {
             **self.shares,
+            **({"flops": self.flops} if self.flops else {}),
             "criterion": described(self.criterion),
             "include": sorted(set(self.include)),
             "exclude": sorted(set(self.exclude)),

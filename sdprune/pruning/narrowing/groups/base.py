@@ -65,8 +65,12 @@ class Group:
 
     def kept(self, share: float) -> int:
         """How many units stay when a share is removed: the nearest possible number, and at least the smallest one."""
-        step = lcm(self.parts, self.multiple if self.units % self.multiple == 0 else 1)
-        return max(1, int(self.units * (1 - share) / step + 0.5)) * step
+        return max(1, int(self.units * (1 - share) / self.step + 0.5)) * self.step
+
+    @property
+    def step(self) -> int:
+        """How many units are removed together."""
+        return lcm(self.parts, self.multiple if self.units % self.multiple == 0 else 1)
 
     def path(self, part: Slice) -> str:
         """Name of a layer in the component."""

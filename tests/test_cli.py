@@ -23,7 +23,7 @@ def test_version_and_help_import_nothing_heavy():
 import sys
 from sdprune.__main__ import main
 for arguments in (["--version"], ["--help"], [], ["predct"], ["sweep", "--help"], ["report", "-h"], ["report"],
-                  ["inspect"], ["pack", "--help"], ["unpack", "-h"]):
+                  ["inspect"], ["lossless"], ["pack", "--help"], ["unpack", "-h"]):
     main(arguments)
 heavy = {"torch", "lightning", "jsonargparse", "diffusers", "transformers", "numpy"} & set(sys.modules)
 sys.exit(f"imported {heavy}" if heavy else 0)
@@ -38,7 +38,7 @@ sys.exit(f"imported {heavy}" if heavy else 0)
     assert "usage: sdprune unpack DIR --out DIR" in done.stdout
     assert (
         done.stderr == "sdprune: error: Unknown verb 'predct'. Did you mean 'predict'? "
-        "Choices: fit, predict, search, sweep, report, inspect, pack, unpack.\n"
+        "Choices: fit, predict, search, sweep, report, inspect, lossless, pack, unpack.\n"
     )
 
 

@@ -13,6 +13,7 @@ from command_lines import ROOT
 import sdprune as package
 from sdprune.configuration.shipped import located
 from sdprune.inspection.usage import INSPECT
+from sdprune.lossless.usage import LOSSLESS
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 TEXTS = {page.relative_to(ROOT).as_posix(): page.read_text() for page in PAGES}
@@ -28,7 +29,7 @@ def commands(text):
     lines = [line for block in blocks(text, "bash") for line in block.replace("\\\n", " ").splitlines()]
     inline = re.findall(r"`([^`]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
     lines += [" ".join(code.split()) for code in inline]
-    verbs = "fit|predict|search|sweep|report|inspect|pack|unpack"
+    verbs = "fit|predict|search|sweep|report|inspect|lossless|pack|unpack"
     found = [re.search(rf"\bsdprune (?:{verbs}) .*", line) for line in lines]
     return [shlex.split(one[0], comments=True)[1:] for one in found if one]
 
@@ -95,6 +96,8 @@ def test_every_command_parses(sdprune, here, page, words):
         assert (told.code, f"{rest[0]} is no directory" in told.err) == (2, True), told.err
     elif verb == "inspect":
         assert vars(INSPECT.parse(rest))["model"]
+    elif verb == "lossless":
+        assert vars(LOSSLESS.parse(rest))["out"]
     elif verb == "sweep":
         told = sdprune(verb, *(one for word in rest for one in smaller(word, here)), "--dry-run")
         assert (told.code, told.err) == (0, "")
@@ -119,7 +122,7 @@ def smaller(word, directory):
 
 def test_the_commands_are_found():
     assert len(COMMANDS) > 30
-    verbs = {"fit", "predict", "search", "sweep", "report", "inspect", "pack", "unpack"}
+    verbs = {"fit", "predict", "search", "sweep", "report", "inspect", "lossless", "pack", "unpack"}
     assert {words[0] for _, words in COMMANDS} == verbs
     assert {"shifted.py", "brightness.py"} <= FILES.keys()
 

@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
 def load(
     directory: str | Path, dtype: Optional[torch.dtype] = None, device: str | torch.device = "cpu",
-    variant: Optional[str] = None,
+    variant: Optional[str] = None, text_once: bool = False,
 ) -> Any:  # fmt: skip
-    """Load a model that sdprune has saved, narrowed and packed ones too, as a pipeline of diffusers.
+    """Load a model that sdprune has saved, narrowed, packed and lossless ones too, as a pipeline of diffusers.
 
     Only safetensors and configurations are read, and only classes of the family are made.
 
@@ -28,6 +28,9 @@ def load(
         dtype: of its weights; by default float32.
         device: where it goes.
         variant: file variant of its weights, e.g. fp16.
+        text_once: whether the denoiser computes what depends on the text alone, such as the keys and values of its
+            cross-attention, once for each prompt in place of at every step: the same bits. The weights of these layers
+            must not change any more.
 
     Returns:
         The pipeline, such as a `StableDiffusionPipeline`.
@@ -36,6 +39,8 @@ def load(
         InputError: it is no directory of a known family of pipelines, or it is damaged.
     """
     import torch
+
+    from sdprune.pipelines.text_once import TextOnce
 
     path = Path(directory)
     if not (path / INDEX).is_file():
@@ -46,4 +51,6 @@ def load(
     family = next((cls for cls in families if cls.pipeline == named), families[0])  # which says what is wrong
     made = family(model=str(path), variant=variant)
     made.load(dtype or torch.float32, torch.device(device))
+    if text_once:
+        TextOnce(made.components[made.denoiser], made.proof.text, made.timestep)
     return made.pipe

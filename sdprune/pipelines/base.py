@@ -16,6 +16,7 @@ from sdprune.pipelines.component import Component, Denoiser, TextEncoder
 from sdprune.pipelines.directory import ModelDirectory, make_scheduler, require_pipeline, save_portable
 from sdprune.pipelines.resolve import resolve
 from sdprune.pipelines.sampling import Drawn, Sampling, step_of
+from sdprune.schema import descendants
 
 if TYPE_CHECKING:
     import torch
@@ -395,6 +396,12 @@ class DiffusersFamily(ABC):
     def save(self, directory: Path) -> None:
         """Write a plain diffusers directory."""
         save_portable(self._pipe, directory)
+
+
+def families() -> dict[str, type[DiffusersFamily]]:
+    """The known families by the classes of their pipelines; those of this package go before a user's own."""
+    known = sorted(descendants(DiffusersFamily), key=lambda cls: cls.__module__.startswith("sdprune."))
+    return {cls.pipeline: cls for cls in known if hasattr(cls, "pipeline")}
 
 
 def _align(module: nn.Module) -> None:

@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Any, Optional
 
 from sdprune.errors import InputError
 from sdprune.outside import read_json
-from sdprune.pipelines.base import DiffusersFamily
+from sdprune.pipelines.base import families
 from sdprune.pipelines.directory import INDEX
-from sdprune.schema import choices_of
 
 if TYPE_CHECKING:
     import torch
@@ -45,10 +44,11 @@ def load(
     path = Path(directory)
     if not (path / INDEX).is_file():
         raise InputError(f"{path} is no diffusers directory: it has no {INDEX}.")
-    families: list[Any] = list(choices_of([DiffusersFamily]).values())
     index = read_json(path / INDEX)
     named = index.get("_class_name") if isinstance(index, dict) else None
-    family = next((cls for cls in families if cls.pipeline == named), families[0])  # which says what is wrong
+    known = families()
+    fits = isinstance(named, str) and named in known
+    family: Any = known[named] if fits else next(iter(known.values()))  # which says what is wrong
     made = family(model=str(path), variant=variant)
     made.load(dtype or torch.float32, torch.device(device))
     if text_once:

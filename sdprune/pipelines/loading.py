@@ -47,8 +47,8 @@ def load(
     index = read_json(path / INDEX)
     named = index.get("_class_name") if isinstance(index, dict) else None
     known = families()
-    fits = isinstance(named, str) and named in known
-    family: Any = known[named] if fits else next(iter(known.values()))  # which says what is wrong
+    first = next(iter(known.values()))  # says what is wrong
+    family: Any = known.get(named, first) if isinstance(named, str) else first
     made = family(model=str(path), variant=variant)
     made.load(dtype or torch.float32, torch.device(device))
     if text_once:

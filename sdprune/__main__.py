@@ -15,7 +15,7 @@ from sdprune.errors import InputError, unknown
 from sdprune.errors import cause as _cause
 
 HELP = """usage: sdprune [--help] [--version]
-               {fit,predict,search,playground,sweep,report,inspect,pack,unpack,push} ...
+               {fit,predict,search,playground,sweep,report,inspect,lossless,pack,unpack,push} ...
 
 Find out how much of a text-to-image model can be pruned away before the pictures suffer.
 
@@ -26,6 +26,7 @@ Find out how much of a text-to-image model can be pruned away before the picture
   sweep    FILE ...        run every cell of W&B sweep files here, without a server
   report   DIR ...         show the runs in these directories on a page to explore; tables and figures for papers
   inspect  MODEL           say what a model is made of and what pruning it costs, without its weights
+  lossless MODEL --out DIR copy a model without what no picture depends on: the same pictures to the bit
   pack     DIR --out DIR   copy a pruned model into compact files, without loss
   unpack   DIR --out DIR   make the plain files of compact ones again, byte for byte
   push     DIR USER/NAME   send a saved model with its card to the model hub
@@ -42,6 +43,7 @@ _APART = {  # verbs without a trainer: the module of their usage, and the functi
     "sweep": ("sdprune.study.usage", "sdprune.study.sweep", "run"),
     "report": ("sdprune.study.usage", "sdprune.study.report", "run"),
     "inspect": ("sdprune.inspection.usage", "sdprune.inspection.verb", "run"),
+    "lossless": ("sdprune.lossless.usage", "sdprune.lossless.verb", "run"),
     "pack": ("sdprune.storage.usage", "sdprune.storage.directory", "run_pack"),
     "unpack": ("sdprune.storage.usage", "sdprune.storage.directory", "run_unpack"),
     "push": ("sdprune.push", "sdprune.push", "run"),

@@ -25,7 +25,7 @@ def test_version_and_help_import_nothing_heavy():
 import sys
 from sdprune.__main__ import main
 for arguments in (["--version"], ["--help"], [], ["predct"], ["sweep", "--help"], ["report", "-h"], ["report"],
-                  ["inspect"], ["pack", "--help"], ["unpack", "-h"], ["push"]):
+                  ["inspect"], ["lossless"], ["pack", "--help"], ["unpack", "-h"], ["push"]):
     main(arguments)
 heavy = {"torch", "lightning", "jsonargparse", "diffusers", "transformers", "numpy"} & set(sys.modules)
 sys.exit(f"imported {heavy}" if heavy else 0)

@@ -14,6 +14,7 @@ import sdprune as package
 from sdprune.__main__ import VERBS
 from sdprune.configuration.shipped import located
 from sdprune.inspection.usage import INSPECT
+from sdprune.lossless.usage import LOSSLESS
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 TEXTS = {page.relative_to(ROOT).as_posix(): page.read_text() for page in PAGES}
@@ -98,6 +99,8 @@ def test_every_command_parses(sdprune, here, page, words):
         assert (told.code, f"{rest[0]} has no model_index.json" in told.err) == (2, True), told.err
     elif verb == "inspect":
         assert vars(INSPECT.parse(rest))["model"]
+    elif verb == "lossless":
+        assert vars(LOSSLESS.parse(rest))["out"]
     elif verb == "sweep":
         told = sdprune(verb, *(one for word in rest for one in smaller(word, here)), "--dry-run")
         assert (told.code, told.err) == (0, "")

@@ -18,6 +18,8 @@ ALLOWED = {
     "metrics": {"metrics", "pipelines"},  # of pipelines only `resolve`
     "runs": {"runs", "data", "metrics", "pictures", "pruning"},
     "modules": {"modules", "api", "calibration", "data", "metrics", "pipelines", "pruning", "runs"},
+    "inspection": {"inspection", "calibration", "pipelines", "pruning"},
+    "lossless": {"lossless", "calibration", "inspection", "pipelines", "storage"},
     "search": {"search", "calibration", "data", "metrics", "modules", "pipelines", "pruning", "runs"},
     "playground": {"playground", "calibration", "configuration", "data", "metrics", "modules", "pruning"},
     # It reads records, and runs commands; of pipelines only `resolve`, for the name of the miniature, of mini only the

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_iter
 
-from sdprune.calibration.dependencies import Dependencies
 from sdprune.pruning.blocks import block_names
+from sdprune.pruning.dependencies import Dependencies
 from sdprune.pruning.targets import Target
 
 

@@ -10,9 +10,10 @@ from torch import nn
 from sdprune.calibration.passes import plan_passes
 from sdprune.errors import InputError, unknown
 from sdprune.inspection.model import modules_of, stored_of
-from sdprune.inspection.trace import LATENTS, TEXT, trace
 from sdprune.pipelines import DiffusersFamily
-from sdprune.pruning import Criterion, PruneSpec, Target, find_targets, statistic
+from sdprune.pipelines.reduced import outermost
+from sdprune.pipelines.trace import LATENTS, TEXT, TIMESTEP, targets_of, trace
+from sdprune.pruning import Criterion, PruneSpec, Target, statistic
 from sdprune.pruning.memory import named_tensors, region
 from sdprune.pruning.selection import count
 from sdprune.pruning.statistics import InputStatistic
@@ -44,9 +45,11 @@ def inspect(
             raise unknown("component or role", name, dict.fromkeys([*roles, *roles.values()]))
     modules = modules_of(family)
     prunable = {name: modules[name] for name in roles}
-    every = {name: _targets(module, LAYER_KINDS) for name, module in prunable.items()}
+    every = {name: targets_of(module, LAYER_KINDS) for name, module in prunable.items()}
     found = trace(family, modules, every)
-    chosen = {name: _useful(module, _targets(module, layers), found.unread[name]) for name, module in prunable.items()}
+    chosen = {
+        name: _useful(module, targets_of(module, layers), found.unread[name]) for name, module in prunable.items()
+    }
     components: dict[str, Any] = {}
     for name, module in modules.items():
         components[name] = {
@@ -67,12 +70,6 @@ def inspect(
         "layers": list(layers), "steps": steps, "memory": memory, "components": components,
         "pruned": _pruned(chosen, {name: components[name]["parameters"] for name in roles}, wanted),
     }  # fmt: skip
-
-
-def _targets(module: nn.Module, layers: Sequence[str]) -> list[Target]:
-    """The layers of these kinds; those that the module lacks are not missed."""
-    kinds = {kind for one in module.modules() if (kind := layer_kind(one)) in layers}
-    return find_targets(module, [kind for kind in layers if kind in kinds]) if kinds else []
 
 
 def _useful(module: nn.Module, targets: Sequence[Target], unread: Sequence[str]) -> list[Target]:
@@ -154,25 +151,14 @@ def _inputs(targets: Sequence[Target], marks: Mapping[str, int], denoises: bool)
     seen = {name: mark for name, mark in marks.items() if name in weights and denoises}
     return {
         "timestep_alone": those([name for name, mark in seen.items() if not mark & (LATENTS | TEXT)]),
-        "text_alone": those([name for name, mark in seen.items() if mark == TEXT]),
+        "text_alone": those([name for name, mark in seen.items() if mark & (LATENTS | TEXT | TIMESTEP) == TEXT]),
         "never_called": those([name for name in weights if name not in marks]),
     }
 
 
 def _unread(module: nn.Module, names: Sequence[str]) -> dict[str, Any]:
     parameters = dict(module.named_parameters())
-    return {"modules": _outermost(module, names), "parameters": _size(parameters[one] for one in names)}
-
-
-def _outermost(module: nn.Module, parameters: Sequence[str]) -> list[str]:
-    """The largest modules that hold nothing but these parameters, and what is left of the parameters."""
-    left, found = set(parameters), []
-    for name, one in module.named_modules():
-        own = {f"{name}.{inner}".lstrip(".") for inner, _ in one.named_parameters()}
-        if own and own <= left:
-            found.append(name)
-            left -= own
-    return [*found, *sorted(left)]
+    return {"modules": outermost(module, names), "parameters": _size(parameters[one] for one in names)}
 
 
 def _costs(targets: Sequence[Target], order: Sequence[str], steps: int, memory: int) -> dict[str, Any]:

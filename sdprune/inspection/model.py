@@ -13,9 +13,10 @@ from sdprune.errors import InputError
 from sdprune.hub import asking_hub
 from sdprune.outside import read_json, reading
 from sdprune.pipelines import DiffusersFamily
+from sdprune.pipelines.base import families
 from sdprune.pipelines.directory import INDEX
 from sdprune.pipelines.resolve import resolve
-from sdprune.schema import class_named, descendants
+from sdprune.schema import class_named
 
 _CONFIGURATION = [INDEX, "*/*.json", "*/*.txt", "*/*.model"]
 
@@ -41,13 +42,13 @@ def find_family(model: str, revision: str = "main", pipeline: Optional[str] = No
         raise InputError(f"{path} is no diffusers directory: it has no {INDEX}.")
     index = read_json(path / INDEX)
     found = index.get("_class_name") if isinstance(index, dict) else None
-    families = {cls.pipeline: cls for cls in descendants(DiffusersFamily) if hasattr(cls, "pipeline")}
-    if found not in families:
+    known = families()
+    if not isinstance(found, str) or found not in known:
         raise InputError(
-            f"{path / INDEX} names {str(found)[:100]!r}, which no family is for. Give a {' or '.join(families)}, or a "
+            f"{path / INDEX} names {str(found)[:100]!r}, which no family is for. Give a {' or '.join(known)}, or a "
             "family of your own: --pipeline=MODULE.CLASS."
         )
-    return families[found](str(path))
+    return known[found](str(path))
 
 
 def _fetched(model: str, revision: str) -> Path:

@@ -16,7 +16,7 @@ def lines_of(facts: Mapping[str, Any]) -> list[str]:
     components = facts["components"]
     prunable = {name: one for name, one in components.items() if one["role"] is not None}
     return [
-        f"{facts['model']}: {facts['family']}, {_number(facts['parameters'])} parameters; no weights were loaded",
+        f"{facts['model']}: {facts['family']}, {number_shown(facts['parameters'])} parameters; no weights were loaded",
         "",
         *_table([("component", "class", "parameters", *LAYER_KINDS[:2], "not prunable", "on disk")], components),
         *(line for name, one in prunable.items() for line in _structure(name, one, facts["layers"])),
@@ -37,12 +37,14 @@ def _table(head: list[tuple[str, ...]], components: Mapping[str, Any]) -> list[s
         other = sum(entry["parameters"] for kind, entry in kinds.items() if kind not in LAYER_KINDS)
         stored = one["stored"]
         disk = "-" if stored is None else f"{size_shown(stored['bytes'])} {'+'.join(stored['numbers'])}"
-        rows.append((name, one["class"], _number(one["parameters"]), *layers, _number(other) if kinds else "-", disk))
-    return _aligned(rows, left=(0, 1, 6))
+        rows.append(
+            (name, one["class"], number_shown(one["parameters"]), *layers, number_shown(other) if kinds else "-", disk)
+        )
+    return aligned(rows, left=(0, 1, 6))
 
 
 def _layers(entry: Mapping[str, int] | None) -> str:
-    return "-" if entry is None else f"{_number(entry['parameters'])} in {entry['tensors']}"
+    return "-" if entry is None else f"{number_shown(entry['parameters'])} in {entry['tensors']}"
 
 
 def _structure(name: str, one: Mapping[str, Any], kinds: Sequence[str]) -> list[str]:
@@ -62,7 +64,7 @@ def _structure(name: str, one: Mapping[str, Any], kinds: Sequence[str]) -> list[
     unread = one["unread"]
     if unread["modules"]:
         found.append(
-            f"  no output depends on {_patterns(unread['modules'])} ({_number(unread['parameters'])} parameters)"
+            f"  no output depends on {_patterns(unread['modules'])} ({number_shown(unread['parameters'])} parameters)"
         )
     found += [f"  one tensor: {' = '.join(names)}" for names in one["tied"]]
     return found
@@ -85,7 +87,7 @@ def _kin(block: Mapping[str, Any]) -> tuple[str, int, int]:
 
 def _run(run: Sequence[Mapping[str, Any]]) -> str:
     first, last = run[0], run[-1]
-    each = f"{first['layers']} layers, {_number(first['weights'])} weights{'' if first['runs'] else ', never run'}"
+    each = f"{first['layers']} layers, {number_shown(first['weights'])} weights{'' if first['runs'] else ', never run'}"
     if first is last:
         return f"{first['name']}: {each}"
     return f"{first['name']} to {last['name'].rpartition('.')[2]}: {each} each"
@@ -114,24 +116,25 @@ def _costs(components: Mapping[str, Any]) -> list[str]:
                 last = "-" if stages is None else str(stages["passes"])
                 rows.append((name, component, ", ".join(cost["statistics"]), size_shown(cost["bytes"]), *sizes, last))
     free = [name for name, cost in next(iter(components.values()))["criteria"].items() if not cost["statistics"]]
-    return [*_aligned(rows, left=(0, 1, 2)), *(f"  {name} needs none." for name in free)]
+    return [*aligned(rows, left=(0, 1, 2)), *(f"  {name} needs none." for name in free)]
 
 
 def _pruned(pruned: Mapping[str, Any]) -> list[str]:
     rows = [("pruned", "sparsity", "of weights", "zeros", "parameters left", "actual")]
     for name, one in pruned["components"].items():
         rows.append((
-            name, f"{one['sparsity']:.2%}", _number(one["weights"]), _number(one["pruned"]), _number(one["left"]),
+            name, f"{one['sparsity']:.2%}", *(number_shown(one[key]) for key in ("weights", "pruned", "left")),
             f"{one['actual']:.2%}",
         ))  # fmt: skip
     rows.append((
-        "all of these", f"{pruned['nominal']:.2%}", "", _number(pruned["pruned"]), _number(pruned["left"]),
+        "all of these", f"{pruned['nominal']:.2%}", "", number_shown(pruned["pruned"]), number_shown(pruned["left"]),
         f"{pruned['actual']:.2%}",
     ))  # fmt: skip
-    return _aligned(rows, left=(0,))
+    return aligned(rows, left=(0,))
 
 
-def _aligned(rows: Sequence[Sequence[str]], left: Sequence[int]) -> list[str]:
+def aligned(rows: Sequence[Sequence[str]], left: Sequence[int]) -> list[str]:
+    """Rows as lines, with the columns of these numbers at the left and others at the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     cells = [
         [
@@ -143,5 +146,6 @@ def _aligned(rows: Sequence[Sequence[str]], left: Sequence[int]) -> list[str]:
     return [f"  {'  '.join(row)}".rstrip() for row in cells]
 
 
-def _number(value: int) -> str:
+def number_shown(value: int) -> str:
+    """A count, in millions where it is large."""
     return f"{value / 1e6:,.1f} M" if value >= 100_000 else f"{value:,}"

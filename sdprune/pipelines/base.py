@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cached_property, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Optional
@@ -16,13 +16,19 @@ from sdprune.pipelines.component import Component, Denoiser, TextEncoder
 from sdprune.pipelines.directory import ModelDirectory, make_scheduler, require_pipeline, save_portable
 from sdprune.pipelines.resolve import resolve
 from sdprune.pipelines.sampling import Drawn, Sampling, step_of
+from sdprune.schema import descendants
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from sdprune.pipelines.trace import Proof
+
 _SAMPLE_SIZE = 128
 """Height and width in latents of pipelines whose denoiser does not say its own."""
+
+
+_ALIGNMENT = 64  # bytes, as torch allocates
 
 
 class DiffusersFamily(ABC):
@@ -104,7 +110,17 @@ class DiffusersFamily(ABC):
             InputError: neither a directory of such a pipeline nor a hub id that can be had.
         """
         path = self._directory() or self._download()
-        return ModelDirectory(path, self.parts, self._pipelines, self.variant, self.schedulers)
+        return ModelDirectory(path, self.parts, self._pipelines, self.variant, self.schedulers, self._may_lack)
+
+    @cached_property
+    def proof(self) -> Proof:
+        """What can be said of its pictures whatever the weights are, from the configurations alone."""
+        from sdprune.pipelines.trace import prove
+
+        return prove(self)
+
+    def _may_lack(self, name: str) -> tuple[Collection[str], Collection[str], str]:
+        return self.proof.unread.get(name, ()), self.proof.timed if name == self.denoiser else (), self.timestep
 
     def _directory(self) -> Optional[Path]:
         """The directory that the model's name stands for; None for a hub id."""
@@ -225,6 +241,13 @@ class DiffusersFamily(ABC):
                 self._pipe = self.assembled(lambda name: self.files.load(name, dtype))
             self.altered = False
         self._pipe.to(device=device, dtype=dtype)
+        with torch.inference_mode(False):
+            for module in self.components.values():
+                _align(module)
+
+    def unload(self) -> None:
+        """Forget the weights."""
+        self._pipe = None
 
     def assembled(self, module: Callable[[str], nn.Module], **overrides: Any) -> Any:
         """The pipeline.
@@ -373,6 +396,19 @@ class DiffusersFamily(ABC):
     def save(self, directory: Path) -> None:
         """Write a plain diffusers directory."""
         save_portable(self._pipe, directory)
+
+
+def families() -> dict[str, type[DiffusersFamily]]:
+    """The known families by the classes of their pipelines; those of this package go before a user's own."""
+    known = sorted(descendants(DiffusersFamily), key=lambda cls: cls.__module__.startswith("sdprune."))
+    return {cls.pipeline: cls for cls in known if hasattr(cls, "pipeline")}
+
+
+def _align(module: nn.Module) -> None:
+    """Move weights that a file has put at any place in memory: kernels of the CPU round by how they are aligned."""
+    for one in (*module.parameters(), *module.buffers()):
+        if one.device.type == "cpu" and one.data_ptr() % _ALIGNMENT:
+            one.data = one.data.clone()
 
 
 def _defaults(function: Callable[..., Any]) -> dict[str, Any]:

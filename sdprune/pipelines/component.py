@@ -119,12 +119,25 @@ class Component(ABC):
 
     def idle(self, layers: Sequence[str]) -> list[str]:
         """Shell patterns of the layers, of given kinds, that nothing depends on."""
-        patterns = self.family.idle.get(self.name)
-        if not patterns:
+        if not self.family.idle.get(self.name):
             return []
-        names = [name for name, one in self.meta_module().named_modules() if layer_kind(one) in layers]
-        named = [_of_last_block(pattern, names) for pattern in patterns]
-        return [pattern for pattern in named if any(fnmatchcase(name, pattern) for name in names)]
+        there = _names(self.meta_module(), layers)
+        whole = self.family.files.empty_module(self.name, whole=True)  # its files may lack the last block
+        return [one for one in self.declared_idle(whole, layers) if any(fnmatchcase(name, one) for name in there)]
+
+    def declared_idle(self, whole: nn.Module, layers: Sequence[str]) -> list[str]:
+        """The patterns of the family, with the number of the last block in place of `{last}`.
+
+        Args:
+            whole: the module that the configuration describes.
+            layers: kinds of layers.
+        """
+        names = _names(whole, layers)
+        return [_of_last_block(pattern, names) for pattern in self.family.idle.get(self.name, ())]
+
+
+def _names(module: nn.Module, layers: Sequence[str]) -> list[str]:
+    return [name for name, one in module.named_modules() if layer_kind(one) in layers]
 
 
 def _of_last_block(pattern: str, names: Sequence[str]) -> str:

@@ -6,14 +6,15 @@ import functools
 import hashlib
 import inspect
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cached_property
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Optional
 
 from sdprune.errors import InputError, unknown
 from sdprune.outside import REPLACE, read_config, read_json, reading
+from sdprune.pipelines.reduced import TIMESTEPS, Reduction, find_reduction, module_names
 from sdprune.pruning.narrowing import fit_to_shapes
 from sdprune.storage.compact import SUFFIX, CompactFile
 from sdprune.storage.directory import unpacked
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 INDEX = "model_index.json"
+Fit = Callable[["nn.Module"], object]
+MayLack = Callable[[str], tuple[Collection[str], Collection[str], str]]
 
 
 class ModelDirectory:
@@ -35,6 +38,8 @@ class ModelDirectory:
         pipelines: see `require_pipeline`.
         variant: file variant of the weights, e.g. fp16.
         schedulers: see `scheduler_class`.
+        may_lack: what the files of a component may lack of what its configuration describes: names of parameters that
+            no picture depends on, names of Linear layers that see the timestep alone, and the argument that holds it.
 
     Raises:
         InputError: it is no directory of such a pipeline.
@@ -42,9 +47,10 @@ class ModelDirectory:
 
     def __init__(
         self, path: Path, classes: Mapping[str, tuple[str, Sequence[str]]], pipelines: Mapping[str, str],
-        variant: str | None = None, schedulers: Sequence[str] = (),
+        variant: str | None = None, schedulers: Sequence[str] = (), may_lack: MayLack = lambda _: ((), (), ""),
     ) -> None:  # fmt: skip
         self.path, self.classes, self.variant, self.schedulers = path, classes, variant, schedulers
+        self.may_lack = may_lack
         self.narrowed: set[str] = set()
         """Components that were looked at, and lack units that their configurations have."""
         if not (path / INDEX).is_file():
@@ -107,23 +113,32 @@ class ModelDirectory:
         Raises:
             InputError: its configuration is damaged, or describes far more parameters than its files hold.
         """
+        return self._checked(name)[0]
+
+    def _checked(self, name: str) -> tuple[nn.Module, Optional[Fit]]:
         shapes = self._shapes(name)
         if not shapes:
             raise InputError(f"{self.path / name} has no safetensors: only these are read. Convert the model.")
-        module = self._empty(name, shapes)
+        module, fit = self._empty(name, shapes)
         described, stored = sum(one.numel() for one in module.parameters()), sum(map(prod, shapes.values()))
         if described > 2 * stored:  # loading would fill memory before it finds out
             raise InputError(
                 f"{self.path / name} lacks most of its weights: its config.json describes {described:,} parameters, "
                 f"its safetensors hold {stored:,}. It is damaged or belongs to another configuration. {REPLACE}"
             )
-        return module
+        return module, fit
 
-    def empty_module(self, name: str) -> nn.Module:
-        """The same where the weights need not be there; where they are, they say how narrow it is."""
-        return self._empty(name, self._shapes(name))
+    def empty_module(self, name: str, whole: bool = False) -> nn.Module:
+        """The same where the weights need not be there; where they are, they say how narrow it is.
 
-    def _empty(self, name: str, shapes: Mapping[str, Sequence[int]]) -> nn.Module:
+        Args:
+            name: of the component.
+            whole: as its configuration describes it, whatever its files hold.
+        """
+        return self._empty(name, {} if whole else self._shapes(name))[0]
+
+    def _empty(self, name: str, stored: Mapping[str, Sequence[int]]) -> tuple[nn.Module, Optional[Fit]]:
+        """A component without weights, and how its files differ from its configuration: narrowed, or reduced."""
         import torch
 
         config, cls = self.config(name), self.type_of(name)
@@ -133,12 +148,38 @@ class ModelDirectory:
             else:
                 options = cls.config_class.from_dict(config)
                 module = cls._from_config(options, attn_implementation=_attention(cls), dtype=torch.float32)
+        shapes = {inside: stored[key] for key, inside in module_names(module, stored).items()}
+        reduction, narrowed = Reduction(), False
         try:
-            if fit_to_shapes(module, shapes):
-                self.narrowed.add(name)
+            narrowed = fit_to_shapes(module, shapes)
         except InputError as error:
             raise InputError(f"{self.path / name} is damaged: {error} {REPLACE}") from error
-        return module.eval()
+        if narrowed:
+            self.narrowed.add(name)
+        if TIMESTEPS in shapes or (shapes and any(one not in shapes for one, _ in module.named_parameters())):
+            reduction = find_reduction(module, shapes, self._timesteps(name, shapes), *self.may_lack(name))
+            reduction.apply(module)
+
+        def fit(other: nn.Module) -> None:
+            fit_to_shapes(other, shapes)
+            reduction.apply(other)
+
+        return module.eval(), fit if narrowed or any(reduction) else None
+
+    def _timesteps(self, name: str, shapes: Mapping[str, Sequence[int]]) -> list[float]:
+        """Of the rows of the tables in a component's files."""
+        import torch
+        from safetensors import safe_open
+
+        if TIMESTEPS not in shapes:
+            return []
+        with self._reading(name), unpacked(self.path / name) as directory:
+            for file in sorted(directory.glob("*.safetensors")):
+                with safe_open(file, framework="pt") as content:
+                    if TIMESTEPS in content.keys():  # noqa: SIM118
+                        found: list[float] = content.get_tensor(TIMESTEPS).view(torch.float64).tolist()
+                        return found
+        return []
 
     def _shapes(self, name: str) -> dict[str, Sequence[int]]:
         """Shapes of the tensors in the safetensors of a component, of all variants; none where there are none."""
@@ -155,10 +196,10 @@ class ModelDirectory:
 
     def load(self, name: str, dtype: torch.dtype) -> nn.Module:
         """A component with its weights; without this check one that its file lacks would be random without a word."""
-        self.meta_module(name)
+        _, fit = self._checked(name)
         stock = self.type_of(name)
         extra = {"attn_implementation": _attention(stock)} if self.index[name][0] == "transformers" else {}
-        cls = shaped_class(stock, self._shapes(name)) if name in self.narrowed else stock
+        cls = stock if fit is None else fitted_class(stock, fit)
         with self._reading(name), unpacked(self.path / name) as directory:
             module, found = cls.from_pretrained(
                 directory, torch_dtype=dtype, variant=self.variant, use_safetensors=True, local_files_only=True,
@@ -204,18 +245,18 @@ def _attention(cls: Any) -> str:
     return "sdpa" if cls._supports_sdpa else "eager"
 
 
-def shaped_class(stock: Any, shapes: Mapping[str, Sequence[int]]) -> Any:
-    """A class of models that are made narrow, so that the weights of a narrowed model can be loaded into them.
+def fitted_class(stock: Any, fit: Fit) -> Any:
+    """A class of models that are made to fit a file, so that the weights of narrowed and reduced models can be loaded.
 
     Args:
         stock: the class of diffusers or transformers; only its own code runs.
-        shapes: of the tensors in the model's files, see `fit_to_shapes`.
+        fit: changes a model that is made.
     """
 
     @functools.wraps(stock.__init__)  # diffusers reads the options of a model off its signature
     def make(self: Any, *args: Any, **kwargs: Any) -> None:
         stock.__init__(self, *args, **kwargs)
-        fit_to_shapes(self, shapes)
+        fit(self)
 
     return type(stock.__name__, (stock,), {"__init__": make, "__module__": stock.__module__})
 

@@ -189,7 +189,9 @@ def by_block(targets: Sequence[Target]) -> dict[str, list[Target]]:
 
 
 def layer_kind(module: nn.Module) -> Optional[str]:
-    """Which of LAYER_KINDS a module is, if any."""
+    """Which of LAYER_KINDS a module is, if any; none where its weight was taken away."""
+    if module._parameters.get("weight") is None and getattr(module, "weight", None) is None:
+        return None
     if isinstance(module, nn.Linear):
         return "Linear"
     if isinstance(module, nn.Conv2d):

@@ -54,12 +54,12 @@ def pack(directory: Path, out: Path, compress: bool = True, report: Callable[[st
     Raises:
         InputError: no such files, damage, an `out` that is in use or too small a disk.
     """
-    tree = _Tree(directory)
+    tree = Tree(directory)
     if any(path.name.endswith(SUFFIX) for path in tree.files):
         raise InputError(f"{directory} is packed already: give a plain one, or unpack it first.")
     if not any(path.suffix == _PLAIN for path in tree.files):
         raise InputError(f"{directory} has no safetensors to pack: give the directory of a model or a pipeline.")
-    with _making(tree, out, sum(path.stat().st_size for path in tree.files)) as part:
+    with making(tree, out, sum(path.stat().st_size for path in tree.files)) as part:
         for path in tree.files:
             target = tree.inside(path, part)
             if path.suffix == _PLAIN:
@@ -71,8 +71,8 @@ def pack(directory: Path, out: Path, compress: bool = True, report: Callable[[st
                     continue
                 compact.unlink()
                 report(f"{path.relative_to(directory)}: {before / 1e6:,.1f} MB, kept plain: packed it is no smaller")
-            _copy(path, target)
-        whole = _ratio(*(sum(one.stat().st_size for one in files) for files in (tree.files, _Tree(part).files)))
+            copy(path, target)
+        whole = _ratio(*(sum(one.stat().st_size for one in files) for files in (tree.files, Tree(part).files)))
     report(f"Packed: {out}, {whole}")
 
 
@@ -86,19 +86,19 @@ def unpack(directory: Path, out: Path, report: Callable[[str], None] = lambda _:
     Raises:
         InputError: no such files, damage, an `out` that is in use or too small a disk.
     """
-    tree = _Tree(directory)
+    tree = Tree(directory)
     compact = {path: CompactFile(path) for path in tree.files if path.name.endswith(SUFFIX)}
     if not compact:
         raise InputError(f"{directory} has no compact files (*{SUFFIX}): there is nothing to unpack.")
     sizes = sum(compact[path].size if path in compact else path.stat().st_size for path in tree.files)
-    with _making(tree, out, sizes) as part:
+    with making(tree, out, sizes) as part:
         for path in tree.files:
             target = tree.inside(path, part)
             if path in compact:
                 compact[path].write(_plain(path, target))
                 report(f"{path.relative_to(directory)}: {compact[path].size / 1e6:,.1f} MB")
             else:
-                _copy(path, target)
+                copy(path, target)
     report(f"Unpacked: {out}, {sizes / 1e6:,.1f} MB")
 
 
@@ -139,7 +139,7 @@ def unpacked(directory: Path) -> Iterator[Path]:
         yield temporary
 
 
-class _Tree:
+class Tree:
     """The folders and files of a directory.
 
     Raises:
@@ -168,13 +168,14 @@ def _raise(error: OSError) -> None:
     raise InputError(f"{error.filename} cannot be read ({error.strerror}).") from error
 
 
-def _copy(path: Path, target: Path) -> None:
+def copy(path: Path, target: Path) -> None:
+    """Copy a file. Raises InputError for one that cannot be read."""
     with reading(f"{path} cannot be copied", "Make it readable, or remove it."):
         shutil.copyfile(path, target)
 
 
 @contextmanager
-def _making(tree: _Tree, out: Path, size: int) -> Iterator[Path]:
+def making(tree: Tree, out: Path, size: int) -> Iterator[Path]:
     """A directory beside `out` that becomes `out` when the block ends well, with the folders of a tree in it."""
     out = out.absolute()
     if out.resolve().is_relative_to(tree.directory.resolve()):

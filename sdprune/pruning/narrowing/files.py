@@ -20,7 +20,7 @@ def fit_to_shapes(component: nn.Module, shapes: Shapes) -> bool:
 
     Args:
         component: as its configuration makes it, on the meta device or with any weights.
-        shapes: of the tensors in the file, whose names may have a prefix.
+        shapes: of the tensors in the file, by their names in the component.
 
     Returns:
         Whether anything was narrowed.
@@ -28,39 +28,27 @@ def fit_to_shapes(component: nn.Module, shapes: Shapes) -> bool:
     Raises:
         InputError: a shape that narrowing cannot make, by the name of the tensor; the component is then of no use.
     """
-    prefix, narrowed = _prefix(component, shapes), False
+    narrowed = False
     for group in find_groups(component):
-        count = _count(group, shapes, prefix)
+        count = _count(group, shapes)
         if count is not None and count != group.units:
             group.keep(torch.arange(count))
             narrowed = True
     if narrowed:
         for name, parameter in component.named_parameters():
-            found = shapes.get(prefix + name)
+            found = shapes.get(name)
             if found is not None and tuple(found) != tuple(parameter.shape):
                 raise InputError(
-                    f"{prefix + name} has shape {list(found)}, and a model narrowed like this one has "
-                    f"{list(parameter.shape)}."
+                    f"{name} has shape {list(found)}, and a model narrowed like this one has {list(parameter.shape)}."
                 )
     return narrowed
 
 
-def _prefix(component: nn.Module, shapes: Shapes) -> str:
-    """What stands before all names in the file, as `text_model.` does in older ones."""
-    for name, _ in component.named_parameters():
-        if name in shapes:
-            return ""
-        longer = [one for one in shapes if one.endswith(f".{name}")]
-        if len(longer) == 1:
-            return longer[0].removesuffix(name)
-    return ""
-
-
-def _count(group: Group, shapes: Shapes, prefix: str) -> Optional[int]:
+def _count(group: Group, shapes: Shapes) -> Optional[int]:
     """How many units of a group a file has; None where it lacks the layer."""
     first = group.outputs[0]
     width = sum(one.width for one in group.outputs if one.layer == first.layer)
-    name = f"{prefix}{group.path(first)}.weight"
+    name = f"{group.path(first)}.weight"
     shape = shapes.get(name)
     if shape is None or tuple(shape[1:]) != tuple(group.layer(first).weight.shape[1:]):
         return None  # narrowing leaves the inputs of this layer as they are: loading says what is wrong

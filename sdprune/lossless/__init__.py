@@ -1,0 +1,1 @@
+"""`sdprune lossless`: a model without what no picture depends on."""

@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from sdprune.calibration.dependencies import Dependencies
+from sdprune.calibration.execution import Flow, following
 from sdprune.pipelines import DiffusersFamily, Sampling
 from sdprune.pipelines.checks import dry_run
 from sdprune.pruning import Target
@@ -24,26 +25,31 @@ _FIRST = 3  # bits from here on stand for parameters
 class Trace:
     """What one picture showed."""
 
-    order: dict[str, list[str]] = field(default_factory=dict)
-    """By component, names of the layers in the order of their first calls."""
+    flows: dict[str, Flow] = field(default_factory=dict)
+    """By component, how values go through its blocks in its first call."""
+    calls: int = 0
+    """How often the denoiser is called."""
     inputs: dict[tuple[str, str], int] = field(default_factory=dict)
     """By component and layer, which of LATENTS, TEXT and TIMESTEP its input depends on, over all calls."""
     unread: dict[str, list[str]] = field(default_factory=dict)
     """By component, names of the parameters that no output depends on."""
 
 
-def trace(family: DiffusersFamily, modules: Mapping[str, nn.Module], targets: Mapping[str, list[Target]]) -> Trace:
-    """Draw one picture without weights, in one step, and follow what goes into what.
+def trace(
+    family: DiffusersFamily, modules: Mapping[str, nn.Module], targets: Mapping[str, list[Target]], steps: int
+) -> Trace:
+    """Draw one picture without weights, with guidance, and follow what goes into what.
 
     Args:
         family: wires the modules.
         modules: all modules of its pipeline, on the meta device.
         targets: by prunable component, the layers to look at.
+        steps: denoising steps.
 
     Raises:
         InputError: the modules do not fit each other.
     """
-    found, seen = Trace({name: [] for name in targets}), Dependencies()
+    found, seen = Trace(), Dependencies()
     parameters = {name: dict(modules[name].named_parameters()) for name in targets}
     bits = {key: 1 << number for number, key in enumerate(_pairs(parameters), _FIRST)}
     for (name, one), bit in bits.items():
@@ -51,8 +57,6 @@ def trace(family: DiffusersFamily, modules: Mapping[str, nn.Module], targets: Ma
 
     def called(component: str, target: Target, module: nn.Module, args: Any, kwargs: Any) -> None:
         key = (component, target.name)
-        if key not in found.inputs:
-            found.order[component].append(target.name)
         found.inputs[key] = found.inputs.get(key, 0) | seen.marks((args, kwargs)) & (LATENTS | TEXT | TIMESTEP)
 
     def encodes(module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -72,9 +76,11 @@ def trace(family: DiffusersFamily, modules: Mapping[str, nn.Module], targets: Ma
                 for module, hook in hooks:
                     stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
             stack.enter_context(seen)
+            found.flows = {name: stack.enter_context(following(modules[name], own)) for name, own in targets.items()}
             yield
 
-    picture = seen.marks(dry_run(family, Sampling(steps=1, guidance=1.0), modules.__getitem__, watching))
+    drawn = dry_run(family, Sampling(steps), modules.__getitem__, watching)
+    picture, found.calls = seen.marks(drawn.picture), drawn.calls
     found.unread = {name: [one for one in own if not picture & bits[name, one]] for name, own in parameters.items()}
     return found
 

@@ -50,6 +50,10 @@ class Component(ABC):
         """How many denoising steps it runs for one prompt."""
 
     @abstractmethod
+    def calls(self, sampling: Sampling) -> int:
+        """How often it is called for one batch."""
+
+    @abstractmethod
     def run(
         self, prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling,
         before_step: Optional[Callable[[int], None]] = None,
@@ -108,12 +112,17 @@ class Component(ABC):
         where inputs are [items, ...]."""
         return None
 
-    def idle(self, layers: Sequence[str]) -> list[str]:
-        """Shell patterns of the layers, of given kinds, that nothing depends on."""
+    def idle(self, layers: Sequence[str], module: Optional[nn.Module] = None) -> list[str]:
+        """Shell patterns of the layers, of given kinds, that nothing depends on.
+
+        Args:
+            layers: the kinds.
+            module: the component, if it is at hand, with weights or without.
+        """
         patterns = self.family.idle.get(self.name)
         if not patterns:
             return []
-        names = [name for name, one in self.meta_module().named_modules() if layer_kind(one) in layers]
+        names = [name for name, one in (module or self.meta_module()).named_modules() if layer_kind(one) in layers]
         named = [_of_last_block(pattern, names) for pattern in patterns]
         return [pattern for pattern in named if any(fnmatchcase(name, pattern) for name in names)]
 
@@ -131,6 +140,9 @@ class TextEncoder(Component):
     role = "text"
 
     def steps(self, sampling: Sampling) -> int:  # noqa: D102
+        return 1
+
+    def calls(self, sampling: Sampling) -> int:  # noqa: D102
         return 1
 
     def run(  # noqa: D102
@@ -218,6 +230,9 @@ class Denoiser(Component):
 
     def steps(self, sampling: Sampling) -> int:  # noqa: D102
         return sampling.steps
+
+    def calls(self, sampling: Sampling) -> int:  # noqa: D102
+        return self.family.calls(sampling)
 
     def weights(self, copies: int, unconditional: float) -> list[float]:  # noqa: D102
         guided = self._number + copies > 1

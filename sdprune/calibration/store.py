@@ -29,8 +29,9 @@ Facts = Mapping[str, Any]
 class Store(Protocol):
     """Where statistics are kept."""
 
-    root: Path | None
-    """The directory, if it is one."""
+    @property
+    def root(self) -> Path | None:
+        """The directory, if it is one."""
 
     def __contains__(self, facts: Facts) -> bool:
         """Whether the statistics that `facts` decide are there, all of them."""

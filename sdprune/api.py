@@ -171,7 +171,7 @@ def narrow(
 class _Module:
     """A module of which nothing is known: it runs as a whole, and all of its inputs count."""
 
-    name, steps = "module", 1
+    name, steps, calls_per_batch = "module", 1, 1
 
     def __init__(self, module: nn.Module, calls: list[Call]) -> None:
         self.module, self.calls = module, calls

@@ -1,8 +1,11 @@
 """Command lines that the tests run: the real configurations, made small."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
+
+import numpy as np
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs" / "mini"
@@ -43,3 +46,28 @@ def the_run(output: Path, prefix: str) -> Path:
     """The one run directory whose name begins so."""
     (found,) = runs(output, prefix)
     return found
+
+
+def everything(output):
+    """What a run leaves that must not depend on how it came about: every image, row, statistic and result."""
+    found = {}
+    for path in sorted(output.rglob("*")):
+        inside = path.relative_to(output).parts
+        if path.is_dir() or inside[0] in ("logs", ".locks") or inside[-2:-1] == (".locks",):
+            continue
+        if path.name == "config.yaml":  # has the command's own directories
+            continue
+        if path.name == "results.json":
+            results = json.loads(path.read_text())
+            del results["speed"], results["digest"]
+            found[path.relative_to(output)] = json.dumps(results)
+        elif path.name == "rows.npz":
+            with np.load(path) as rows:
+                found |= {path.relative_to(output) / key: rows[key].tobytes() for key in rows}
+        else:
+            found[path.relative_to(output)] = path.read_bytes()
+    return found
+
+
+def differences(one, other):
+    return sorted(str(path) for path in {*one, *other} if one.get(path) != other.get(path))

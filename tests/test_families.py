@@ -4,6 +4,7 @@ import fnmatch
 import inspect
 import json
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pandas
@@ -11,11 +12,13 @@ import pytest
 import tiny_families
 import torch
 import yaml
-from command_lines import CONFIGS, CPU, process, the_run
+from command_lines import CONFIGS, CPU, differences, everything, process, the_run
 from lightning import Trainer
+from lightning.fabric.plugins.environments.lightning import find_free_network_port
 from safetensors.torch import load_file
 
 import sdprune.pipelines
+from sdprune.__main__ import main
 from sdprune.calibration.collect import Collector
 from sdprune.calibration.settings import Calibration
 from sdprune.data import CocoDataModule, TextFile
@@ -393,29 +396,59 @@ def test_statistics_of_a_denoiser_are_those_of_single_images(family, miniature, 
         torch.testing.assert_close(found[layer][:, 0].double(), norms / 3, rtol=2e-4, atol=1e-6, msg=layer)
 
 
-def test_interrupted_and_resumed_by_two_processes(sdprune, tmp_path, tmp_path_factory, monkeypatch):
-    """Of the family whose layers see items of unlike length one behind the other."""
-    family = saved("ZImage", tmp_path_factory)
-    options = [*each("ZImage", "sparsity=0.4"), *each("ZImage", "criterion=Wanda")]
-    options.append("--model.prune.transformer.order=sequential")
-    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
-    assert sdprune(*small("fit", "prune.yaml", family, whole, *options)).code == 0
-    end_pass, passes = Collector.end_pass, []
+@pytest.fixture(scope="module")
+def resumed(miniature, tmp_path_factory):
+    """By family, what an undisturbed run leaves, and what two processes make of one that was interrupted.
 
-    def interrupted(collector):
-        passes.append(collector)
-        if len(passes) == 3:
-            raise KeyboardInterrupt
-        end_pass(collector)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Collector, "end_pass", interrupted)
-        assert sdprune(*small("fit", "prune.yaml", family, resumed, *options)).code == 130
-    done = process(small("fit", "prune.yaml", family, resumed, *options, "--trainer.devices=2"))
+    The second process starts once for all families: that takes longer than their runs do.
+    """
+    made, commands = {}, []
+    for name in tiny_families.FAMILIES:
+        family, (whole, cut) = saved(name, tmp_path_factory), (tmp_path_factory.mktemp(name) for _ in range(2))
+        for output in (whole, cut):
+            words = small("predict", "predict.yaml", family, output, *each(name, "criterion=Wanda"), *FEW)
+            words += [*each(name, "sparsity=0.4"), f"--model.prune.{components_of(name)[-1]}.order=sequential"]
+            assert main(words) == 0 if output == whole else interrupted(words, 2 * len(components_of(name)) + 3) == 130
+        assert not list(cut.glob("*/results.json"))
+        assert list(cut.glob("statistics/progress-*"))
+        made[name] = whole, cut
+        commands.append((find_free_network_port(), [*words, "--trainer.devices=2"]))
+    file = tmp_path_factory.mktemp("commands") / "commands.json"
+    file.write_text(json.dumps(commands))
+    done = process([str(file)], timeout=1200, interpreter=(str(Path(__file__).parent / "in_turn.py"),))
     assert (done.returncode, done.stderr) == (0, ""), done.stderr[-2000:]
-    files = {path.relative_to(whole): path.read_bytes() for path in whole.rglob("*.safetensors")}
-    assert files == {path.relative_to(resumed): path.read_bytes() for path in resumed.rglob("*.safetensors")}
-    assert len(files) >= 5
+    return made
+
+
+FEW = [
+    "--data.n=4", "--data.batch_size=2", "--data.calibration.images=20", "--model.compare_dense=false",
+    "--model.samples=[a red star]", "--model.metrics=[{class_path: CLIPScore, init_args: {model: miniature}}]",
+]  # fmt: skip
+
+
+def interrupted(words, batches):
+    """The exit code of a run that is interrupted in calibration, after so many batches."""
+    visit, left = Collector._visit, [batches]
+
+    def visiting(self, *arguments):
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        return visit(self, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Collector, "_visit", visiting)
+        patch.setattr("sdprune.calibration.collect._SAVING", 1e9)  # after every batch, whatever it costs
+        return main(words)
+
+
+@pytest.mark.parametrize("name", tiny_families.FAMILIES)
+def test_interrupted_and_resumed_by_two_processes(resumed, name):
+    """In the denoiser's calibration in sequential order; every statistic, picture and score is the same."""
+    whole, cut = (everything(output) for output in resumed[name])
+    assert differences(whole, cut) == []
+    assert sum(path.suffix == ".png" for path in whole) >= 4
+    assert sum(path.suffix == ".safetensors" for path in whole) > len(components_of(name)) + 1  # a stage each
 
 
 # --- a further family, and what all rely on -------------------------------------------------------------------

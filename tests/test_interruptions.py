@@ -14,9 +14,8 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
-from command_lines import predict, process, the_run
+from command_lines import differences, everything, predict, process, the_run
 
 KILLS = int(os.environ.get("SDPRUNE_KILLS", "3"))
 WANDA = ["--model.prune.unet.criterion=Wanda", "--model.prune.text_encoder.criterion=Wanda"]
@@ -27,31 +26,6 @@ def start(arguments, **options) -> "subprocess.Popen[str]":
     """In a process group of its own, so that all of its processes can be killed."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen([SDPRUNE, *arguments], start_new_session=True, **(pipes | options))
-
-
-def everything(output):
-    """What a run leaves that must not depend on how it came about: every image, row, statistic and result."""
-    found = {}
-    for path in sorted(output.rglob("*")):
-        inside = path.relative_to(output).parts
-        if path.is_dir() or inside[0] in ("logs", ".locks") or inside[-2:-1] == (".locks",):
-            continue
-        if path.name == "config.yaml":  # has the command's own directories
-            continue
-        if path.name == "results.json":
-            results = json.loads(path.read_text())
-            del results["speed"], results["digest"]
-            found[path.relative_to(output)] = json.dumps(results)
-        elif path.name == "rows.npz":
-            with np.load(path) as rows:
-                found |= {path.relative_to(output) / key: rows[key].tobytes() for key in rows}
-        else:
-            found[path.relative_to(output)] = path.read_bytes()
-    return found
-
-
-def differences(one, other):
-    return sorted(str(path) for path in {*one, *other} if one.get(path) != other.get(path))
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,9 @@
 """Statistics that take several passes: one run of the pipeline gives the bits that a run for each pass gives."""
 
+import os
+import re
+import shutil
+import tempfile
 from functools import partial
 
 import pytest
@@ -56,7 +60,23 @@ def drawn(monkeypatch):
     return count
 
 
-def test_any_number_of_passes_takes_one_run_of_the_pipeline(family, sdprune, tmp_path, drawn):
+@pytest.fixture
+def temporary(monkeypatch):
+    """Gives the size of the largest temporary file so far."""
+    make, files = tempfile.TemporaryFile, []
+
+    def made(*args, **kwargs):
+        found = make(*args, **kwargs)
+        files.append(os.dup(found.fileno()))  # it is there as long as it is open
+        return found
+
+    monkeypatch.setattr("tempfile.TemporaryFile", made)
+    yield lambda: max(os.fstat(file).st_size for file in files)
+    for file in files:
+        os.close(file)
+
+
+def test_any_number_of_passes_takes_one_run_of_the_pipeline(family, sdprune, tmp_path, drawn, temporary):
     name, _ = family
     told = sdprune(*fit(family, tmp_path / "whole"))
     assert (told.code, told.err, len(drawn)) == (0, "", BATCHES), told.err
@@ -68,7 +88,9 @@ def test_any_number_of_passes_takes_one_run_of_the_pipeline(family, sdprune, tmp
     assert (told.code, told.err) == (0, ""), told.err
     parts, passes = hessians(tmp_path / "parts")
     assert passes > 2
-    assert f"(hessian): {passes} passes, one of them with its pipeline; keeps up to" in told.out
+    announced = rf"\(hessian\): {passes} passes, one of them with its pipeline; keeps up to ([\d.]+) MiB in a file"
+    most = float(re.search(announced, told.out)[1]) * 2**20
+    assert most / 2 < temporary() <= most + 2**20 / 20
     assert len(drawn) == BATCHES + 1  # and once to see how values go through the blocks
     assert same(whole, parts)
     if name == "PixArtSigma":
@@ -79,6 +101,24 @@ def test_any_number_of_passes_takes_one_run_of_the_pipeline(family, sdprune, tmp
         assert f"(hessian): {passes} passes, each with its pipeline. It would run once if" in told.out
         assert len(drawn) == passes * BATCHES + 1
         assert same(whole, many)
+
+
+def test_what_finds_no_room_on_the_disk_is_refused_before_it_is_gathered(chain, sdprune, tmp_path, drawn, monkeypatch):
+    usage = shutil.disk_usage
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.disk_usage", lambda path: usage(path)._replace(free=100 << 10))
+        told = sdprune(*fit(chain, tmp_path))
+        several = sdprune(*fit(chain, tmp_path, "--model.calibration.hessian_gib=0.0005"))
+    assert (told.code, several.code, told.err.count("\n"), several.err.count("\n")) == (2, 2, 1, 1)
+    needed = re.search(rf"([\d.]+) MiB in {tmp_path}/statistics for statistics. Put --model.store where", told.err)
+    assert "of disk space, and 0.1 MiB are free: " in told.err
+    assert f"MiB in {tempfile.gettempdir()} for what blocks give and " in several.err
+    for option in ("--data.calibration_n", "TMPDIR", "--model.calibration.kept_gib=0", "--model.store"):
+        assert option in several.err
+    assert len(drawn) == 1  # to see how values go through the blocks
+    assert sdprune(*fit(chain, tmp_path)).code == 0
+    (file,) = tmp_path.glob("statistics/*-hessian-*/*.safetensors")
+    assert float(needed[1]) * 2**20 == pytest.approx(3 * file.stat().st_size, rel=0.1)  # twice while it is summed up
 
 
 # --- sequential order on the latents of the dense model ---------------------------------------------------------

@@ -8,6 +8,7 @@ from typing import Any, Optional
 
 import torch
 
+from sdprune.calibration.disk import Need, kept_need, require_space, statistics_need
 from sdprune.calibration.execution import Flow, flow_of, order_of_calls
 from sdprune.calibration.gathering import Gathering
 from sdprune.calibration.observer import BatchSums, Totals
@@ -44,25 +45,32 @@ class Collector:
         images: number of calibration samples in a pass; 0 if that is not known.
         keep: bytes of what blocks give that may be kept in a file by a process, so that the pipeline runs once.
         first: a batch of the first n samples, the same on every process.
+        batch: number of samples in a batch, filler included.
     """
 
     def __init__(
         self, subjects: Mapping[str, Subject], requests: Iterable[Request], store: Store, memory: int = MEMORY,
         processes: Optional[Processes] = None, report: Optional[Callable[[CalibrationState], None]] = None,
         images: int = 0, first: Callable[[int], Any] = lambda n: None, keep: int = KEPT,
+        batch: int = 1,
     ) -> None:  # fmt: skip
         self.subjects, self.store, self.memory, self.images = subjects, store, memory, images
-        self.first, self.keep = first, keep
+        self.first, self.keep, self.batch = first, keep, batch
         self.costs: list[str] = []
         """What passes cost where there are several, in plain lines."""
         self.processes = processes or Processes()
         self._groups = self._grouped(requests)
+        self._kept = 0
+        """Bytes that this process keeps at most: that of one group at a time."""
         self._planned = [self._plan(group) for group in self._groups]
-        self.passes = sum(
-            one.missing(self._layers(group))
+        missing = [
+            one
             for group, (passes, _) in zip(self._groups, self._planned, strict=True)
             for one in passes
-        )
+            if one.missing(self._layers(group))
+        ]
+        require_space(self._needs([one.memory // 2 for one in missing]), self.processes)
+        self.passes = len(missing)
         """Number of passes over the batches that this run makes."""
         self._report = ProgressReport(report, self.passes, images)
         self.batches = 0
@@ -171,7 +179,9 @@ class Collector:
         ordered = plan_passes(targets, statistics, self.memory, spec, flow.order)
         if len(ordered) < 2 or not flow.blocks:
             return ordered if spec else passes, None
-        kept = most_kept(flow, ordered) * subject.steps * -(-self.images // self.processes.world_size)
+        batches = -(-self.images // (self.batch * self.processes.world_size))
+        calls = subject.calls_per_batch * batches + 1  # one is read while what it gives next is written
+        kept = most_kept(flow, ordered) * calls * self.batch
         runs_once = kept <= self.keep
         chosen = ordered if spec or runs_once else passes
         what = f"{subject.name} ({', '.join(one.statistic for one in group)}): {len(chosen)} passes"
@@ -183,7 +193,15 @@ class Collector:
                 f"more than the {size_shown(self.keep)} of --model.calibration.kept_gib."
             )
         self.costs.append(f"{what}, {how}")
+        self._kept = max(self._kept, kept * runs_once)
         return chosen, flow if runs_once else None
+
+    def _needs(self, sums: Sequence[int]) -> list[Need]:
+        """What this process writes, by the bytes of each pass: the sums of one that runs are there twice meanwhile."""
+        needs = [kept_need(self._kept)]
+        if self.processes.is_first and self.store.root is not None:
+            needs.append(statistics_need(self.store.root, sum(sums) + 2 * max(sums, default=0)))
+        return needs
 
     def _next_group(self) -> None:
         self._group += 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -62,8 +63,8 @@ class Flow:
     """Names of the blocks in the order in which they run; none where they cannot be run one by one."""
     places: dict[str, tuple[int, int]] = field(default_factory=dict)
     """By layer, how many blocks are done at its first and at its last call."""
-    sizes: list[int] = field(default_factory=list)
-    """Bytes that each block gives."""
+    sizes: list[Counter[int]] = field(default_factory=list)
+    """By block, how many tensors of so many bytes it gives."""
     inputs: int = 0
     """Bytes of the component's own arguments."""
     reads: list[tuple[int, int]] = field(default_factory=list)
@@ -82,39 +83,68 @@ def flow_of(component: nn.Module, targets: Sequence[Target], run: Callable[[], A
         component: holds the targets.
         targets: the layers.
         run: runs the component, or something that does; it is stopped after the component's first forward pass.
+    """
+    with following(component, targets) as found:
+        order_of_calls(component, targets, run)
+    return found
 
-    Returns:
-        No blocks where one runs several times or inside another, or is written into by a later one.
+
+@contextmanager
+def following(component: nn.Module, targets: Sequence[Target]) -> Iterator[Flow]:
+    """Follow the outputs of blocks through the component's first forward pass, whoever makes it.
+
+    Args:
+        component: holds the targets.
+        targets: the layers.
+
+    Yields:
+        What is known at the end; no blocks where one runs several times or inside another, or is written into by a
+        later one.
     """
     found, seen = Flow(), Dependencies()
     running: list[str] = []
     outputs: list[tuple[Tensor, int]] = []
-    sound = True
+    sound, inside, over = True, ExitStack(), False
 
     def called(module: nn.Module, args: Any, kwargs: Any) -> None:
-        found.inputs = bytes_of((args, kwargs))
+        if not over:
+            found.inputs = bytes_of((args, kwargs))
+            inside.enter_context(seen)
+
+    def returned(*_: Any) -> None:
+        nonlocal over
+        over = True
+        inside.close()
 
     def begin(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
         nonlocal sound
+        if over:
+            return
         sound = sound and not running and name not in found.blocks
         running.append(name)
         found.reads.append((len(found.blocks), seen.marks((args, kwargs))))
 
     def end(name: str, module: nn.Module, args: Any, output: Any) -> None:
+        if over:
+            return
         running.pop()
         seen.mark(output, 1 << len(found.blocks))
         outputs.extend((value, value._version) for value in tree_iter(output) if isinstance(value, Tensor))
-        found.sizes.append(bytes_of(output))
+        found.sizes.append(Counter(bytes_of(one) for one in tree_iter(output) if isinstance(one, Tensor)))
         found.blocks.append(name)
 
     def hear(target: Target, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if over:
+            return
         done = len(found.blocks)
         found.places[target.name] = found.places.get(target.name, (done, done))[0], done
         if not running:
             found.reads.append((done, seen.marks((args, kwargs))))
 
     with ExitStack() as stack:
+        stack.enter_context(inside)
         stack.callback(component.register_forward_pre_hook(called, with_kwargs=True).remove)
+        stack.callback(component.register_forward_hook(returned).remove)
         for name in block_names(component):
             block = component.get_submodule(name)
             stack.callback(block.register_forward_pre_hook(partial(begin, name), with_kwargs=True).remove)
@@ -122,11 +152,10 @@ def flow_of(component: nn.Module, targets: Sequence[Target], run: Callable[[], A
         for target in targets:
             for one in target.by_module:
                 stack.callback(one.module.register_forward_pre_hook(partial(hear, one), with_kwargs=True).remove)
-        stack.enter_context(seen)
-        found.order = order_of_calls(component, targets, run)
+        yield found
+    found.order = list(found.places)
     if not sound or any(value._version != version for value, version in outputs):
         found.blocks = []
-    return found
 
 
 def bytes_of(values: Any) -> int:

@@ -44,7 +44,7 @@ class Gathering:
         self.targets = targets
         self._plan = Plan(targets, spec, {}, dense_statistics or {}) if spec else None
         self._replay = Replay(component, flow, passes) if flow is not None else None
-        self._originals: dict[str, Tensor] = {}
+        self._originals: dict[str, Tensor] = {}  # on the CPU: a GPU has no room for a model twice
 
     def visit(
         self, number: int, key: int, run: Callable[[Callable[[int], None]], Any],
@@ -84,7 +84,7 @@ class Gathering:
     def _dense(self) -> Iterator[None]:
         """The dense component, for a while."""
         pruned = [target for target in self.targets if target.name in self._originals]
-        kept = [target.weight.detach().clone() for target in pruned]
+        kept = [target.weight.detach().to("cpu", copy=True) for target in pruned]
         for target in pruned:
             target.weight.detach().copy_(self._originals[target.name])
         try:
@@ -111,7 +111,7 @@ class Gathering:
             for target in group
         ]
         for target in ready:
-            self._originals[target.name] = target.weight.detach().clone()
+            self._originals[target.name] = target.weight.detach().to("cpu", copy=True)
         self._plan.statistics = statistics
         prune_targets(ready, self._plan)
 

@@ -27,11 +27,11 @@ class Shape:
 class OnFile:
     """A tensor in a file; its place is free again when nothing refers to this."""
 
-    def __init__(self, kept: Kept, shape: Shape, offset: int) -> None:
-        self.shape, self._kept, self._offset = shape, kept, offset
+    def __init__(self, kept: Kept, shape: Shape, offset: int, length: int) -> None:
+        self.shape, self._kept, self._offset, self._length = shape, kept, offset, length
 
     def __del__(self) -> None:
-        self._kept.free.setdefault(self.shape, []).append(self._offset)
+        self._kept.free.setdefault(self._length, []).append(self._offset)
 
     def get(self) -> Tensor:
         """A copy on the tensor's device."""
@@ -46,18 +46,18 @@ class Kept:
 
     def __init__(self) -> None:
         self.file: Any = tempfile.TemporaryFile()  # noqa: SIM115  as long as this lives
-        self.free: dict[Shape, list[int]] = {}  # where tensors of a shape lay
+        self.free: dict[int, list[int]] = {}  # where tensors of so many bytes lay
         self._end = 0
 
     def put(self, value: Tensor) -> OnFile:
         """Keep a tensor."""
         content, shape = _bytes(value.detach().contiguous().cpu()), shape_of(value)
-        free = self.free.get(shape)
+        free = self.free.get(len(content))
         offset = free.pop() if free else self._end
         self._end = max(self._end, offset + len(content))
         self.file.seek(offset)
         self.file.write(content)
-        return OnFile(self, shape, offset)
+        return OnFile(self, shape, offset, len(content))
 
 
 def _bytes(value: Tensor) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, NamedTuple, Union
@@ -136,10 +137,11 @@ def boundaries(flow: Flow, passes: Sequence[Pass]) -> tuple[list[int], list[int]
 
 
 def most_kept(flow: Flow, passes: Sequence[Pass]) -> int:
-    """Bytes that are kept of one call on one prompt, at most."""
-    return flow.inputs + max(
-        sum(flow.sizes[place] for place in flow.live(keep)) for keep in boundaries(flow, passes)[0]
-    )
+    """Bytes of the file that keeps one call, at most: a tensor takes the place of another of its size only."""
+    most: Counter[int] = Counter()
+    for keep in boundaries(flow, passes)[0]:
+        most |= sum((flow.sizes[place] for place in flow.live(keep)), Counter())
+    return flow.inputs + sum(size * count for size, count in most.items())
 
 
 def _places(flow: Flow, layers: Sequence[str]) -> list[tuple[int, int]]:

@@ -33,6 +33,10 @@ class Subject(Protocol):
     def steps(self) -> int:
         """Denoising steps that it runs for a batch."""
 
+    @property
+    def calls_per_batch(self) -> int:
+        """How often it is called for a batch."""
+
     def run(self, batch: Any, before_step: Callable[[int], None]) -> None:
         """Run it on a batch; `before_step` receives the number of each denoising step, from 0."""
 

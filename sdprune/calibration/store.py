@@ -29,6 +29,10 @@ Facts = Mapping[str, Any]
 class Store(Protocol):
     """Where statistics are kept."""
 
+    @property
+    def root(self) -> Path | None:
+        """The directory, if it is one."""
+
     def __contains__(self, facts: Facts) -> bool:
         """Whether the statistics that `facts` decide are there, all of them."""
 
@@ -49,6 +53,7 @@ class MemoryStore:
     """Keeps statistics for as long as it lives, and never has all of them."""
 
     def __init__(self) -> None:
+        self.root: Path | None = None
         self._layers: dict[str, dict[str, Tensor]] = {}
 
     def __contains__(self, facts: Facts) -> bool:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from fnmatch import fnmatchcase
 from typing import Any, Optional
 
 from torch import nn
 
+from sdprune.calibration.execution import Flow, following
 from sdprune.calibration.passes import plan_passes
+from sdprune.calibration.replay import most_kept
 from sdprune.errors import InputError, unknown
 from sdprune.inspection.model import modules_of, stored_of
-from sdprune.pipelines import DiffusersFamily
+from sdprune.pipelines import DiffusersFamily, Sampling
 from sdprune.pipelines.reduced import outermost
 from sdprune.pipelines.trace import LATENTS, TEXT, TIMESTEP, targets_of, trace
 from sdprune.pruning import Criterion, PruneSpec, Target, statistic
@@ -22,7 +26,13 @@ from sdprune.schema import choices_of
 
 
 def inspect(
-    family: DiffusersFamily, sparsities: Mapping[str, float], layers: Sequence[str], steps: int, memory: int
+    family: DiffusersFamily,
+    sparsities: Mapping[str, float],
+    layers: Sequence[str],
+    steps: int,
+    memory: int,
+    captions: int,
+    bytes_per_number: int,
 ) -> dict[str, Any]:
     """Look at a model without its weights.
 
@@ -32,6 +42,8 @@ def inspect(
         layers: kinds of layers that are pruned.
         steps: denoising steps that statistics are kept of.
         memory: bytes that the sums of one pass may take.
+        captions: how many the model is calibrated on.
+        bytes_per_number: of what layers give: 2 in half precision, 4 in float32.
 
     Returns:
         JSON values.
@@ -46,9 +58,22 @@ def inspect(
     modules = modules_of(family)
     prunable = {name: modules[name] for name in roles}
     every = {name: targets_of(module, LAYER_KINDS) for name, module in prunable.items()}
-    found = trace(family, modules, every)
-    chosen = {
+    flows: dict[str, Flow] = {}
+
+    @contextmanager
+    def followed() -> Iterator[None]:
+        with ExitStack() as stack:
+            flows.update({name: stack.enter_context(following(modules[name], own)) for name, own in every.items()})
+            yield
+
+    found = trace(family, modules, every, Sampling(steps), followed)
+    useful = {
         name: _useful(module, targets_of(module, layers), found.unread[name]) for name, module in prunable.items()
+    }
+    idle = {name: family.prunable[name].idle(layers, module) for name, module in prunable.items()}
+    chosen = {
+        name: [one for one in own if not any(fnmatchcase(one.name, pattern) for pattern in idle[name])]
+        for name, own in useful.items()
     }
     components: dict[str, Any] = {}
     for name, module in modules.items():
@@ -57,17 +82,21 @@ def inspect(
             "parameters": _size(module.parameters()), "stored": stored_of(family, name),
         }  # fmt: skip
         if name in roles:
-            denoises, order = name == family.denoiser, found.order[name]
+            denoises, flow = name == family.denoiser, flows[name]
+            order, calls = flow.order, found.calls if denoises else 1
+            kept = (captions * calls + 1) * bytes_per_number // 4  # the trace is one of float32
             components[name] |= {
                 "kinds": _kinds(module), "tied": _tied(module), "blocks": _blocks(chosen[name], order),
                 "unread": _unread(module, found.unread[name]),
                 "inputs": _inputs(chosen[name], {one: found.inputs[name, one] for one in order}, denoises),
-                "criteria": _costs(chosen[name], order, steps if denoises else 1, memory),
+                "idle": _idle(useful[name], chosen[name]),
+                "criteria": _costs(chosen[name], flow, steps if denoises else 1, memory, kept),
             }  # fmt: skip
     wanted = {name: sparsities.get(name, sparsities.get(role, 0.0)) for name, role in roles.items()}
     return {
         "family": type(family).__name__, "parameters": sum(one["parameters"] for one in components.values()),
-        "layers": list(layers), "steps": steps, "memory": memory, "components": components,
+        "layers": list(layers), "steps": steps, "memory": memory, "captions": captions,
+        "bytes_per_number": bytes_per_number, "components": components,
         "pruned": _pruned(chosen, {name: components[name]["parameters"] for name in roles}, wanted),
     }  # fmt: skip
 
@@ -161,8 +190,23 @@ def _unread(module: nn.Module, names: Sequence[str]) -> dict[str, Any]:
     return {"modules": outermost(module, names), "parameters": _size(parameters[one] for one in names)}
 
 
-def _costs(targets: Sequence[Target], order: Sequence[str], steps: int, memory: int) -> dict[str, Any]:
-    """By criterion, the statistics that it reads, their bytes, and passes and memory in both orders."""
+def _idle(useful: Sequence[Target], chosen: Sequence[Target]) -> dict[str, Any]:
+    """The layers that the family knows to be without effect, beside those of which that is shown here."""
+    pruned = {one.name for one in chosen}
+    idle = [one for one in useful if one.name not in pruned]
+    return {"layers": [one.name for one in idle], "weights": _size(one.weight for one in idle)}
+
+
+def _costs(targets: Sequence[Target], flow: Flow, steps: int, memory: int, kept: int) -> dict[str, Any]:
+    """By criterion, the statistics that it reads, their bytes in the store, and what each order takes.
+
+    Args:
+        targets: the layers.
+        flow: how values go through the component's blocks.
+        steps: denoising steps that statistics are kept of.
+        memory: bytes that the sums of one pass may take.
+        kept: how many calls are kept.
+    """
     found: dict[str, Any] = {}
     for name, cls in choices_of([Criterion]).items():
         criterion: Criterion = cls()
@@ -170,22 +214,28 @@ def _costs(targets: Sequence[Target], order: Sequence[str], steps: int, memory: 
         found[name] = {
             "statistics": [one.name for one in statistics],
             "bytes": sum(one.bytes_of(target) for one in statistics for target in targets),
-            "one_pass": _passes(targets, statistics, memory, None, order),
-            "sequential": _passes(targets, statistics, memory, PruneSpec(0.5, criterion=criterion), order),
+            "one_pass": _passes(targets, statistics, memory, None, flow, kept),
+            "sequential": _passes(targets, statistics, memory, PruneSpec(0.5, criterion=criterion), flow, kept),
         }
     return found
 
 
 def _passes(
     targets: Sequence[Target], statistics: Sequence[InputStatistic], memory: int, spec: Optional[PruneSpec],
-    order: Sequence[str],
+    flow: Flow, kept: int,
 ) -> Optional[dict[str, int]]:  # fmt: skip
-    """How many passes gather the statistics, and the bytes of the largest; None where a layer exceeds the memory."""
+    """How many passes gather the statistics, the bytes of the largest, and those of a file that saves all but one run
+    of the pipeline; None where a layer exceeds the memory."""
     try:
-        passes = plan_passes(targets, statistics, memory, spec, order) if statistics else []
+        passes = plan_passes(targets, statistics, memory, spec, flow.order) if statistics else []
     except InputError:
         return None
-    return {"passes": len(passes), "memory": max((one.memory for one in passes), default=0)}
+    several = len(passes) > 1 and flow.blocks
+    return {
+        "passes": len(passes),
+        "memory": max((one.memory for one in passes), default=0),
+        "kept": most_kept(flow, passes) * kept if several else 0,
+    }
 
 
 def _pruned(

@@ -22,8 +22,12 @@ def lines_of(facts: Mapping[str, Any]) -> list[str]:
         *(line for name, one in prunable.items() for line in _structure(name, one, facts["layers"])),
         "",
         f"Calibration of the {' and '.join(facts['layers'])} layers, {facts['steps']} denoising steps, "
+        f"{facts['captions']} captions, {8 * facts['bytes_per_number']} bits, "
         f"{size_shown(facts['memory'])} for the sums of a pass:",
         *_costs(prunable),
+        "  stored: disk space for statistics. kept: disk space by which the pipeline runs once, over all processes.",
+        "  Each pass runs the pipeline where a process may keep less (--model.calibration.kept_gib, 64 by default),",
+        "  and that of a denoiser in sequential order unless it sees --model.calibration.latents=dense.",
         "",
         *_pruned(facts["pruned"]),
     ]
@@ -66,6 +70,10 @@ def _structure(name: str, one: Mapping[str, Any], kinds: Sequence[str]) -> list[
         found.append(
             f"  no output depends on {_patterns(unread['modules'])} ({number_shown(unread['parameters'])} parameters)"
         )
+    if idle := one["idle"]["layers"]:
+        found.append(
+            f"  the family leaves out {_patterns(idle)} ({number_shown(one['idle']['weights'])} weights): no effect"
+        )
     found += [f"  one tensor: {' = '.join(names)}" for names in one["tied"]]
     return found
 
@@ -102,19 +110,21 @@ def _patterns(names: Sequence[str]) -> str:
 
 
 def _costs(components: Mapping[str, Any]) -> list[str]:
-    rows = [("criterion", "component", "statistics", "stored", "passes", "largest", "passes in sequential order")]
+    rows = [("criterion", "component", "statistics", "stored", "passes", "memory", "kept", "sequential", "kept")]
     for name in next(iter(components.values()))["criteria"]:
         for component, one in components.items():
             cost = one["criteria"][name]
             if cost["statistics"]:
                 whole, stages = cost["one_pass"], cost["sequential"]
-                sizes = (
+                first = (
                     ("a layer exceeds the memory", "-")
                     if whole is None
-                    else (str(whole["passes"]), size_shown(whole["memory"]))
+                    else (number_shown(whole["passes"]), size_shown(whole["memory"]))
                 )
-                last = "-" if stages is None else str(stages["passes"])
-                rows.append((name, component, ", ".join(cost["statistics"]), size_shown(cost["bytes"]), *sizes, last))
+                kept = [size_shown(one["kept"]) if one and one["kept"] else "-" for one in (whole, stages)]
+                last = "-" if stages is None else number_shown(stages["passes"])
+                statistics = ", ".join(cost["statistics"])
+                rows.append((name, component, statistics, size_shown(cost["bytes"]), *first, kept[0], last, kept[1]))
     free = [name for name, cost in next(iter(components.values()))["criteria"].items() if not cost["statistics"]]
     return [*aligned(rows, left=(0, 1, 2)), *(f"  {name} needs none." for name in free)]
 

@@ -10,6 +10,8 @@ from sdprune.verb import Verb, path, whole
 
 LAYER_KINDS = ("Linear", "Conv2d", "Conv1D")
 """As in `sdprune.pruning.targets`, which imports torch."""
+BYTES = {"32-true": 4, "bf16-true": 2, "16-true": 2}
+"""Of a number, by the trainer's precision."""
 
 
 def share_of(value: str) -> tuple[str, float]:
@@ -48,8 +50,8 @@ INSPECT = Verb(
     allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, description="""\
 Say what a model is made of and what pruning it costs, without its weights: components, blocks in the order in which
 they run, layers by kind, tied weights, layers whose input depends on the timestep or on the text alone, layers that no
-output depends on, the statistics that each criterion reads, and what given sparsities leave. Of a hub id only the
-configuration files are fetched. What depends on what is found by following one prediction without numbers.""",
+output depends on, the memory and the disk space that each criterion takes, and what given sparsities leave. Of a hub id
+only the configuration files are fetched. What depends on what is found by drawing one picture without numbers.""",
 )  # fmt: skip
 INSPECT.add_argument("model", type=path, metavar="MODEL", help="a diffusers directory, a hub id, or miniature")
 INSPECT.add_argument("--json", action="store_true", help="print JSON in place of tables")
@@ -66,6 +68,13 @@ INSPECT.add_argument(
 INSPECT.add_argument("--steps", type=whole, default=50, metavar="N", help="denoising steps; 50 by default")
 INSPECT.add_argument(
     "--memory", type=positive, default=8.0, metavar="GIB", help="for the statistics of a pass; 8 GiB by default"
+)
+INSPECT.add_argument("--captions", type=whole, default=128, metavar="N", help="calibration captions; 128 by default")
+INSPECT.add_argument(
+    "--precision",
+    choices=BYTES,
+    default="32-true",
+    help="the trainer's, in which the model would run; 32-true by default",
 )
 INSPECT.add_argument("--revision", default="main", metavar="NAME", help="branch, tag or commit of a hub id")
 INSPECT.add_argument(

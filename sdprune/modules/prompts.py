@@ -57,6 +57,10 @@ class PromptSubject:
     def steps(self) -> int:  # noqa: D102
         return self.component.steps(self.sampling)
 
+    @property
+    def calls_per_batch(self) -> int:  # noqa: D102
+        return self.component.calls(self.sampling)
+
     def run(self, batch: Batch, before_step: Callable[[int], None]) -> None:  # noqa: D102
         self.component.run(batch.prompts, self._seeds(batch), self.sampling, before_step)
 

@@ -74,6 +74,7 @@ class CalibrationPlan:
             data.calibration_n,
             data.calibration_batch,
             self.calibration.kept,
+            data.calibration_batch_size,
         )
 
 

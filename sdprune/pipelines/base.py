@@ -70,6 +70,7 @@ class DiffusersFamily(ABC):
     def __init__(self, model: str, revision: str = "main", variant: Optional[str] = None):
         self.model, self.revision, self.variant = model, revision, variant
         self._pipe: Any = None
+        self._calls: dict[Sampling, int] = {}
         self.altered = False
         """Whether weights were changed since they were read; then they are read again."""
 
@@ -275,7 +276,17 @@ class DiffusersFamily(ABC):
 
     def check(self, sampling: Sampling) -> None:
         """Raise InputError when images cannot be drawn so, e.g. for an unknown scheduler; loads nothing."""
-        dry_run(self, sampling)
+        self.calls(sampling)
+
+    def calls(self, sampling: Sampling) -> int:
+        """How often the denoiser is called for one batch: some schedulers and kinds of guidance call it twice a step.
+
+        Raises:
+            InputError: images cannot be drawn so.
+        """
+        if sampling not in self._calls:
+            self._calls[sampling] = dry_run(self, sampling).calls
+        return self._calls[sampling]
 
     # --- running ---------------------------------------------------------------------------------------------
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
-from typing import TYPE_CHECKING, Any, Optional
+from typing import TYPE_CHECKING, Any, NamedTuple, Optional
 
 from sdprune.errors import InputError
 from sdprune.outside import reading
@@ -40,10 +40,19 @@ def check_size(family: DiffusersFamily, sampling: Sampling, native: int, scale: 
     return height, width
 
 
+class DryRun(NamedTuple):
+    """What came of a dry run."""
+
+    picture: Tensor
+    """Zeros, [1, 3, height, width]."""
+    calls: int
+    """How often the denoiser was called."""
+
+
 def dry_run(
     family: DiffusersFamily, sampling: Sampling, module: Optional[Callable[[str], nn.Module]] = None,
     watching: Callable[[Any], AbstractContextManager[Any]] = nullcontext,
-) -> Tensor:  # fmt: skip
+) -> DryRun:  # fmt: skip
     """Draw one picture by the pipeline itself, whose parts compute the shapes of their outputs and nothing else.
 
     Parts that do not fit each other, a scheduler that cannot take so many steps and a size that cannot be drawn are
@@ -55,15 +64,18 @@ def dry_run(
         module: makes the module of a name on the meta device; by default as the family does.
         watching: gets the pipeline, and is entered while it draws.
 
-    Returns:
-        The picture, zeros.
-
     Raises:
         InputError: what does not fit.
     """
     import torch
 
     cpu, path = torch.device("cpu"), family.files.path
+    calls = 0
+
+    def called(*_: Any) -> None:
+        nonlocal calls
+        calls += 1
+
     with reading(f"The parts of {path} do not fit each other"):
         pipe = family.assembled(module or family.meta_module, device=cpu, _execution_device=cpu)
         _check_channels(family, pipe)
@@ -76,11 +88,15 @@ def dry_run(
         problem = f"Scheduler {type(scheduler).__name__} of {path} cannot take {sampling.steps} steps"
         _blame(scheduler, "set_timesteps", problem)
         _blame(scheduler, "step", problem)
+        hook = getattr(pipe, family.denoiser).register_forward_pre_hook(called)
         with torch.no_grad(), watching(pipe):
-            picture = family.draw(pipe, scheduler, ["a picture"], [0], sampling, "pt")
+            picture = family.draw(
+                pipe, scheduler, [" "], [0], sampling, "pt"
+            )  # as blank as what guidance compares it with
+        hook.remove()
         if picture.shape[:2] != (1, 3):
             raise ValueError(f"images of shape {list(picture.shape)}")
-    return picture
+    return DryRun(picture, calls)
 
 
 def _check_channels(family: DiffusersFamily, pipe: Any) -> None:

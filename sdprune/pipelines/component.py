@@ -58,6 +58,10 @@ class Component(ABC):
         """How many denoising steps it runs for one prompt."""
 
     @abstractmethod
+    def calls(self, sampling: Sampling) -> int:
+        """How often it is called for one batch."""
+
+    @abstractmethod
     def run(
         self, prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling,
         before_step: Optional[Callable[[int], None]] = None,
@@ -117,11 +121,16 @@ class Component(ABC):
         where inputs are [items, ...]."""
         return None
 
-    def idle(self, layers: Sequence[str]) -> list[str]:
-        """Shell patterns of the layers, of given kinds, that nothing depends on."""
+    def idle(self, layers: Sequence[str], module: Optional[nn.Module] = None) -> list[str]:
+        """Shell patterns of the layers, of given kinds, that nothing depends on.
+
+        Args:
+            layers: the kinds.
+            module: the component, if it is at hand, with weights or without.
+        """
         if not self.family.idle.get(self.name):
             return []
-        there = _names(self.meta_module(), layers)
+        there = _names(module or self.meta_module(), layers)
         whole = self.family.files.empty_module(self.name, whole=True)  # its files may lack the last block
         return [one for one in self.declared_idle(whole, layers) if any(fnmatchcase(name, one) for name in there)]
 
@@ -153,6 +162,9 @@ class TextEncoder(Component):
     role = "text"
 
     def steps(self, sampling: Sampling) -> int:  # noqa: D102
+        return 1
+
+    def calls(self, sampling: Sampling) -> int:  # noqa: D102
         return 1
 
     def run(  # noqa: D102
@@ -240,6 +252,9 @@ class Denoiser(Component):
 
     def steps(self, sampling: Sampling) -> int:  # noqa: D102
         return sampling.steps
+
+    def calls(self, sampling: Sampling) -> int:  # noqa: D102
+        return self.family.calls(sampling)
 
     def weights(self, copies: int, unconditional: float) -> list[float]:  # noqa: D102
         guided = self._number + copies > 1

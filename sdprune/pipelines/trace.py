@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import partial
@@ -28,8 +28,8 @@ _FIRST = 4  # bits from here on stand for parameters
 class Trace:
     """What one picture showed."""
 
-    order: dict[str, list[str]] = field(default_factory=dict)
-    """By component, names of the layers in the order of their first calls."""
+    calls: int = 0
+    """How often the denoiser was called."""
     inputs: dict[tuple[str, str], int] = field(default_factory=dict)
     """By component and layer, what its input depends on, over all calls: LATENTS, TEXT, TIMESTEP, or OTHER arguments of
     the denoiser, such as the picture's size."""
@@ -39,20 +39,21 @@ class Trace:
 
 def trace(
     family: DiffusersFamily, modules: Mapping[str, nn.Module], targets: Mapping[str, Sequence[Target]],
-    guidance: float = 1.0,
+    sampling: Sampling, beside: Callable[[], AbstractContextManager[object]] = nullcontext,
 ) -> Trace:  # fmt: skip
-    """Draw one picture without weights, in one step, and follow what goes into what.
+    """Draw one picture without weights, and follow what goes into what.
 
     Args:
         family: wires the modules.
         modules: all modules of its pipeline, on the meta device.
         targets: by component, the layers to look at; what is unread is found of these components.
-        guidance: of the picture.
+        sampling: how it is drawn.
+        beside: entered while it is drawn.
 
     Raises:
         InputError: the modules do not fit each other.
     """
-    found, seen = Trace({name: [] for name in targets}), Dependencies()
+    found, seen = Trace(), Dependencies()
     parameters = {name: dict(modules[name].named_parameters()) for name in targets}
     bits = {key: 1 << number for number, key in enumerate(_pairs(parameters), _FIRST)}
     for (name, one), bit in bits.items():
@@ -60,8 +61,6 @@ def trace(
 
     def called(component: str, target: Target, module: nn.Module, args: Any, kwargs: Any) -> None:
         key = (component, target.name)
-        if key not in found.inputs:
-            found.order[component].append(target.name)
         found.inputs[key] = found.inputs.get(key, 0) | seen.marks((args, kwargs)) & (1 << _FIRST) - 1
 
     def encodes(module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -84,9 +83,11 @@ def trace(
                 for module, hook in hooks:
                     stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
             stack.enter_context(seen)
+            stack.enter_context(beside())
             yield
 
-    picture = seen.marks(dry_run(family, Sampling(steps=1, guidance=guidance), modules.__getitem__, watching))
+    drawn = dry_run(family, sampling, modules.__getitem__, watching)
+    picture, found.calls = seen.marks(drawn.picture), drawn.calls
     found.unread = {name: [one for one in own if not picture & bits[name, one]] for name, own in parameters.items()}
     return found
 
@@ -123,7 +124,7 @@ def prove(family: DiffusersFamily) -> Proof:
         modules = {name: family.files.empty_module(name, whole=True) for name in (*family.prunable, "vae")}
         kinds = {name: LAYER_KINDS if name == family.denoiser else () for name in modules}
         targets = {name: targets_of(module, kinds[name]) for name, module in modules.items()}
-        found.append(trace(family, modules, targets, guidance))
+        found.append(trace(family, modules, targets, Sampling(steps=1, guidance=guidance)))
     unread: dict[str, dict[str, str]] = {}
     for name, module in modules.items():
         declared = family.prunable[name].declared_idle(module, LAYER_KINDS) if name in family.prunable else []

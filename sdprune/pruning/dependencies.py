@@ -41,9 +41,19 @@ class Dependencies(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation."""
         found = func(*args, **(kwargs or {}))
-        if marks := self.marks((args, kwargs)):
-            for value in _tensors(found):
-                self.mark(value, marks | self.marks(value))
+        if marks := self._of(args) | self._of(kwargs.values() if kwargs else ()):
+            for value in (found,) if isinstance(found, Tensor) else _tensors(found):
+                self.mark(value, marks | self._of((value,)))
+        return found
+
+    def _of(self, values: Iterable[Any]) -> int:
+        """The marks of what an operation takes: tensors and lists of them; quicker than any nested values."""
+        found = 0
+        for value in values:
+            if isinstance(value, Tensor):
+                found |= self._marks.get(value.untyped_storage()._cdata, 0)
+            elif isinstance(value, (list, tuple)):
+                found |= self._of(value)
         return found
 
 

@@ -28,6 +28,8 @@ def fit_to_shapes(component: nn.Module, shapes: Shapes) -> bool:
     Raises:
         InputError: a shape that narrowing cannot make, by the name of the tensor; the component is then of no use.
     """
+    if not shapes:
+        return False
     narrowed = False
     for group in find_groups(component):
         count = _count(group, shapes)

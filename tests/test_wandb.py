@@ -133,16 +133,16 @@ def test_one_run_holds_the_pruned_and_the_dense_record(trial):
     assert history["samples.filenames"]
 
 
-def table_of(run: Path, entry: Mapping[str, Any]) -> dict[str, Any]:
+def table_of(run: Path, history: Mapping[str, Any], name: str) -> dict[str, Any]:
     """A table that was logged, as W&B keeps it."""
-    return json.loads((run / "files" / entry["path"]).read_text())
+    return json.loads((run / "files" / history[f"{name}.path"]).read_text())
 
 
 def test_prompts_with_their_pictures_and_what_they_lost(trial):
     run, output = trial()
     history, _ = logged(run)
     (dense,), (pruned,) = output.glob("dense-*"), output.glob("text_encoder-*")
-    table = table_of(run, history["prompts"])
+    table = table_of(run, history, "prompts")
     rows, before = (list(csv.DictReader((one / "images.csv").open())) for one in (pruned, dense))
     dense_scores = {old["file_name"]: float(old["clip_score"]) for old in before}
     lost = {row["file_name"]: float(row["clip_score"]) - dense_scores[row["file_name"]] for row in rows}
@@ -164,11 +164,11 @@ def test_a_point_of_each_curve(trial):
     history, config = logged(run)
     (pruned,) = output.glob("text_encoder-*")
     results = json.loads((pruned / "results.json").read_text())
-    shown = {key: value for key, value in history.items() if key.startswith("curves/")}
-    assert {"curves/fid_table", "curves/clip_score_table"} <= shown.keys()
-    for key, entry in shown.items():
+    shown = {key.removesuffix(".path") for key in history if key.startswith("curves/") and key.endswith(".path")}
+    assert {"curves/fid_table", "curves/clip_score_table"} <= shown
+    for key in shown:
         score = key.removeprefix("curves/").removesuffix("_table")
-        (row,) = table_of(run, entry)["data"]
+        (row,) = table_of(run, history, key)["data"]
         assert row == [results["sparsity"]["prunable"]["zero_fraction"], results["metrics"][score], pruned.name]
     assert "wandb/scatter/v0" in json.dumps(config["_wandb"])
 

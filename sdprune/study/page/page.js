@@ -113,15 +113,15 @@ function swatch(name) {
   return made;
 }
 const colour = (name) => COLOURS[series.indexOf(name) % COLOURS.length];
-const round = (name) => Math.floor(Math.max(0, series.indexOf(name)) / COLOURS.length);
-const dash = (name) => DASHES[round(name) % DASHES.length];
+const lap = (name) => Math.floor(Math.max(0, series.indexOf(name)) / COLOURS.length);
+const dash = (name) => DASHES[lap(name) % DASHES.length];
 
 async function drawChart() {
   const key = state.measure, axis = state.axis, one = measure(key);
   const values = group.runs.flatMap((run, i) => {
     const value = run.values[key];
     return value && !state.off.has(run.series)
-      ? [{ i, x: run.axes[axis], y: value[0], low: value[1], high: value[2], series: run.series, open: round(run.series) > 0, kind: run.kind, title: run.name }]
+      ? [{ i, x: run.axes[axis], y: value[0], low: value[1], high: value[2], series: run.series, open: lap(run.series) > 0, kind: run.kind, title: run.name }]
       : [];
   });
   const bars = values.filter((value) => Number.isFinite(value.low));

@@ -131,7 +131,7 @@ async function drawChart() {
   const y = { field: "y", type: "quantitative", title: label(one), scale: { zero: false } };
   const color = { field: "series", type: "nominal", legend: null, scale: { domain: [...shown, "dense"], range: [...shown.map(colour), "currentColor"] } };
   const strokeDash = { field: "series", type: "nominal", legend: null, scale: { domain: [...shown, "dense"], range: [...shown.map(dash), DASHES[0]] } };
-  const fillOpacity = { field: "open", type: "nominal", legend: null, scale: { domain: [false, true], range: [1, 0] } };
+  const fillOpacity = { condition: { test: "datum.open", value: 0 }, value: 1 };
   const spec = {
     width: "container", height: 320, data: { values }, background: null, autosize: { type: "fit", contains: "padding" },
     layer: [

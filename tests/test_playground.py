@@ -128,6 +128,18 @@ def test_a_pruning_leaves_nothing_behind(make):
     assert len(passes) == gathered
 
 
+def test_all_statistics_can_be_gathered_at_the_start(make):
+    playground, passes = make(loaded=False), []
+    playground.load(everything=True)
+    playground.module.on_calibration = passes.append
+    for criterion in playground.criteria:
+        playground.show(view(text_encoder=Choice(0.5, criterion), unet=Choice(0.5, criterion)))
+    for allocation in playground.allocations:
+        choice = Choice(0.5, "Magnitude", allocation)
+        playground.show(view(text_encoder=choice, unet=choice))
+    assert not passes
+
+
 def test_zeros_are_those_of_the_weights(make):
     playground = make()
     shown = playground.show(view(text_encoder=Choice(0.3), unet=Choice(0.5)))

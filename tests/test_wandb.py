@@ -1,6 +1,5 @@
 """What W&B receives: read back from the run file that `--wandb=offline` writes, and held against the record."""
 
-import csv
 import json
 import os
 import struct
@@ -131,46 +130,6 @@ def test_one_run_holds_the_pruned_and_the_dense_record(trial):
     history, _ = logged(again)
     assert {key: history.get(key) for key in wanted} == pytest.approx(wanted)
     assert history["samples.filenames"]
-
-
-def table_of(run: Path, entry: Mapping[str, Any]) -> dict[str, Any]:
-    """A table that was logged, as W&B keeps it."""
-    return json.loads((run / "files" / entry["path"]).read_text())
-
-
-def test_prompts_with_their_pictures_and_what_they_lost(trial):
-    run, output = trial()
-    history, _ = logged(run)
-    (dense,), (pruned,) = output.glob("dense-*"), output.glob("text_encoder-*")
-    table = table_of(run, history["prompts"])
-    rows, before = (list(csv.DictReader((one / "images.csv").open())) for one in (pruned, dense))
-    dense_scores = {old["file_name"]: float(old["clip_score"]) for old in before}
-    lost = {row["file_name"]: float(row["clip_score"]) - dense_scores[row["file_name"]] for row in rows}
-    rows.sort(key=lambda row: lost[row["file_name"]])
-    assert table["columns"][:4] == ["prompt", "picture", "dense picture", "clip_score"]
-    place = table["columns"].index("clip_score_diff")
-    for row, shown in zip(rows, table["data"], strict=True):
-        assert shown[0] == row["caption"]
-        assert shown[3] == pytest.approx(float(row["clip_score"]))
-        assert shown[place] == pytest.approx(lost[row["file_name"]], abs=1e-6)
-        for entry, record in zip(shown[1:3], (pruned, dense), strict=True):
-            with Image.open(run / "files" / entry["path"]) as image:
-                drawn = next((record / "images").rglob(f"{Path(row['file_name']).stem}.png"))
-                assert np.array_equal(np.asarray(image), np.asarray(Image.open(drawn)))
-
-
-def test_a_point_of_each_curve(trial):
-    run, output = trial()
-    history, config = logged(run)
-    (pruned,) = output.glob("text_encoder-*")
-    results = json.loads((pruned / "results.json").read_text())
-    shown = {key: value for key, value in history.items() if key.startswith("curves/")}
-    assert {"curves/fid_table", "curves/clip_score_table"} <= shown.keys()
-    for key, entry in shown.items():
-        score = key.removeprefix("curves/").removesuffix("_table")
-        (row,) = table_of(run, entry)["data"]
-        assert row == [results["sparsity"]["prunable"]["zero_fraction"], results["metrics"][score], pruned.name]
-    assert "wandb/scatter/v0" in json.dumps(config["_wandb"])
 
 
 def test_a_record_is_one_run_however_often_it_is_logged(trial, monkeypatch):

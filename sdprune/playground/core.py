@@ -232,10 +232,9 @@ class Playground:
         for name, first in start.choices.items():
             for criterion, allocation in [*pairs, *((first.criterion, one) for one in self.allocations)]:
                 choice = Choice(0.5, criterion, allocation)
-                if choice.spec(self.configured[name]).sequential:
-                    continue
                 try:
-                    yield self._plan(replace(start, choices={name: choice}))
+                    if not choice.spec(self.configured[name]).sequential:
+                        yield self._plan(replace(start, choices={name: choice}))
                 except InputError:  # choices that do not go together
                     continue
 

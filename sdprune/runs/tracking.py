@@ -86,49 +86,9 @@ def log_record(loggers: Iterable[Logger], record: Record, baseline: Record | Non
         logger.log_metrics(numbers, step=0)
         if isinstance(logger, WandbLogger):
             logger.experiment.summary.update(verdicts)
-            if "infeasible" not in record.results:
-                logger.experiment.log({"prompts": _prompts(record, baseline), **_curves(record, numbers)})
         if hasattr(logger, "log_image") and picture.exists():
             logger.log_image("samples", [str(picture)], step=0)
         logger.save()
-
-
-def _prompts(record: Record, baseline: Record | None) -> Any:
-    """Prompts with pictures and scores, and the differences to the baseline's; those that lost most CLIP score first.
-
-    At most 64: of thousands of pictures nobody looks at more, and each is sent.
-    """
-    import pandas as pd
-    import wandb
-
-    found = pd.read_csv(record.directory / "images.csv")
-    records = {"picture": record}
-    if baseline is not None:
-        records["dense picture"] = baseline
-        before = pd.read_csv(baseline.directory / "images.csv")
-        for score in list(found.columns[3:].intersection(before.columns)):
-            found[f"{score}_diff"] = found[score] - before[score]
-    if "clip_score_diff" in found:
-        found = found.sort_values("clip_score_diff", kind="stable")
-    scores = list(found.columns[3:])
-    table = wandb.Table(columns=["prompt", *records, *scores])
-    for row in found.head(64).to_dict("records"):
-        pictures = [wandb.Image(str(one.image_path(row["file_name"]))) for one in records.values()]
-        table.add_data(row["caption"], *pictures, *(row[score] for score in scores))
-    return table
-
-
-def _curves(record: Record, numbers: Mapping[str, float]) -> dict[str, Any]:
-    """Each score against the sparsity that was reached: a point a run, and a page of several runs shows all of them."""
-    import wandb
-
-    x, charts = "sparsity/prunable/zero_fraction", {}
-    for name, value in numbers.items():
-        if name.startswith("metrics/") and not name.endswith("_se"):
-            score = name.removeprefix("metrics/")
-            table = wandb.Table(columns=["sparsity", score, "run"], data=[[numbers[x], value, record.directory.name]])
-            charts[f"curves/{score}"] = wandb.plot.scatter(table, "sparsity", score, title=f"{score} against sparsity")
-    return charts
 
 
 def log_search(loggers: Iterable[Logger], record: Record) -> None:

@@ -113,15 +113,15 @@ function swatch(name) {
   return made;
 }
 const colour = (name) => COLOURS[series.indexOf(name) % COLOURS.length];
-const round = (name) => Math.floor(Math.max(0, series.indexOf(name)) / COLOURS.length);
-const dash = (name) => DASHES[round(name) % DASHES.length];
+const lap = (name) => Math.floor(Math.max(0, series.indexOf(name)) / COLOURS.length);
+const dash = (name) => DASHES[lap(name) % DASHES.length];
 
 async function drawChart() {
   const key = state.measure, axis = state.axis, one = measure(key);
   const values = group.runs.flatMap((run, i) => {
     const value = run.values[key];
     return value && !state.off.has(run.series)
-      ? [{ i, x: run.axes[axis], y: value[0], low: value[1], high: value[2], series: run.series, open: round(run.series) > 0, kind: run.kind, title: run.name }]
+      ? [{ i, x: run.axes[axis], y: value[0], low: value[1], high: value[2], series: run.series, open: lap(run.series) > 0, kind: run.kind, title: run.name }]
       : [];
   });
   const bars = values.filter((value) => Number.isFinite(value.low));
@@ -131,7 +131,7 @@ async function drawChart() {
   const y = { field: "y", type: "quantitative", title: label(one), scale: { zero: false } };
   const color = { field: "series", type: "nominal", legend: null, scale: { domain: [...shown, "dense"], range: [...shown.map(colour), "currentColor"] } };
   const strokeDash = { field: "series", type: "nominal", legend: null, scale: { domain: [...shown, "dense"], range: [...shown.map(dash), DASHES[0]] } };
-  const fillOpacity = { field: "open", type: "nominal", legend: null, scale: { domain: [false, true], range: [1, 0] } };
+  const fillOpacity = { condition: { test: "datum.open", value: 0 }, value: 1 };
   const spec = {
     width: "container", height: 320, data: { values }, background: null, autosize: { type: "fit", contains: "padding" },
     layer: [

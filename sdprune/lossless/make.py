@@ -122,10 +122,12 @@ def _find(family: DiffusersFamily, keep: Sequence[str], steps: int) -> tuple[Rem
     stays = {path for path in paths if any(_matches(path, pattern) for pattern in keep)}
     found: dict[str, dict[str, str]] = {}
     for name, own in unread.items():
-        gone = [one for one in own if f"{name}.{one}" not in stays]
+        gone = [one for one in whole[name] if not any(path.startswith(f"{name}.{one}.") for path in stays)]
         found[name] = {
-            one: TRACED if all(own[inner] == TRACED for inner in gone if inner.startswith(f"{one}.")) else DECLARED
-            for one in whole_modules(modules[name], gone)
+            one: DECLARED
+            if any(how == DECLARED and inner.startswith(f"{one}.") for inner, how in own.items())
+            else TRACED
+            for one in gone
         }
     return found, [one for one in timed if f"{family.denoiser}.{one}.weight" not in stays]
 

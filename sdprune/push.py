@@ -23,8 +23,6 @@ PUSH.add_argument("directory", type=path, metavar="DIR", help="a diffusers direc
 PUSH.add_argument("repository", type=path, metavar="USER/NAME", help="of the hub")
 PUSH.add_argument("--public", action="store_true", help="let everybody read a repository that is new")
 
-PLACE = "<this directory>"
-"""What a model card calls itself before it has a name on the hub."""
 _DATA = {".safetensors", ".json", ".txt", ".model", ".md", ".png"}
 
 
@@ -54,7 +52,7 @@ def push(directory: Path, repository: str, public: bool = False) -> str:
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository, re.ASCII):
         raise InputError(f"{repository!r} is no repository of the hub: give USER/NAME, such as me/sd2-pruned.")
     files = _files(directory)
-    card = _card(directory).replace(PLACE, repository)
+    card = _card(directory, repository)
     size = sum(one.stat().st_size for one in files)
     print(f"{len(files)} files, {size / 1e6:,.1f} MB: {directory} -> {repository}", flush=True)
     require_hub("Nothing was sent.")
@@ -82,17 +80,17 @@ def _files(directory: Path) -> list[Path]:
     return files
 
 
-def _card(directory: Path) -> str:
-    """The text of the model card.
+def _card(directory: Path, repository: str) -> str:
+    """The text of the model card, which names the repository.
 
     Raises:
         InputError: it is missing, or does not name the licence.
     """
-    from sdprune.modules.card import front_matter
+    from sdprune.modules.card import PLACE, front_matter
 
     file = directory / "README.md"
     if not file.is_file():
         raise InputError(f"{directory} has no model card, README.md: give a directory that sdprune fit or pack wrote.")
     if not front_matter(file).get("license"):
         raise InputError(f"{file} names no licence: add the base model's to its head, as in `license: openrail++`.")
-    return file.read_text(encoding="utf-8")
+    return file.read_text(encoding="utf-8").replace(PLACE, repository)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tiny_families
 import torch
-from command_lines import predict, the_run
+from command_lines import predict
 from safetensors.torch import load_file, save_file
 from torch.nn import functional
 
@@ -267,9 +267,9 @@ def test_the_copy_is_a_model_for_every_verb(sdprune, miniature, tmp_path):
     for model in ("miniature", out):
         runs = tmp_path / f"runs-{Path(model).name}"
         words = ["--model.prune={unet: {sparsity: 0.3, criterion: Magnitude}}", f"--model.pipeline.model={model}"]
-        told = sdprune(*predict(runs, *words, "--data.n=2", "--model.baseline=none", "--model.metrics=[]"))
+        told = sdprune(*predict(runs, *words, "--data.n=2"))
         assert told.code == 0, told.err
-        pictures.append(sorted(path.read_bytes() for path in the_run(runs, "").rglob("*.png")))
+        pictures.append(sorted(path.read_bytes() for path in runs.rglob("*.png")))
     assert pictures[0] == pictures[1]
     assert pictures[0]
     assert sdprune("pack", out, "--out", tmp_path / "packed").code == 0

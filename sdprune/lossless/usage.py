@@ -19,8 +19,8 @@ LOSSLESS.add_argument("model", type=path, metavar="MODEL", help="a diffusers dir
 LOSSLESS.add_argument("--out", type=path, metavar="DIR", help="where to: a new directory")
 LOSSLESS.add_argument(
     "--keep", action="append", default=[], metavar="PATTERN",
-    help="modules that stay, as in vae or text_encoder.final_layer_norm, with * for any letters; one of which a part is "
-    "named stays as a whole; may be given again. Pictures that begin with a picture need the encoder of the VAE: "
+    help="modules that stay, as in vae or text_encoder.final_layer_norm, with * for any letters; one of which a part "
+    "is named stays as a whole; may be given again. Pictures that begin with a picture need the encoder of the VAE: "
     "--keep=vae",
 )  # fmt: skip
 LOSSLESS.add_argument(

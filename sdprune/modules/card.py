@@ -11,12 +11,13 @@ from typing import Any, NamedTuple
 from sdprune.errors import InputError
 from sdprune.files import read_json
 from sdprune.pipelines.resolve import MINIATURE
-from sdprune.push import PLACE
 
 SAME = ("version", "pipeline", "dtype", "prune", "calibration", "narrow", "narrow_calibration")
 """The facts that a record and a saved pipeline share when they are the same weights."""
 
 
+PLACE = "<this directory>"
+"""What a card calls its model before that has a name on the hub."""
 _CITATION = """\
 @article{ramesh2024efficient,
   title = {Efficient Pruning of Text-to-Image Models: Insights from Pruning Stable Diffusion},

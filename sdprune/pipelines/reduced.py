@@ -60,7 +60,7 @@ def remove(module: nn.Module, names: Iterable[str]) -> None:
         one._parameters = dict.fromkeys(one._parameters)  # not gone: libraries ask whether there is a bias
         one._buffers.clear()
         one.forward = _first
-        one._is_hf_initialized = True  # of transformers: there is nothing to be made random
+        vars(one)["_is_hf_initialized"] = True  # of transformers: there is nothing to be made random
 
 
 def _first(*args: Any, **kwargs: Any) -> Any:

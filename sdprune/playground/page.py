@@ -31,7 +31,7 @@ from sdprune.pruning import PruneSpec
 STRIP = (0.0, 0.15, 0.3, 0.45, 0.6, 0.75, 0.9)
 """The sparsities of the strip."""
 _CSS = Path(__file__).with_name("page.css")
-_FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
+_FONTS: dict[str, Any] = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
 _QUEUE: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "model"}
 """One model: one visitor after another."""
 

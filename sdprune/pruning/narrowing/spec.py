@@ -15,7 +15,7 @@ from sdprune.pruning.statistics.pruned_error import Probe
 from sdprune.pruning.timesteps import Timesteps
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
-_PROBE = Probe("layer", (0.25, 0.5, 0.75, 1.0), samples=8, steps=3)
+_PROBE = Probe("layer", (0.25, 0.5, 0.75, 1.0), samples=24, steps=8)
 """How errors are measured; where all units would go, one step stays."""
 
 

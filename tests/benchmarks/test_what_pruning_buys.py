@@ -25,7 +25,7 @@ from sdprune.__main__ import main
 FULL = os.environ.get("SDPRUNE_BENCHMARK") == "1"
 N, STEPS, ROUNDS, BATCH = (256, 20, 9, 32) if FULL else (4, 2, 2, 2)
 SMALL = [] if FULL else ["--data.calibration_n=2", "--data.calibration_batch_size=2", "--data.source.images=40"]
-NARROW = "--model.narrow.unet={channels: 0.4, neurons: 0.4}"
+NARROW = "--model.narrow={unet: {flops: 0.35}}" if FULL else "--model.narrow={unet: {channels: 0.4}}"
 
 
 @pytest.fixture(autouse=True)

@@ -161,7 +161,9 @@ def test_prompts_of_the_certificate_were_never_looked_at(whole):
 def test_the_answer_can_be_made_again(whole, sdprune, tmp_path):
     """By predict, with the same masks and pictures, and by fit."""
     directory, answer = the_search(whole), found(whole)["answer"]
-    told = sdprune("predict", "--config", directory / "config.yaml", f"--model.output={tmp_path}")
+    # Its pictures are those of the certificate, whose prompts follow those of the search.
+    words = ["--config", directory / "config.yaml", "--data.n=96"]
+    told = sdprune("predict", *words, f"--model.output={tmp_path}")
     assert told.code == 0, told.err
     run = the_run(tmp_path, "text_encoder")
     results = json.loads((run / "results.json").read_text())

@@ -154,12 +154,12 @@ def _scores(records: Sequence[Measured]) -> list[str]:
 
 
 def _table(measured: Measured) -> list[str]:
-    name, facts, results = measured
+    facts, results = measured.facts, measured.results
     try:
         sampling = facts["sampling"]
         lines = [
-            f"Record `{name}`: n = {results['n']}, {sampling['steps']} steps, guidance {sampling['guidance']:g}, seed "
-            f"{facts['seed']}.", "",
+            f"Record `{measured.name}`: n = {results['n']}, {sampling['steps']} steps, guidance {sampling['guidance']:g}, "
+            f"seed {facts['seed']}.", "",
             "| score | value | difference to dense, 95 % interval | protocol |", "| --- | --- | --- | --- |",
         ]  # fmt: skip
         for metric, value in results["metrics"].items():

@@ -158,8 +158,8 @@ def _table(measured: Measured) -> list[str]:
     try:
         sampling = facts["sampling"]
         lines = [
-            f"Record `{measured.name}`: n = {results['n']}, {sampling['steps']} steps, guidance {sampling['guidance']:g}, "
-            f"seed {facts['seed']}.", "",
+            f"Record `{measured.name}`: n = {results['n']}, {sampling['steps']} steps, "
+            f"guidance {sampling['guidance']:g}, seed {facts['seed']}.", "",
             "| score | value | difference to dense, 95 % interval | protocol |", "| --- | --- | --- | --- |",
         ]  # fmt: skip
         for metric, value in results["metrics"].items():

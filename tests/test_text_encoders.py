@@ -52,7 +52,7 @@ def test_blocks_are_the_transformer_blocks(encoder):
 class Chain:
     """A text encoder as calibration sees it, block by block."""
 
-    name, steps = "text_encoder", 1
+    name, steps, calls_per_batch = "text_encoder", 1, 1
 
     def __init__(self, module):
         self.module = module

@@ -128,7 +128,7 @@ def ours(model, ids, record=None):
 class Chain:
     """A text encoder as calibration sees it, block by block."""
 
-    name, steps = "text_encoder", 1
+    name, steps, calls_per_batch = "text_encoder", 1, 1
 
     def __init__(self, module, ids):
         self.module, self.ids = module, ids

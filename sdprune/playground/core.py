@@ -115,12 +115,18 @@ class Playground:
     @property
     def criteria(self) -> list[str]:
         """Names of the criteria."""
-        return list(choices_of([Criterion]))
+        return self._names(Criterion, [spec.criterion for spec in self.configured.values()])
 
     @property
     def allocations(self) -> list[str]:
         """Names of the allocations."""
-        return list(choices_of([Allocation]))
+        return self._names(Allocation, [spec.allocation for spec in self.configured.values()])
+
+    @staticmethod
+    def _names(base: type, configured: Sequence[object]) -> list[str]:
+        """Of the package's classes and of those in the configuration: others may need arguments."""
+        used, known = {type(one) for one in configured}, choices_of([base])
+        return [name for name, cls in known.items() if cls.__module__.startswith("sdprune.") or cls in used]
 
     @property
     def granularities(self) -> list[str]:

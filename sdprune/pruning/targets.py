@@ -190,7 +190,7 @@ def by_block(targets: Sequence[Target]) -> dict[str, list[Target]]:
 
 def layer_kind(module: nn.Module) -> Optional[str]:
     """Which of LAYER_KINDS a module is, if any; none where its weight was taken away."""
-    if module._parameters.get("weight") is None and getattr(module, "weight", None) is None:
+    if "weight" in module._parameters and module._parameters["weight"] is None:
         return None
     if isinstance(module, nn.Linear):
         return "Linear"

@@ -2,8 +2,9 @@
 
     SDPRUNE_RUNS=runs pytest -n 0 -s tests/benchmarks/test_search_cost.py -k stored
 
-simulates 200 searches by the scores of a grid of finished runs below `runs`, prompts drawn anew with replacement: for
-each component and method whose runs prune it alone at eight sparsities or more. Such a grid is, for instance,
+simulates 200 searches of up to 512 images a test by the scores of a grid of finished runs below `runs`, prompts drawn
+anew with replacement: for each component and method whose runs prune it alone at eight sparsities or more. Levels are
+2.5 % apart; between two of the grid a picture has the score at one or the other, in proportion. Such a grid is
 
     sdprune sweep mini_sparsity
 
@@ -12,6 +13,7 @@ each component and method whose runs prune it alone at eight sparsities or more.
 runs ten real searches of the miniature, each on other prompts and noise.
 """
 
+import itertools
 import json
 import os
 import time
@@ -24,12 +26,12 @@ from searching import simulate
 
 from sdprune.search.certificate import FIRST, Tolerance
 
-SEARCHES = 200
+SEARCHES, N_MAX, STEP = 200, 512, 0.025
 LEVELS = 8  # a grid has so many at least
 
 
 def grids(directory):
-    """(name, sparsities, scores by sparsity with 0 for dense) of every component and method."""
+    """(name, scores by sparsity with 0 for dense) of every component and method."""
     from sdprune.study.group import Study
     from sdprune.study.records import read
 
@@ -42,39 +44,53 @@ def grids(directory):
                 if study.dense is None or len(levels) < LEVELS:
                     continue
                 scores = dict(zip(alone[f"{kind}_sparsity"], alone["clip_scores"], strict=True))
-                yield f"{kind}, {method}", levels, {**scores, 0.0: study.dense["clip_scores"]}
+                yield f"{kind}, {method}", {**scores, 0.0: study.dense["clip_scores"]}
+
+
+def between(scores):
+    """Scores by sparsity at every STEP up to the sparsest, from those of a coarser grid."""
+    known, chance = sorted(scores), np.random.default_rng(0).random(len(scores[0.0]))
+    found = {0.0: scores[0.0]}
+    for level in np.arange(STEP, known[-1] + STEP / 2, STEP).round(3).tolist():
+        more = next(one for one in known if one >= level)
+        less = max(one for one in known if one < level)
+        found[level] = np.where(chance < (level - less) / (more - less), scores[more], scores[less])
+    return found
 
 
 @pytest.mark.skipif("SDPRUNE_RUNS" not in os.environ, reason="set SDPRUNE_RUNS to a directory of runs")
 def test_stored_scores_of_a_grid():
     found = 0
-    for name, levels, scores in grids(os.environ["SDPRUNE_RUNS"]):
+    for (name, scores), value in itertools.product(grids(os.environ["SDPRUNE_RUNS"]), (0.01, 0.02, 0.05)):
         found += 1
-        for value in (0.01, 0.02, 0.05):
-            tolerance, dense = Tolerance(value), scores[0.0]
-            cap = tolerance.cap(dense)
-            losses = {level: tolerance.losses(dense, scores[level], cap)[0].mean() for level in levels}
-            sound = [level for level in levels if losses[level] <= value * dense.mean()]
-            beyond = [level for level in levels if level not in sound]
-            truth = max((level for level in sound if not beyond or level < min(beyond)), default=0.0)
-            steps, false, images = Counter(), 0, []
-            for search in simulate(
-                tolerance, [name], levels,
-                lambda model, name=name, scores=scores: scores[model.sparsities.get(name, 0.0)],
-                len(dense), SEARCHES, chunk=8,
-            ):  # fmt: skip
-                level = search.thresholds[name].sparsities.get(name, 0.0)
-                false += losses.get(level, 0.0) > value * dense.mean()
-                steps[sum(level < one <= truth for one in levels)] += 1
-                images.append(search.images())
-            pruned, all_dense = (np.mean([one[kind] for one in images]) for kind in ("pruned", "dense"))
-            print(
-                f"\n{name}, tolerance {value:g}: truth {truth:g}; wrong {false / SEARCHES:.1%}; steps below "
-                f"{dict(sorted(steps.items()))}; {pruned:.0f} pruned and {all_dense:.0f} dense images, "
-                f"{(pruned + all_dense) / images[0]['grid']:.1%} of the grid",
-                flush=True,
-            )
-            assert false <= 0.1 * SEARCHES
+        tolerance, dense, scores = Tolerance(value), scores[0.0], between(scores)
+        levels = [level for level in scores if level]
+        cap = tolerance.cap(dense)
+        losses = {level: tolerance.losses(dense, scores[level], cap)[0].mean() for level in levels}
+        beyond = [level for level in levels if losses[level] > value * dense.mean()]
+        truth = max((level for level in levels if level < min(beyond, default=1)), default=0.0)
+        steps, false, images, answers = Counter(), 0, [], []
+        for search in simulate(
+            tolerance, [name], levels, lambda model, name=name, scores=scores: scores[model.sparsities.get(name, 0.0)],
+            len(dense), SEARCHES, n_max=N_MAX, chunk=8,
+        ):  # fmt: skip
+            answers.append(search.thresholds[name].sparsities.get(name, 0.0))
+            false += losses.get(answers[-1], 0.0) > value * dense.mean()
+            steps[sum(answers[-1] < one <= truth for one in levels)] += 1
+            images.append(search.images())
+        pruned, all_dense = (np.mean([one[kind] for one in images]) for kind in ("pruned", "dense"))
+        share = (pruned + all_dense) / images[0]["grid"]
+        near = (np.abs(np.array(answers) - np.median(answers)) < STEP * 1.01).mean()
+        print(
+            f"\n{name}, tolerance {value:g}: truth {truth:g}; wrong {false / SEARCHES:.1%}; steps below "
+            f"{dict(sorted(steps.items()))}; within a step of the median {near:.0%}; {pruned:.0f} pruned and "
+            f"{all_dense:.0f} dense images, {share:.1%} of the grid",
+            flush=True,
+        )
+        assert false <= 0.05 * SEARCHES
+        assert share <= 1 / 8
+        if value >= 0.02:
+            assert steps[0] + steps[1] + steps[2] >= 0.9 * SEARCHES
     assert found, "no grid of eight sparsities of one component alone, with its dense run"
 
 

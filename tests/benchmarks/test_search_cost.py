@@ -2,7 +2,7 @@
 
     SDPRUNE_RUNS=runs pytest -n 0 -s tests/benchmarks/test_search_cost.py -k stored
 
-simulates 200 searches of up to 512 images a test by the scores of a grid of finished runs below `runs`, prompts drawn
+simulates 100 searches of up to 512 images a test by the scores of a grid of finished runs below `runs`, prompts drawn
 anew with replacement: for each component and method whose runs prune it alone at eight sparsities or more. Levels are
 2.5 % apart; between two of the grid a picture has the score at one or the other, in proportion. Such a grid is
 
@@ -26,7 +26,7 @@ from searching import simulate
 
 from sdprune.search.certificate import FIRST, Tolerance
 
-SEARCHES, N_MAX, STEP = 200, 512, 0.025
+SEARCHES, N_MAX, STEP = 100, 512, 0.025
 LEVELS = 8  # a grid has so many at least
 
 

@@ -18,13 +18,13 @@ from sdprune.pruning.narrowing import (
     NarrowSpec,
     choose,
     groups_of,
+    layers_of,
     narrow,
     narrow_shapes,
     pair_name,
     pairing,
 )
 from sdprune.pruning.narrowing.engine import Units
-from sdprune.pruning.statistics.removal_error import RemovalError
 
 if TYPE_CHECKING:
     from sdprune.calibration.requests import Request
@@ -63,9 +63,9 @@ class NarrowingPlan:
         """A component on the meta device, in the shapes that it will have; it is dense where measurement decides these,
         until it has."""
         module = self.pipeline.meta_module(name)
-        if name in self.specs and not (self.specs[name].flops and self.choosing.missing):
+        if name in self.specs and not (self.specs[name].measured and self.choosing.missing):
             with _naming(name):
-                narrow_shapes(module, self.specs[name], self._stored(name, 0).get(RemovalError.name))
+                narrow_shapes(module, self.specs[name], self._stored(name, 0))
         return module
 
     def choose(self) -> dict[str, Units]:
@@ -126,16 +126,18 @@ def narrowing_requests(
     """
     found = {}
     for name, spec in specs.items():
+        module = pipeline.meta_module(name)
         with _naming(name):
-            groups = groups_of(pipeline.meta_module(name), spec)
+            groups, layers = groups_of(module, spec), [one.key for one in layers_of(module, spec)]
         parts = [(group, part) for group in groups for part in group.inputs]
         readers = [group.path(part) for group, part in parts]
-        choice = requests.of_layers(name, spec.statistics, spec.timesteps, readers)
+        choice = requests.of_layers(name, spec.statistics if readers else (), spec.timesteps, readers)
         choice += requests.of_removal(name, spec, readers, choice)
+        choice += requests.of_dropping(name, spec, layers)
         pairs = [pair_name(group, part) for group, part in parts]
         chosen = {"narrow": spec.describe(), "reads": [one.facts for one in choice]}
         found[name] = (
             choice,
-            requests.of_layers(name, ["hessian"], spec.timesteps, pairs, chosen) if spec.refit else [],
+            requests.of_layers(name, ["hessian"], spec.timesteps, pairs, chosen) if spec.refit and pairs else [],
         )
     return found

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sdprune.errors import InputError
 from sdprune.pipelines import DiffusersFamily
+from sdprune.pipelines.reduced import Table
 from sdprune.processes import Processes
 from sdprune.pruning.narrowing import (
     NarrowReport,
@@ -122,11 +123,16 @@ def narrowing_requests(
     """By component, what the choice of units reads, and what refitting reads.
 
     Raises:
-        InputError: a kind that a component does not have.
+        InputError: a kind that a component does not have, or tables of one schedule in it.
     """
     found = {}
     for name, spec in specs.items():
         module = pipeline.meta_module(name)
+        if any(isinstance(one, Table) for one in module.modules()):
+            raise InputError(
+                f"--model.narrow.{name} is given, and the {name} of {pipeline.name} has tables in place of layers: narrow "
+                "the model that it was made from, and let sdprune lossless make tables of what comes out."
+            )
         with _naming(name):
             groups, layers = groups_of(module, spec), [one.key for one in layers_of(module, spec)]
         parts = [(group, part) for group in groups for part in group.inputs]

@@ -10,7 +10,7 @@ from sdprune.pruning.narrowing.engine import (
     narrow,
     narrow_shapes,
 )
-from sdprune.pruning.narrowing.files import fit_to_shapes
+from sdprune.pruning.narrowing.files import fit_to_shapes, require_shapes
 from sdprune.pruning.narrowing.groups import Group, Grouping, Slice, find_groups
 from sdprune.pruning.narrowing.layers import Layer, drop_layers, find_layers
 from sdprune.pruning.narrowing.refit import pair_name, pairing
@@ -36,6 +36,7 @@ __all__ = [
     "narrow_shapes",
     "pair_name",
     "pairing",
+    "require_shapes",
 ]
 
 discover(groups)

@@ -1,6 +1,9 @@
 """Small modules that tests of narrowing share."""
 
 import torch
+from torch import nn
+
+ALL = "--model.narrow={unet: {heads: 0.4, neurons: 0.4, channels: 0.4}, text_encoder: {heads: 0.4, neurons: 0.3}}"
 
 
 def small_unet():
@@ -41,3 +44,31 @@ def calls(module, number=3):
 @torch.no_grad()
 def output(module, call):
     return module(**call)[0]
+
+
+class Reader(nn.Module):
+    """A feed-forward layer whose inputs are known."""
+
+    def __init__(self, units=16, rows=5):
+        super().__init__()
+        torch.manual_seed(3)
+        self.fc1, self.fc2 = nn.Linear(7, units), nn.Linear(units, rows)
+
+    def forward(self, x):
+        return self.fc2(torch.tanh(self.fc1(x)))
+
+
+def hidden(module, batches):
+    with torch.no_grad():
+        return torch.tanh(module.fc1(torch.cat(batches))).double()
+
+
+def random_batches():
+    """Inputs of a `Reader`."""
+    generator = torch.Generator().manual_seed(5)
+    return [torch.randn(40, 7, generator=generator) for _ in range(3)]
+
+
+def pictures(directory):
+    """Of a record, by name."""
+    return {path.name: path.read_bytes() for path in directory.glob("images/*.png")}

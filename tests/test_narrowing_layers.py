@@ -7,13 +7,11 @@ import numpy as np
 import pytest
 import tiny_families
 import torch
-from command_lines import CPU, fit, predict, the_run
-from narrowing import calls, small_text_encoder, small_unet
+from command_lines import fit
 from safetensors.torch import load_file
 
 import sdprune as package
 from sdprune.__main__ import main
-from sdprune.errors import InputError
 
 PROMPTS = ["a red star", "two cats"]
 BUILDERS = {
@@ -76,7 +74,7 @@ def stacks(component):
 
 def places(stack, dense):
     """Which layers of the dense stack these are: the same tensors, in the same order."""
-    weights = [{name: one for name, one in layer.named_parameters()} for layer in dense]
+    weights = [dict(layer.named_parameters()) for layer in dense]
     found = []
     for layer in stack:
         own = dict(layer.named_parameters())

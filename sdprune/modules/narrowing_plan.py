@@ -130,8 +130,8 @@ def narrowing_requests(
         module = pipeline.meta_module(name)
         if any(isinstance(one, Table) for one in module.modules()):
             raise InputError(
-                f"--model.narrow.{name} is given, and the {name} of {pipeline.name} has tables in place of layers: narrow "
-                "the model that it was made from, and let sdprune lossless make tables of what comes out."
+                f"--model.narrow.{name} is given, and the {name} of {pipeline.name} has tables in place of layers: "
+                "narrow the model that it was made from, and let sdprune lossless make tables of what comes out."
             )
         with _naming(name):
             groups, layers = groups_of(module, spec), [one.key for one in layers_of(module, spec)]

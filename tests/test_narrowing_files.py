@@ -3,13 +3,21 @@
 import shutil
 
 import pytest
+import tiny_families
 import torch
 from command_lines import fit, predict
+from lightning import Trainer
 from narrowing import ALL
 from safetensors.torch import load_file, save_file
 
 import sdprune as package
+import sdprune.pipelines
+from sdprune.data import CocoDataModule
 from sdprune.errors import InputError
+from sdprune.mini.source import EmbeddedWorld
+from sdprune.modules import PruningModule
+from sdprune.pipelines import Sampling
+from sdprune.pruning.narrowing import NarrowSpec, find_groups
 
 
 @pytest.fixture(scope="module")
@@ -85,3 +93,33 @@ def test_a_shape_that_narrowing_cannot_make_is_refused_by_name(sdprune, narrowed
     assert line in str(raised.value)
     told = sdprune(*predict(tmp_path, "--model.prune={}", f"--model.pipeline.model={tmp_path / 'bad'}"))
     assert (told.code, told.err.count("\n"), tensor in told.err) == (2, 1, True)
+
+
+@pytest.mark.parametrize("name", tiny_families.FAMILIES)
+def test_every_family_is_narrowed_saved_and_loaded(miniature, tmp_path, name):
+    """All that it has, measured on its own pictures and refitted; it draws what the model in memory draws."""
+    cls, sampling = getattr(sdprune.pipelines, name), Sampling(steps=2, guidance=4.0, height=32, width=32)
+    family = cls(str(tiny_families.save(name, tmp_path / "dense")))
+    specs, units = {}, {}
+    for component in family.prunable:
+        units[component] = {one.name: one.units for one in find_groups(family.meta_module(component))}
+        kinds = {one.kind for one in find_groups(family.meta_module(component))}
+        specs[component] = NarrowSpec(**dict.fromkeys(kinds, 0.5), criterion="Wanda")
+    data = CocoDataModule(
+        EmbeddedWorld(images=4), calibration=EmbeddedWorld("train", 20), calibration_n=3, calibration_batch_size=2
+    )
+    module = PruningModule(
+        family, {}, sampling, output=str(tmp_path), store=f"{tmp_path}/statistics", narrow=specs,
+        directory=f"{tmp_path}/saved",
+    )  # fmt: skip
+    trainer = Trainer(accelerator="cpu", logger=False, use_distributed_sampler=False, enable_progress_bar=False)
+    trainer.predict(module, datamodule=data, return_predictions=False)
+    for component, groups in units.items():
+        left = {one.name: one.units for one in find_groups(family.components[component])}
+        assert left.keys() == groups.keys()
+        assert any(left[one] < number for one, number in groups.items())
+    again = cls(f"{tmp_path}/saved")
+    again.load(torch.float32, torch.device("cpu"))
+    drawn = [one.generate(["a red star", "two cats"], [1, 2], sampling).images for one in (family, again)]
+    assert torch.equal(*drawn)
+    assert len(drawn[0].unique()) > 20

@@ -132,11 +132,13 @@ def measured(miniature, tmp_path_factory):
 
 MEASURED = ["--model.prune={}", "--model.narrow.unet.flops=0.08", "--model.compare_dense=false"]
 MEASURED += ["--model.narrow.unet.include=['mid_block*']", "--model.narrow.unet.criterion=Wanda"]
+MEASURED += ["--model.narrow.text_encoder.layers=0.6"]
+LABEL = "text_encoder-narrow-layers0.6-unet-narrow-flops"
 
 
 def test_measurement_by_the_command_line(sdprune, measured):
     """The name and the record say what it is; another share gathers nothing but the fit anew."""
-    record = the_run(measured, "unet-narrow-flops0.08-wanda")
+    record = the_run(measured, f"{LABEL}0.08-wanda")
     found = json.loads((record / "results.json").read_text())["narrowing"]["unet"]
     assert found["kinds"].keys() == set(KINDS)
     assert found["spec"]["flops"] == 0.08
@@ -145,7 +147,7 @@ def test_measurement_by_the_command_line(sdprune, measured):
     told = sdprune(*predict(measured, *MEASURED, "--model.narrow.unet.flops=0.04", "--model.prune.unet.sparsity=0.5"))
     assert (told.code, told.err) == (0, "")
     assert len(list((measured / "statistics").glob("unet-removal_error-*"))) == 1
-    other = json.loads((the_run(measured, "unet-narrow-flops0.04") / "results.json").read_text())
+    other = json.loads((the_run(measured, f"{LABEL}0.04") / "results.json").read_text())
     assert other["narrowing"]["unet"]["parameters"] > found["parameters"]
     told = sdprune(*predict(measured, *MEASURED, "--model.narrow.unet.flops=0.9"))
     assert told.code == 2
@@ -155,7 +157,9 @@ def test_measurement_by_the_command_line(sdprune, measured):
 def test_two_processes_make_the_same_narrowed_model(measured, tmp_path):
     done = process(predict(tmp_path, *MEASURED, "--trainer.devices=2", "--trainer.strategy=ddp"))
     assert (done.returncode, done.stderr) == (0, "")
-    one, two = (the_run(output, "unet-narrow-flops0.08") for output in (measured, tmp_path))
-    hashes = [json.loads((record / "results.json").read_text())["narrowing"]["unet"]["hash"] for record in (one, two)]
+    one, two = (the_run(output, f"{LABEL}0.08") for output in (measured, tmp_path))
+    found = [json.loads((record / "results.json").read_text())["narrowing"] for record in (one, two)]
+    hashes = [{name: part["hash"] for name, part in of.items()} for of in found]
     assert hashes[0] == hashes[1]
+    assert hashes[0].keys() == {"text_encoder", "unet"}
     assert pictures(one) == pictures(two)

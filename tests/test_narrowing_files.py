@@ -11,7 +11,7 @@ from narrowing import ALL
 from safetensors.torch import load_file, save_file
 
 import sdprune as package
-import sdprune.pipelines
+from sdprune import pipelines
 from sdprune.data import CocoDataModule
 from sdprune.errors import InputError
 from sdprune.mini.source import EmbeddedWorld
@@ -98,7 +98,7 @@ def test_a_shape_that_narrowing_cannot_make_is_refused_by_name(sdprune, narrowed
 @pytest.mark.parametrize("name", tiny_families.FAMILIES)
 def test_every_family_is_narrowed_saved_and_loaded(miniature, tmp_path, name):
     """All that it has, measured on its own pictures and refitted; it draws what the model in memory draws."""
-    cls, sampling = getattr(sdprune.pipelines, name), Sampling(steps=2, guidance=4.0, height=32, width=32)
+    cls, sampling = getattr(pipelines, name), Sampling(steps=2, guidance=4.0, height=32, width=32)
     family = cls(str(tiny_families.save(name, tmp_path / "dense")))
     specs, units = {}, {}
     for component in family.prunable:

@@ -124,11 +124,15 @@ def _stacks(component: nn.Module) -> Iterator[_Stack]:
 
 def _config(component: nn.Module, owner: nn.Module) -> Optional[Any]:
     """Where options of a module are changed that are saved with the component; None if none are."""
-    root, own = getattr(component, "config", None), getattr(owner, "config", None)
-    if isinstance(root, Mapping):
+    if _of_diffusers(component):
         return component if owner is component else None
+    root, own = getattr(component, "config", None), getattr(owner, "config", None)
     saved = [root, *(getattr(root, name, None) for name in getattr(root, "sub_configs", ()))]
     return own if own is not None and any(one is own for one in saved) else None
+
+
+def _of_diffusers(component: nn.Module) -> bool:
+    return isinstance(getattr(component, "config", None), Mapping) and hasattr(component, "register_to_config")
 
 
 def _option(config: Any, name: str) -> Any:
@@ -166,7 +170,7 @@ def _first_linear(layer: nn.Module) -> Optional[str]:
 def _unet_options(component: Any) -> dict[str, Any]:
     """How many layers each attention of a U-Net has, as its configuration says it; nothing for any other component."""
     blocks = [getattr(component, name, None) for name in ("down_blocks", "mid_block", "up_blocks")]
-    given = _option(component, _UNET) if isinstance(getattr(component, "config", None), Mapping) else None
+    given = _option(component, _UNET) if _of_diffusers(component) else None
     if given is None or any(one is None for one in blocks):
         return {}
     down, mid, up = blocks

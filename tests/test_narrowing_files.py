@@ -1,5 +1,6 @@
 """Files of narrowed models: what `sdprune.load` makes of them, and which it refuses."""
 
+import json
 import shutil
 
 import pytest
@@ -100,11 +101,8 @@ def test_every_family_is_narrowed_saved_and_loaded(miniature, tmp_path, name):
     """All that it has, measured on its own pictures and refitted; it draws what the model in memory draws."""
     cls, sampling = getattr(pipelines, name), Sampling(steps=2, guidance=4.0, height=32, width=32)
     family = cls(str(tiny_families.save(name, tmp_path / "dense")))
-    specs, units = {}, {}
-    for component in family.prunable:
-        units[component] = {one.name: one.units for one in find_groups(family.meta_module(component))}
-        kinds = {one.kind for one in find_groups(family.meta_module(component))}
-        specs[component] = NarrowSpec(**dict.fromkeys(kinds, 0.5), criterion="Wanda")
+    kinds = {one: {group.kind for group in find_groups(family.meta_module(one))} for one in family.prunable}
+    specs = {one: NarrowSpec(**dict.fromkeys(own, 0.5), criterion="Wanda") for one, own in kinds.items()}
     data = CocoDataModule(
         EmbeddedWorld(images=4), calibration=EmbeddedWorld("train", 20), calibration_n=3, calibration_batch_size=2
     )
@@ -114,10 +112,9 @@ def test_every_family_is_narrowed_saved_and_loaded(miniature, tmp_path, name):
     )  # fmt: skip
     trainer = Trainer(accelerator="cpu", logger=False, use_distributed_sampler=False, enable_progress_bar=False)
     trainer.predict(module, datamodule=data, return_predictions=False)
-    for component, groups in units.items():
-        left = {one.name: one.units for one in find_groups(family.components[component])}
-        assert left.keys() == groups.keys()
-        assert any(left[one] < number for one, number in groups.items())
+    report = json.loads((tmp_path / "saved" / "pruning_report.json").read_text())["narrowing"]
+    for component, groups in report.items():
+        assert {one["kind"] for one in groups["groups"] if one["kept"] < one["units"]} == kinds[component]
     again = cls(f"{tmp_path}/saved")
     again.load(torch.float32, torch.device("cpu"))
     drawn = [one.generate(["a red star", "two cats"], [1, 2], sampling).images for one in (family, again)]

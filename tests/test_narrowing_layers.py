@@ -66,7 +66,7 @@ def drawn(family, pipe):
     pipe.set_progress_bar_config(disable=True)
     generators = [torch.Generator().manual_seed(seed) for seed in range(len(PROMPTS))]
     return pipe(
-        PROMPTS, num_inference_steps=2, height=32, width=32, generator=generators, output_type="np",
+        list(PROMPTS), num_inference_steps=2, height=32, width=32, generator=generators, output_type="np",
         **CALLS.get(family, {}),
     ).images  # fmt: skip
 
@@ -127,7 +127,9 @@ def test_the_card_says_how_it_is_opened(dropped):
         layers = [one for one in report["groups"] if one["kind"] == "layers"]
         assert sum(1 - one["kept"] for one in layers) == number
         files = list((dropped[2] / name).glob("*.safetensors"))
-        assert report["parameters"] == sum(one.numel() for file in files for one in load_file(file).values())
+        stored = {name: one for file in files for name, one in load_file(file).items()}
+        stored.pop("pos_embed.pos_embed", None)  # a buffer of SD3
+        assert report["parameters"] == sum(one.numel() for one in stored.values())
 
 
 # --- which of them go -----------------------------------------------------------------------------------------

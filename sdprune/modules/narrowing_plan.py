@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,7 +26,7 @@ from sdprune.pruning.narrowing import (
     pair_name,
     pairing,
 )
-from sdprune.pruning.narrowing.engine import Units
+from sdprune.pruning.narrowing.engine import LAYERS, Units
 
 if TYPE_CHECKING:
     from sdprune.calibration.requests import Request
@@ -117,16 +118,14 @@ def _naming(component: str) -> Iterator[None]:
         raise InputError(f"--model.narrow.{component}.{error}") from error
 
 
-def narrowing_requests(
-    pipeline: DiffusersFamily, specs: Mapping[str, NarrowSpec], requests: Requests
-) -> dict[str, tuple[list[Request], list[Request]]]:
-    """By component, what the choice of units reads, and what refitting reads.
+def narrowing_specs(pipeline: DiffusersFamily, narrow: Mapping[str, NarrowSpec]) -> dict[str, NarrowSpec]:
+    """What is removed, by component, without the modules that no picture depends on.
 
     Raises:
         InputError: a kind that a component does not have, or tables of one schedule in it.
     """
-    found = {}
-    for name, spec in specs.items():
+    found = {name: spec for name, spec in narrow.items() if spec.removes}
+    for name, spec in found.items():
         module = pipeline.meta_module(name)
         if any(isinstance(one, Table) for one in module.modules()):
             raise InputError(
@@ -134,7 +133,21 @@ def narrowing_requests(
                 "narrow the model that it was made from, and let sdprune lossless make tables of what comes out."
             )
         with _naming(name):
-            groups, layers = groups_of(module, spec), [one.key for one in layers_of(module, spec)]
+            groups = groups_of(module, spec)
+        idle = pipeline.prunable[name].idle(LAYERS, module)
+        idle = [one for one in idle if any(fnmatchcase(group.name, one) for group in groups)]
+        found[name] = replace(spec, exclude=[*spec.exclude, *idle]) if idle else spec
+    return found
+
+
+def narrowing_requests(
+    pipeline: DiffusersFamily, specs: Mapping[str, NarrowSpec], requests: Requests
+) -> dict[str, tuple[list[Request], list[Request]]]:
+    """By component, what the choice of units reads, and what refitting reads."""
+    found = {}
+    for name, spec in specs.items():
+        module = pipeline.meta_module(name)
+        groups, layers = groups_of(module, spec), [one.key for one in layers_of(module, spec)]
         parts = [(group, part) for group in groups for part in group.inputs]
         readers = [group.path(part) for group, part in parts]
         choice = requests.of_layers(name, spec.statistics if readers else (), spec.timesteps, readers)

@@ -18,7 +18,7 @@ from sdprune.calibration.settings import Calibration
 from sdprune.calibration.store import StatisticsStore
 from sdprune.errors import InputError
 from sdprune.identity import DRAWING, code_of, facts_of, package_code
-from sdprune.modules.narrowing_plan import NarrowingPlan, narrowing_requests
+from sdprune.modules.narrowing_plan import NarrowingPlan, narrowing_requests, narrowing_specs
 from sdprune.modules.prompts import PromptSubject, Requests
 from sdprune.pipelines import Component, DiffusersFamily, Sampling
 from sdprune.processes import Processes
@@ -273,7 +273,7 @@ class PruningOptions:
         return PruningPlan(pipeline, dtype, specs, needed, calibration, narrowing, self.budget)
 
     def _narrowing(self, pipeline: DiffusersFamily, data: CocoDataModule, dtype: str) -> NarrowingPlan:
-        specs = {name: spec for name, spec in self.narrow.items() if spec.removes}
+        specs = narrowing_specs(pipeline, self.narrow)
         requests = self.requests(pipeline, data, dtype, any(spec.calibrates for spec in specs.values()))
         read = narrowing_requests(pipeline, specs, requests)
         choosing, refitting = (

@@ -136,7 +136,8 @@ def _of_diffusers(component: nn.Module) -> bool:
 
 
 def _option(config: Any, name: str) -> Any:
-    return config.config.get(name) if isinstance(config, nn.Module) else getattr(config, name, None)
+    options = getattr(config, "config", config)  # diffusers: the component's; transformers: the object itself
+    return options.get(name) if isinstance(options, Mapping) else getattr(options, name, None)
 
 
 def _configure(config: Any, options: Mapping[str, Any]) -> None:
@@ -169,11 +170,10 @@ def _first_linear(layer: nn.Module) -> Optional[str]:
 
 def _unet_options(component: Any) -> dict[str, Any]:
     """How many layers each attention of a U-Net has, as its configuration says it; nothing for any other component."""
-    blocks = [getattr(component, name, None) for name in ("down_blocks", "mid_block", "up_blocks")]
     given = _option(component, _UNET) if _of_diffusers(component) else None
-    if given is None or any(one is None for one in blocks):
+    if given is None or not hasattr(component, "mid_block"):
         return {}
-    down, mid, up = blocks
+    down, mid, up = component.down_blocks, component.mid_block, component.up_blocks
     given = [given] * len(down) if isinstance(given, int) else list(given)
     given_up = _option(component, _UNET_UP) or given[::-1]
     found = [_counts(block, one) for block, one in zip(down, given, strict=True)]

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from itertools import accumulate
 from typing import Any, Optional, TypeVar
 
@@ -18,10 +19,11 @@ from sdprune.calibration.store import MemoryStore
 from sdprune.errors import InputError, unknown
 from sdprune.processes import Processes
 from sdprune.pruning import PruneReport, PruneSpec, Statistics, apply, targets_of
-from sdprune.pruning.narrowing import NarrowReport, NarrowSpec, choose, groups_of, pair_name, pairing
+from sdprune.pruning.narrowing import NarrowReport, NarrowSpec, choose, groups_of, layers_of, pair_name, pairing
 from sdprune.pruning.narrowing import narrow as apply_narrowing
 from sdprune.pruning.narrowing.engine import LAYERS
 from sdprune.pruning.statistics.alone_error import AloneError
+from sdprune.pruning.statistics.layer_error import LayerError
 from sdprune.pruning.statistics.pruned_error import Probe, PrunedError
 from sdprune.pruning.statistics.removal_error import RemovalError
 
@@ -132,10 +134,10 @@ def narrow(
     inputs: Optional[Iterable[Any]] = None,
     **options: Any,
 ) -> NarrowReport:
-    """Remove attention heads, feed-forward neurons or channels of residual blocks from a module, in place.
+    """Remove attention heads, feed-forward neurons, channels of residual blocks or whole layers, in place.
 
     Args:
-        module: any torch module with such parts, dense.
+        module: any torch module with such parts, dense; of diffusers or transformers, where whole layers are dropped.
         spec: what to remove and how; or give its fields as options: `neurons=0.3, criterion="Wanda"`.
         inputs: for all but Magnitude without a refit, as in `prune`.
         options: fields of NarrowSpec.
@@ -155,12 +157,15 @@ def narrow(
     groups = groups_of(module, spec)
     parts = [(group, part) for group in groups for part in group.inputs]
     readers = PruneSpec(layers=LAYERS, include=[group.path(part) for group, part in parts], timesteps=spec.timesteps)
-    requests = [Request("", name, readers, {"statistic": name}) for name in sorted(spec.statistics)]
+    requests = [Request("", name, readers, {"statistic": name}) for name in sorted(spec.statistics) if parts]
     if spec.flops:
         facts = {"statistic": RemovalError.name}
         requests.append(Request("", RemovalError.name, readers, facts, False, tuple(requests), spec.probe, spec))
+    if keys := [one.key for one in layers_of(module, spec)]:
+        some, probe = PruneSpec(layers=["Linear"], include=keys), replace(spec.layer_probe, read_at="output")
+        requests.append(Request("", LayerError.name, some, {"statistic": LayerError.name}, probe=probe, narrow=spec))
     units = choose(module, spec, _collected(module, calls_of(module, batches), requests) if requests else {})
-    if not spec.refit:
+    if not spec.refit or not parts:
         return apply_narrowing(module, spec, units)
     with pairing(module, groups, units):
         pairs = PruneSpec(layers=["Linear"], include=[pair_name(group, part) for group, part in parts])

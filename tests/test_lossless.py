@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tiny_families
 import torch
-from command_lines import predict
+from command_lines import fit, predict
 from safetensors.torch import load_file, save_file
 from torch.nn import functional
 
@@ -184,6 +184,13 @@ def test_a_file_that_lacks_a_layer_that_matters_is_refused(sdxl, tmp_path):
             assert np.array_equal(drawn(package.load(tmp_path / "model")), drawn(plain(sdxl)))
 
 
+def test_a_size_that_the_pipeline_does_not_draw(sdprune, sdxl, tmp_path, other):
+    told = sdprune("lossless", sdxl, "--out", tmp_path / "out", "--size=24", other("coarse", "patch = 8"))
+    assert (told.code, told.err.count("\n")) == (2, 1)
+    assert "--size is 24" in told.err
+    assert "draws multiples of 16 pixels, such as 32" in told.err
+
+
 def test_what_is_to_be_kept_stays(sdprune, sdxl, tmp_path):
     words = ["lossless", sdxl, "--out", tmp_path / "out", *SMALL, "--keep=vae", "--keep=text_encoder.*.2.mlp"]
     assert sdprune(*words).code == 0
@@ -236,6 +243,48 @@ def test_tables_refuse_other_steps_and_plain_diffusers(sdprune, tabulated, tmp_p
     assert (told.code, "has tables already" in told.err) == (2, True)
     told = sdprune("lossless", out, "--out", tmp_path / "twice", *SMALL, "--steps=2")  # found before weights are read
     assert (told.code, "made for 3 timesteps" in told.err, told.err.count("\n")) == (2, True, 1)
+
+
+# --- narrowed and reduced -------------------------------------------------------------------------------------
+
+
+def narrowed(sdprune, family, directory, where, **shares):
+    """A model narrowed by magnitude: no two of them differ by rounding."""
+    choice = json.dumps({name: {"criterion": "Magnitude", "refit": False, **own} for name, own in shares.items()})
+    words = [f"--model.pipeline={family}", f"--model.pipeline.model={directory}", "--model.prune={}"]
+    words += ["--model.sampling.height=32", "--model.sampling.width=32", f"--model.narrow={choice}"]
+    return sdprune(*fit("prune", where, *words, f"--model.directory={where / 'narrowed'}"))
+
+
+UNITS = {"unet": {"heads": 0.5, "neurons": 0.3, "channels": 0.5}, "text_encoder": {"heads": 0.5}}
+
+
+def test_a_narrowed_model_loses_what_no_picture_depends_on(sdprune, tmp_path):
+    """Tables stand for layers that are narrowed too: the projections of the time."""
+    dense = tiny_families.save("StableDiffusion", tmp_path / "dense")
+    assert narrowed(sdprune, "StableDiffusion", dense, tmp_path, **UNITS).code == 0
+    small, out = tmp_path / "narrowed", tmp_path / "out"
+    told = sdprune("lossless", small, "--out", out, *SMALL, "--tables", "--steps=3")
+    assert (told.code, told.err) == (0, "")
+    assert np.array_equal(drawn(package.load(small), 3), drawn(package.load(out), 3))
+    table = "unet/mid_block.resnets.0.time_emb_proj.weight"
+    assert tensors(out)[table].shape == (3, 16)  # of 32 channels half are left
+    told = narrowed(sdprune, "StableDiffusion", out, tmp_path / "again", unet={"heads": 0.5})
+    assert (told.code, told.err.count("\n")) == (2, 1)
+    assert "--model.narrow.unet is given, and the unet of out has tables in place of layers" in told.err
+
+
+def test_a_model_without_what_is_not_read_is_narrowed(sdprune, sdxl, tmp_path):
+    """To the same pictures as the whole one."""
+    assert sdprune("lossless", sdxl, "--out", tmp_path / "out", *SMALL).code == 0
+    shares = {**UNITS, "text_encoder": {"heads": 0.5, "layers": 0.5}}
+    for directory, name in ((sdxl, "whole"), (tmp_path / "out", "reduced")):
+        told = narrowed(sdprune, "StableDiffusionXL", directory, tmp_path / name, **shares)
+        assert (told.code, told.err) == (0, "")
+    whole, reduced = (tmp_path / name / "narrowed" for name in ("whole", "reduced"))
+    lost = tensors(whole).keys() - tensors(reduced).keys()
+    assert {one.split("/")[0] for one in lost} == {"text_encoder", "vae"}
+    assert np.array_equal(drawn(package.load(whole)), drawn(package.load(reduced)))
 
 
 # --- text once ------------------------------------------------------------------------------------------------

@@ -218,6 +218,7 @@ def test_nonsense_is_refused_in_a_line(make, seen, parts):
         ({"budget": Budget(0.3)}, "--model.budget"),
         ({"prune": {"unet": PruneSpec(band=(0.1, 0.2))}}, "--model.prune.unet.band"),
         ({"narrow": {"unet": NarrowSpec(neurons=0.3)}}, "--model.narrow"),
+        ({"narrow": {"unet": NarrowSpec(flops=0.3)}}, "--model.narrow"),
         ({"prune": {"unte": PruneSpec(sparsity=0.1)}}, "Did you mean 'unet'?"),
     ],
 )

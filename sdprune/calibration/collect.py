@@ -15,7 +15,7 @@ from sdprune.calibration.observer import BatchSums, Totals
 from sdprune.calibration.passes import MEMORY, Pass, plan_passes
 from sdprune.calibration.progress import CalibrationState, ProgressReport, size_shown
 from sdprune.calibration.pruned_error import Measurement
-from sdprune.calibration.removal_error import RemovalMeasurement
+from sdprune.calibration.removal_error import LayerMeasurement, RemovalMeasurement
 from sdprune.calibration.replay import most_kept
 from sdprune.calibration.requests import Request, Subject
 from sdprune.calibration.store import Store
@@ -23,6 +23,7 @@ from sdprune.errors import InputError
 from sdprune.processes import Processes
 from sdprune.pruning import Statistics, statistic
 from sdprune.pruning.statistics.alone_error import AloneError
+from sdprune.pruning.statistics.layer_error import LayerError
 from sdprune.pruning.statistics.pruned_error import Probe, PrunedError
 
 KEPT = 64 << 30
@@ -226,11 +227,13 @@ class Collector:
         with torch.inference_mode(False), torch.no_grad():
             run = subject.dense_inputs(self.first(probe.samples), probe)
             targets = request.targets(subject.module)
-            measurement = (
-                Measurement(subject.module, targets, request.spec, statistics, probe, run)
-                if request.narrow is None
-                else RemovalMeasurement(subject.module, request.narrow, statistics, probe, run)
-            )
+            measurement: Measurement
+            if request.narrow is None:
+                measurement = Measurement(subject.module, targets, request.spec, statistics, probe, run)
+            elif request.statistic == LayerError.name:
+                measurement = LayerMeasurement(subject.module, request.narrow, run)
+            else:
+                measurement = RemovalMeasurement(subject.module, request.narrow, statistics, probe, run)
             done = self.processes.broadcast(frozenset(self.store.load(request.facts)))
             self._report.begin_measuring(len(done))
             if request.statistic == PrunedError.name:

@@ -1,4 +1,4 @@
-"""Measuring what a component loses when one module of it alone loses heads, neurons or channels."""
+"""Measuring what a component loses when one module of it alone loses units, or one layer of it is dropped."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from sdprune.calibration.execution import evaluating
 from sdprune.calibration.pruned_error import Measurement
-from sdprune.pruning import Statistics, Target
-from sdprune.pruning.narrowing import Group, NarrowSpec, groups_of
+from sdprune.pruning import Statistics, Target, find_targets
+from sdprune.pruning.narrowing import Group, NarrowSpec, drop_layers, groups_of, layers_of
 from sdprune.pruning.narrowing.choose import silenced
 from sdprune.pruning.narrowing.engine import kept_of, reader_of
 from sdprune.pruning.statistics.pruned_error import Probe
@@ -84,6 +84,29 @@ class RemovalMeasurement(Measurement):
         for reader in readers:
             found = silenced(reader, kept, self.narrow.damping if self.narrow.refit else None)
             reader.target.write(found == 0, found)
+
+
+class LayerMeasurement(Measurement):
+    """Drops the layers of a dense component, one at a time: see `LayerError`.
+
+    Args:
+        component: the module.
+        spec: says which layers may be dropped.
+        run: runs the component on fixed inputs; what is made of its output, [samples, n].
+    """
+
+    def __init__(self, component: nn.Module, spec: NarrowSpec, run: Callable[[], Tensor]) -> None:
+        self.component, self._run = component, run
+        self.names = {one.key: one.name for one in layers_of(component, spec)}
+        targets = find_targets(component, ["Linear"], list(self.names))
+        self.units = {one.name: [one] for one in targets}
+
+    def _of(self, members: Sequence[Target], dense: Tensor) -> Tensor:
+        put_back = drop_layers(self.component, [self.names[members[0].name]])
+        try:
+            return torch.tensor([self._error(dense)], dtype=torch.float64)
+        finally:
+            put_back()
 
 
 def _flops_of(component: nn.Module, args: Any, kwargs: Any) -> dict[str, int]:

@@ -32,11 +32,15 @@ def run(arguments: Sequence[str]) -> int:
     size = options.size
     if size is not None and size % 8:
         raise InputError(f"--size is {size}: give a multiple of 8 pixels, such as {8 * max(1, round(size / 8))}.")
-    sampling = Sampling(options.steps or 2, 5.0, size, size, options.scheduler)
+    sampling = _Sampling(options.steps or 2, 5.0, size, size, options.scheduler)
     dtype, device = getattr(torch, options.dtype), _device(options.device)
     facts = lossless(family, Path(options.out), sampling, options.keep, options.tables, dtype, device)
     print("\n".join(lines_of(facts)), flush=True)
     return 0
+
+
+class _Sampling(Sampling):
+    option = "--size"
 
 
 def _device(name: str) -> torch.device:

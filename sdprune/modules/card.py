@@ -92,7 +92,7 @@ def records_of(output: Path, facts: Mapping[str, Any]) -> Iterator[Measured]:
 
 def model_card(
     source: Origin, sparsity: str, specs: Mapping[str, Any], records: Sequence[Measured], unused: Sequence[str] = (),
-    narrowed: Mapping[str, str] | None = None,
+    narrowed: Mapping[str, str] | None = None, stock: bool = True,
 ) -> str:  # fmt: skip
     """A model card for the hub; it shows `grid.png` where a record has one.
 
@@ -103,6 +103,7 @@ def model_card(
         records: that measured this pruning.
         unused: components of the original that the copy lacks.
         narrowed: by component, what of it is gone, where anything is.
+        stock: whether diffusers alone opens it.
     """
     header = ["---", "library_name: diffusers", "pipeline_tag: text-to-image", "tags: [sdprune, pruned]"]
     header += [f"{key}: {json.dumps(value)}" for key, value in source._asdict().items() if value]
@@ -118,7 +119,8 @@ def model_card(
         f'pipe = DiffusionPipeline.from_pretrained("{PLACE}")',
     ]
     if narrowed:
-        size = "Whole heads, neurons or channels are gone: the\nfiles are smaller and the model is faster"
+        size = "Whole heads, neurons, channels or layers are\ngone: the files are smaller and the model is faster"
+    if not stock:
         use = ["import sdprune  # diffusers alone refuses the shapes", "", f'pipe = sdprune.load("{PLACE}")']
     return "\n".join(
         [

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,19 +13,20 @@ from torch import Tensor, nn
 
 from sdprune.errors import InputError
 from sdprune.pipelines import DiffusersFamily
+from sdprune.pipelines.reduced import Table
 from sdprune.processes import Processes
 from sdprune.pruning.narrowing import (
     NarrowReport,
     NarrowSpec,
     choose,
     groups_of,
+    layers_of,
     narrow,
     narrow_shapes,
     pair_name,
     pairing,
 )
-from sdprune.pruning.narrowing.engine import Units
-from sdprune.pruning.statistics.removal_error import RemovalError
+from sdprune.pruning.narrowing.engine import LAYERS, Units
 
 if TYPE_CHECKING:
     from sdprune.calibration.requests import Request
@@ -63,9 +65,9 @@ class NarrowingPlan:
         """A component on the meta device, in the shapes that it will have; it is dense where measurement decides these,
         until it has."""
         module = self.pipeline.meta_module(name)
-        if name in self.specs and not (self.specs[name].flops and self.choosing.missing):
+        if name in self.specs and not (self.specs[name].measured and self.choosing.missing):
             with _naming(name):
-                narrow_shapes(module, self.specs[name], self._stored(name, 0).get(RemovalError.name))
+                narrow_shapes(module, self.specs[name], self._stored(name, 0))
         return module
 
     def choose(self) -> dict[str, Units]:
@@ -116,26 +118,45 @@ def _naming(component: str) -> Iterator[None]:
         raise InputError(f"--model.narrow.{component}.{error}") from error
 
 
+def narrowing_specs(pipeline: DiffusersFamily, narrow: Mapping[str, NarrowSpec]) -> dict[str, NarrowSpec]:
+    """What is removed, by component, without the modules that no picture depends on.
+
+    Raises:
+        InputError: a kind that a component does not have, or tables of one schedule in it.
+    """
+    found = {name: spec for name, spec in narrow.items() if spec.removes}
+    for name, spec in found.items():
+        module = pipeline.meta_module(name)
+        if any(isinstance(one, Table) for one in module.modules()):
+            raise InputError(
+                f"--model.narrow.{name} is given, and the {name} of {pipeline.name} has tables in place of layers: "
+                "narrow the model that it was made from, and let sdprune lossless make tables of what comes out."
+            )
+        with _naming(name):
+            groups = groups_of(module, spec)
+        idle = pipeline.prunable[name].idle(LAYERS, module)
+        idle = [one for one in idle if any(fnmatchcase(group.name, one) for group in groups)]
+        found[name] = replace(spec, exclude=[*spec.exclude, *idle]) if idle else spec
+    return found
+
+
 def narrowing_requests(
     pipeline: DiffusersFamily, specs: Mapping[str, NarrowSpec], requests: Requests
 ) -> dict[str, tuple[list[Request], list[Request]]]:
-    """By component, what the choice of units reads, and what refitting reads.
-
-    Raises:
-        InputError: a kind that a component does not have.
-    """
+    """By component, what the choice of units reads, and what refitting reads."""
     found = {}
     for name, spec in specs.items():
-        with _naming(name):
-            groups = groups_of(pipeline.meta_module(name), spec)
+        module = pipeline.meta_module(name)
+        groups, layers = groups_of(module, spec), [one.key for one in layers_of(module, spec)]
         parts = [(group, part) for group in groups for part in group.inputs]
         readers = [group.path(part) for group, part in parts]
-        choice = requests.of_layers(name, spec.statistics, spec.timesteps, readers)
+        choice = requests.of_layers(name, spec.statistics if readers else (), spec.timesteps, readers)
         choice += requests.of_removal(name, spec, readers, choice)
+        choice += requests.of_dropping(name, spec, layers)
         pairs = [pair_name(group, part) for group, part in parts]
         chosen = {"narrow": spec.describe(), "reads": [one.facts for one in choice]}
         found[name] = (
             choice,
-            requests.of_layers(name, ["hessian"], spec.timesteps, pairs, chosen) if spec.refit else [],
+            requests.of_layers(name, ["hessian"], spec.timesteps, pairs, chosen) if spec.refit and pairs else [],
         )
     return found

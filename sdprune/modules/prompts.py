@@ -22,6 +22,7 @@ from sdprune.pruning import PruneSpec
 from sdprune.pruning.narrowing import NarrowSpec
 from sdprune.pruning.statistics import statistic
 from sdprune.pruning.statistics.alone_error import AloneError
+from sdprune.pruning.statistics.layer_error import LayerError
 from sdprune.pruning.statistics.pruned_error import Probe, PrunedError, ReadAt
 from sdprune.pruning.statistics.removal_error import RemovalError
 from sdprune.pruning.timesteps import Timesteps
@@ -174,6 +175,17 @@ class Requests:
             "probe": asdict(spec.probe), "reads": [one.facts for one in before], **self.facts, **subject.facts(),
         }  # fmt: skip
         return [Request(component, RemovalError.name, some, facts, False, tuple(before), spec.probe, spec)]
+
+    def of_dropping(self, component: str, spec: NarrowSpec, layers: Sequence[str]) -> list[Request]:
+        """The errors by which measurement decides which whole layers are dropped; `layers` are their keys."""
+        if not layers:
+            return []
+        some, subject = PruneSpec(layers=["Linear"], include=list(layers)), self.subjects[component]
+        facts = {
+            "component": component, "statistic": LayerError.name, "layers": list(layers),
+            "probe": asdict(spec.layer_probe), **self.facts, **subject.facts(), **subject.drawing(),
+        }  # fmt: skip
+        return [Request(component, LayerError.name, some, facts, probe=spec.layer_probe, narrow=spec)]
 
     def of_criterion(self, component: str, spec: PruneSpec) -> list[Request]:
         """What the criterion reads."""

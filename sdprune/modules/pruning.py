@@ -148,6 +148,7 @@ class PruningModule(CalibratingModule):
             self.pipeline.unused,
             dict.fromkeys(self.pipeline.files.narrowed, "before this pruning")
             | {name: narrowed_line(report.summary()) for name, report in self.narrowed.items()},
+            not self.pipeline.files.narrowed and all(report.stock for report in self.narrowed.values()),
         )
         (part / "README.md").write_text(card)
         for grid in [one.grid for one in measured if one.grid.is_file()][:1]:

@@ -18,7 +18,7 @@ from sdprune.calibration.settings import Calibration
 from sdprune.calibration.store import StatisticsStore
 from sdprune.errors import InputError
 from sdprune.identity import DRAWING, code_of, facts_of, package_code
-from sdprune.modules.narrowing_plan import NarrowingPlan, narrowing_requests
+from sdprune.modules.narrowing_plan import NarrowingPlan, narrowing_requests, narrowing_specs
 from sdprune.modules.prompts import PromptSubject, Requests
 from sdprune.pipelines import Component, DiffusersFamily, Sampling
 from sdprune.processes import Processes
@@ -257,6 +257,7 @@ class PruningOptions:
         pipeline.require([*self.prune, *self.narrow])
         narrowing = self._narrowing(pipeline, data, dtype)
         own = {name: without_idle(self.prune.get(name, PruneSpec()), one) for name, one in pipeline.prunable.items()}
+        _check_names(narrowing.specs, own)
         specs = own if self.budget is None else self._budgeted(self.budget, narrowing, own)
         specs = {name: spec for name, spec in specs.items() if not spec.dense}
         for spec in specs.values():
@@ -272,7 +273,7 @@ class PruningOptions:
         return PruningPlan(pipeline, dtype, specs, needed, calibration, narrowing, self.budget)
 
     def _narrowing(self, pipeline: DiffusersFamily, data: CocoDataModule, dtype: str) -> NarrowingPlan:
-        specs = {name: spec for name, spec in self.narrow.items() if spec.removes}
+        specs = narrowing_specs(pipeline, self.narrow)
         requests = self.requests(pipeline, data, dtype, any(spec.calibrates for spec in specs.values()))
         read = narrowing_requests(pipeline, specs, requests)
         choosing, refitting = (
@@ -310,10 +311,10 @@ class PruningOptions:
         """All prunable components at the sparsities that the budget gives them, or to be measured for its total."""
         components = narrowing.pipeline.prunable
         for name, spec in narrowing.specs.items():
-            if spec.flops:
+            if spec.measured:
                 raise InputError(
-                    f"--model.narrow.{name}.flops leaves the number of weights to measurement, and --model.budget "
-                    "counts them before: give heads, neurons and channels in place of flops."
+                    f"--model.narrow.{name}.{spec.measured} leaves the number of weights to measurement, and "
+                    f"--model.budget counts them before: give heads, neurons and channels in place of {spec.measured}."
                 )
         sizes = {name: _size(narrowing.meta_module(name), spec) for name, spec in specs.items()}
         text = [name for name, component in components.items() if component.role == "text"]
@@ -344,6 +345,16 @@ def without_idle(spec: PruneSpec, component: Component) -> PruneSpec:
     """A specification that leaves out the layers that no picture depends on."""
     idle = [pattern for pattern in component.idle(spec.layers) if pattern not in spec.exclude]
     return replace(spec, exclude=[*spec.exclude, *idle]) if idle else spec
+
+
+def _check_names(narrow: Mapping[str, NarrowSpec], prune: Mapping[str, PruneSpec]) -> None:
+    """Refuse patterns on the names of layers that will be numbered anew when it is known which are dropped."""
+    for name, spec in prune.items():
+        if name in narrow and narrow[name].layers and not spec.dense and (spec.exclude or spec.include != ["*"]):
+            raise InputError(
+                f"--model.narrow.{name}.layers numbers layers anew, and --model.prune.{name} chooses layers by name: "
+                "narrow alone (sdprune fit with --model.prune={}), and prune the model that it saves."
+            )
 
 
 def model_facts(pipeline: DiffusersFamily, dtype: str) -> dict[str, Any]:

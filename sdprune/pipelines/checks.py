@@ -33,8 +33,8 @@ def check_size(family: DiffusersFamily, sampling: Sampling, native: int, scale: 
     for name, side in zip(("height", "width"), sampling.size, strict=True):
         if side is not None and side % multiple:
             raise InputError(
-                f"--model.sampling.{name} is {side}: {family.files.path} draws multiples of {multiple} pixels, such as "
-                f"{max(1, round(side / multiple)) * multiple}."
+                f"{sampling.option.format(name)} is {side}: {family.files.path} draws multiples of {multiple} pixels, "
+                f"such as {max(1, round(side / multiple)) * multiple}."
             )
     height, width = (side or native * scale for side in sampling.size)
     return height, width

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Optional
 from sdprune.errors import InputError, unknown
 from sdprune.outside import REPLACE, read_config, read_json, reading
 from sdprune.pipelines.reduced import TIMESTEPS, Reduction, find_reduction, module_names
-from sdprune.pruning.narrowing import fit_to_shapes
+from sdprune.pruning.narrowing import fit_to_shapes, require_shapes
 from sdprune.storage.compact import SUFFIX, CompactFile
 from sdprune.storage.directory import unpacked
 
@@ -149,16 +149,17 @@ class ModelDirectory:
                 options = cls.config_class.from_dict(config)
                 module = cls._from_config(options, attn_implementation=_attention(cls), dtype=torch.float32)
         shapes = {inside: stored[key] for key, inside in module_names(module, stored).items()}
-        reduction, narrowed = Reduction(), False
+        reduction = Reduction()
         try:
             narrowed = fit_to_shapes(module, shapes)
+            if TIMESTEPS in shapes or (shapes and any(one not in shapes for one, _ in module.named_parameters())):
+                reduction = find_reduction(module, shapes, self._timesteps(name, shapes), *self.may_lack(name))
+                reduction.apply(module)
+            if narrowed:  # else loading says what is wrong
+                require_shapes(module, shapes)
+                self.narrowed.add(name)
         except InputError as error:
             raise InputError(f"{self.path / name} is damaged: {error} {REPLACE}") from error
-        if narrowed:
-            self.narrowed.add(name)
-        if TIMESTEPS in shapes or (shapes and any(one not in shapes for one, _ in module.named_parameters())):
-            reduction = find_reduction(module, shapes, self._timesteps(name, shapes), *self.may_lack(name))
-            reduction.apply(module)
 
         def fit(other: nn.Module) -> None:
             fit_to_shapes(other, shapes)

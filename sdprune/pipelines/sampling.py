@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, Optional
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Optional
 
 from sdprune.errors import InputError
 
@@ -25,6 +25,8 @@ class Sampling:
         scheduler: a diffusers scheduler class to use instead of the model's own, e.g. DPMSolverMultistepScheduler.
     """
 
+    option: ClassVar[str] = "--model.sampling.{}"
+    """How the command line names a field, for errors."""
     steps: int = 50
     guidance: float = 7.5
     height: Optional[int] = None

@@ -78,7 +78,7 @@ class Playground:
     ) -> None:
         if module.options.budget is not None:
             raise InputError("--model.budget decides sparsities, which are moved here: leave it out.")
-        if any(spec.shares for spec in module.options.narrow.values()):
+        if any(spec.removes for spec in module.options.narrow.values()):
             raise InputError(
                 "--model.narrow is no choice of this page: save the narrowed model with sdprune fit, and give its "
                 "directory as --model.pipeline.model, and the original as --model.baseline."

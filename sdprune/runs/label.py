@@ -47,9 +47,11 @@ def _written(words: list[str]) -> str:
 
 
 def _narrowed(spec: Any) -> list[str]:
-    """`narrow-channels0.4-heads0.2-wanda-plain`: the shares, the criterion, and whether nothing is refitted."""
+    """`narrow-channels0.4-heads0.2-wanda-plain`: the shares, the criterion, and whether nothing is refitted; whole
+    layers are chosen without a criterion."""
     shares = [f"flops{spec.flops:g}"] if spec.flops else [f"{kind}{share:g}" for kind, share in spec.shares.items()]
-    return ["narrow", *shares, type(spec.criterion).__name__.lower(), *([] if spec.refit else ["plain"])]
+    choice = [type(spec.criterion).__name__.lower(), *([] if spec.refit else ["plain"])]
+    return ["narrow", *shares, *(choice if spec.units else [])]
 
 
 def _pruned(spec: Any, granularity: bool, options: bool, sparsity: bool) -> list[str]:

@@ -31,12 +31,7 @@ SIZES = (
 )
 SPARSITY = 0.5
 
-
-@pytest.fixture(autouse=True)
-def threads(one_thread):
-    """Where time is taken, all cores work."""
-    if FULL:
-        torch.set_num_threads(os.cpu_count() or 1)
+pytestmark = pytest.mark.usefixtures("threads")
 
 
 def text_encoder():

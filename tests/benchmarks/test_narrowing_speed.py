@@ -28,28 +28,17 @@ CONFIGS = Path(__file__).parents[2] / "configs" / "mini"
 STEPS, ROUNDS, BATCH = (20, 9, 32) if FULL else (2, 2, 2)
 SHARES = [
     *({"flops": flops} for flops in (0.3, 0.35, 0.4, 0.45, 0.5)),
-    *({kind: share} for kind in ("channels", "neurons", "heads") for share in (0.2, 0.4)),
+    *({kind: share} for kind in ("channels", "neurons", "heads", "layers") for share in (0.2, 0.4)),
     *({"channels": share, "neurons": share, "heads": share} for share in (0.2, 0.4)),
     {"channels": 0.4, "neurons": 0.4, "heads": 0.2},
 ]
-ROWS = [(share, refit) for share in SHARES for refit in (True, False)] if FULL else [({"flops": 0.05}, True)]
+ROWS = (
+    [(share, refit) for share in SHARES for refit in ((True, False) if "layers" not in share else (True,))]
+    if FULL
+    else [({"flops": 0.05}, True)]
+)
 
-
-@pytest.fixture(autouse=True)
-def threads(one_thread):
-    """Where time is taken, all cores work."""
-    if FULL:
-        torch.set_num_threads(os.cpu_count() or 1)
-
-
-@pytest.fixture
-def runs(request, tmp_path, monkeypatch):
-    """Where records lie; what is not the full benchmark takes the untrained miniature."""
-    if not FULL:
-        request.getfixturevalue("miniature")
-        return tmp_path
-    monkeypatch.delenv("SDPRUNE_MINIATURE", raising=False)
-    return Path(os.environ.get("SDPRUNE_BENCHMARK_RUNS") or tmp_path)
+pytestmark = pytest.mark.usefixtures("threads")
 
 
 def narrowed(runs, share, refit):

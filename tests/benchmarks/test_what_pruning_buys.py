@@ -27,22 +27,7 @@ N, STEPS, ROUNDS, BATCH = (256, 20, 9, 32) if FULL else (4, 2, 2, 2)
 SMALL = [] if FULL else ["--data.calibration_n=2", "--data.calibration_batch_size=2", "--data.source.images=40"]
 NARROW = "--model.narrow={unet: {flops: 0.35}}" if FULL else "--model.narrow={unet: {channels: 0.4}}"
 
-
-@pytest.fixture(autouse=True)
-def threads(one_thread):
-    """Where time is taken, all cores work."""
-    if FULL:
-        torch.set_num_threads(os.cpu_count() or 1)
-
-
-@pytest.fixture
-def runs(request, tmp_path, monkeypatch):
-    """Where everything lies; what is not the full benchmark takes the untrained miniature."""
-    if not FULL:
-        request.getfixturevalue("miniature")
-        return tmp_path
-    monkeypatch.delenv("SDPRUNE_MINIATURE", raising=False)
-    return Path(os.environ.get("SDPRUNE_BENCHMARK_RUNS") or tmp_path)
+pytestmark = pytest.mark.usefixtures("threads")
 
 
 def run(*words: object) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Optional
@@ -16,16 +17,18 @@ from sdprune.pruning.criteria.sparsegpt import SparseGPT
 from sdprune.pruning.narrowing.allocate import shared_out
 from sdprune.pruning.narrowing.choose import Reader, by_score, greedily
 from sdprune.pruning.narrowing.groups import Group, Slice, find_groups
+from sdprune.pruning.narrowing.layers import Layer, drop_layers, find_layers
 from sdprune.pruning.narrowing.refit import pair_name, refit
 from sdprune.pruning.narrowing.spec import KINDS, NarrowSpec
 from sdprune.pruning.plan import Statistics
 from sdprune.pruning.prunable import require_prunable
 from sdprune.pruning.statistics import statistic_class
+from sdprune.pruning.statistics.layer_error import LayerError
 from sdprune.pruning.statistics.removal_error import RemovalError
 from sdprune.pruning.targets import Target, check_pattern, find_targets, matches
 
 Units = Mapping[str, Tensor]
-"""Numbers of the units that stay, ascending, by the name of the group."""
+"""Numbers of the units that stay, ascending, by the name of the group; a whole layer is one unit."""
 Layers = Mapping[str, Tensor]
 """A statistic by layer."""
 LAYERS = ["Linear", "Conv2d"]
@@ -33,7 +36,7 @@ LAYERS = ["Linear", "Conv2d"]
 
 @dataclass(frozen=True)
 class GroupReport:
-    """What a module kept of its units."""
+    """What a module kept of its units; nothing where it is part of a layer that is dropped."""
 
     name: str
     kind: str
@@ -53,6 +56,11 @@ class NarrowReport:
     parameters: int
     groups: list[GroupReport] = field(default_factory=list)
     hash: str = ""
+
+    @property
+    def stock(self) -> bool:
+        """Whether the component's configuration says all that is gone: then other libraries open what is left."""
+        return all(one.kept in (0, one.units) for one in self.groups)
 
     def summary(self) -> dict[str, Any]:
         """The report as JSON, with units by kind in place of its groups."""
@@ -81,24 +89,44 @@ def groups_of(component: nn.Module, spec: NarrowSpec) -> list[Group]:
     """
     if not spec.removes:
         return []
-    found = find_groups(component)
-    kinds = {group.kind for group in found}
+    found, layers = find_groups(component), find_layers(component)
+    kinds: set[str] = {group.kind for group in found} | ({"layers"} if layers else set())
     has = f"it has {', '.join(sorted(kinds))}" if kinds else "it has nothing that can be narrowed"
     for kind, share in spec.shares.items():
         if kind not in kinds:
             raise InputError(f"{kind} is {share:g}, and a {type(component).__name__} has no {kind}: {has}.")
-    if not found:
+    if spec.flops and not found:
         raise InputError(f"flops is {spec.flops:g}, and of a {type(component).__name__} nothing can be removed: {has}.")
     found = [group for group in found if spec.flops or group.kind in spec.shares]
-    names = [group.name for group in found]
+    names = [group.name for group in found] + [layer.name for layer in layers if spec.layers]
     for option, patterns in (("include", spec.include), ("exclude", spec.exclude)):
         for pattern in patterns:
             check_pattern(option, pattern, names, "modules that can be narrowed so")
     groups = [one for one in found if matches([one.name], spec.include) and not matches([one.name], spec.exclude)]
     parts = [(group, part) for group in groups for part in (*group.outputs, *group.inputs)]
-    layers = dict.fromkeys(group.path(part) for group, part in parts if not _is_norm(group.layer(part)))
-    require_prunable(component, find_targets(component, LAYERS, list(layers)) if layers else [])
+    changed = dict.fromkeys(group.path(part) for group, part in parts if not _is_norm(group.layer(part)))
+    require_prunable(component, find_targets(component, LAYERS, list(changed)) if changed else [])
     return groups
+
+
+def layers_of(component: nn.Module, spec: NarrowSpec) -> list[Layer]:
+    """The whole layers of which a specification drops a share; see `groups_of` for what it refuses."""
+    found = find_layers(component) if spec.layers else []
+    return [one for one in found if matches([one.name], spec.include) and not matches([one.name], spec.exclude)]
+
+
+def dropped_layers(component: nn.Module, spec: NarrowSpec, errors: Optional[Layers] = None) -> list[str]:
+    """Names of the layers that are dropped: those without which, each alone, outputs change least.
+
+    Args:
+        component: dense.
+        spec: what to remove.
+        errors: the statistic `layer_error`, by the first Linear layer of each.
+    """
+    layers = layers_of(component, spec)
+    lost = {one.name: float(_found(errors or {}, LayerError.name, one.key, one.name)[0]) for one in layers}
+    order = sorted(lost, key=lambda name: (math.isnan(lost[name]), lost[name]))
+    return order[: int(spec.layers * len(layers) + 0.5)]
 
 
 def choose(component: nn.Module, spec: NarrowSpec, statistics: Optional[Statistics] = None) -> Units:
@@ -112,7 +140,9 @@ def choose(component: nn.Module, spec: NarrowSpec, statistics: Optional[Statisti
     Raises:
         InputError: see `groups_of`; missing statistics, by the layer.
     """
-    groups, found = groups_of(component, spec), {}
+    groups = groups_of(component, spec)
+    dropped = dropped_layers(component, spec, (statistics or {}).get(LayerError.name))
+    found = {one.name: torch.arange(one.name not in dropped) for one in layers_of(component, spec)}
     counts = counts_of(groups, spec, (statistics or {}).get(RemovalError.name))
     for group in groups:
         found[group.name] = torch.arange(group.units)
@@ -161,26 +191,35 @@ def narrow(component: nn.Module, spec: NarrowSpec, units: Units, pairs: Optional
     """
     before, digest = _size(component), hashlib.sha256()
     report = NarrowReport(spec.describe(), before, before)
-    for group in groups_of(component, spec):
-        kept = units[group.name]
+    layers, groups = [one.name for one in layers_of(component, spec)], groups_of(component, spec)
+    dropped = [name for name in layers if not len(units[name])]
+    for name in layers:
+        report.groups.append(GroupReport(name, "layers", 1, len(units[name])))
+        digest.update(f"{name} layers {units[name].tolist()}".encode())
+    for group in groups:
+        inside = any(f"{group.name}.".startswith(f"{name}.") for name in dropped)
+        kept = units[group.name][: 0 if inside else None]
         report.groups.append(GroupReport(group.name, group.kind, group.units, len(kept)))
         digest.update(f"{group.name} {group.kind} {kept.tolist()}".encode())
-        if len(kept) == group.units:
+        if inside or len(kept) == group.units:
             continue
         group.keep(kept)
         for part in group.inputs if spec.refit else ():
             hessian = _found(pairs or {}, "hessian", pair_name(group, part), group.path(part))
             refit(group.layer(part), hessian[0], spec.damping)
+    drop_layers(component, dropped)
     report.parameters, report.hash = _size(component), digest.hexdigest()
     return report
 
 
-def narrow_shapes(component: nn.Module, spec: NarrowSpec, errors: Optional[Layers] = None) -> None:
-    """Give a component on the meta device the shapes that it will have; `errors` as in `counts_of`."""
+def narrow_shapes(component: nn.Module, spec: NarrowSpec, statistics: Statistics) -> None:
+    """Give a component on the meta device the shapes that it will have; `statistics` as in `choose`."""
     groups = groups_of(component, spec)
-    counts = counts_of(groups, spec, errors)
+    counts = counts_of(groups, spec, statistics.get(RemovalError.name))
+    dropped = dropped_layers(component, spec, statistics.get(LayerError.name))
     for group in groups:
         group.keep(torch.arange(counts[group.name]))
+    drop_layers(component, dropped)
 
 
 def reader_of(group: Group, part: Slice, spec: NarrowSpec, statistics: Statistics) -> Reader:

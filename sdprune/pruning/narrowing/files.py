@@ -26,24 +26,26 @@ def fit_to_shapes(component: nn.Module, shapes: Shapes) -> bool:
         Whether anything was narrowed.
 
     Raises:
-        InputError: a shape that narrowing cannot make, by the name of the tensor; the component is then of no use.
+        InputError: a number of units that narrowing cannot leave, by the name of the tensor; the component is then of
+            no use.
     """
-    if not shapes:
-        return False
     narrowed = False
     for group in find_groups(component):
         count = _count(group, shapes)
         if count is not None and count != group.units:
             group.keep(torch.arange(count))
             narrowed = True
-    if narrowed:
-        for name, parameter in component.named_parameters():
-            found = shapes.get(name)
-            if found is not None and tuple(found) != tuple(parameter.shape):
-                raise InputError(
-                    f"{name} has shape {list(found)}, and a model narrowed like this one has {list(parameter.shape)}."
-                )
     return narrowed
+
+
+def require_shapes(component: nn.Module, shapes: Shapes) -> None:
+    """Raise InputError for a tensor of a file whose shape is not that of the narrowed component, by its name."""
+    for name, parameter in component.named_parameters():
+        found = shapes.get(name)
+        if found is not None and tuple(found) != tuple(parameter.shape):
+            raise InputError(
+                f"{name} has shape {list(found)}, and a model narrowed like this one has {list(parameter.shape)}."
+            )
 
 
 def _count(group: Group, shapes: Shapes) -> Optional[int]:

@@ -17,6 +17,8 @@ from sdprune.pruning.timesteps import Timesteps
 KINDS: tuple[Kind, ...] = get_args(Kind)
 _PROBE = Probe("layer", (0.25, 0.5, 0.75, 1.0), samples=24, steps=8)
 """How errors are measured; where all units would go, one step stays."""
+_DROPPED = Probe("layer", (1.0,), samples=24, steps=8, read_at="prediction")
+"""How errors of dropping whole layers are measured."""
 
 
 @dataclass
@@ -24,20 +26,22 @@ class NarrowSpec:
     """How one component is to be narrowed: which share of its units of each kind is removed, and how they are chosen.
 
     Every module loses the same share, rounded to what it can lose: heads are removed one by one, neurons by eights,
-    channels equally in each group of the norm. At least one such step stays.
+    channels equally in each group of the norm. At least one such step stays. Whole layers are dropped before.
 
     Args:
         heads: share of the heads of every attention.
         neurons: share of the hidden neurons of every feed-forward layer.
         channels: share of the inner channels of every residual block of a U-Net.
+        layers: share of the whole layers that can be dropped, such as those of a text encoder; which of them is
+            measured: those without which, each alone, the guided prediction changes least (see `LayerError`).
         flops: in place of these, the share of the component's FLOPs that is removed: which module loses how many
             units is decided by measurement, so that the sum of errors is as small as it can be (see `RemovalError`).
         criterion: what ranks units, by the weights of the layer that reads them: Magnitude, Wanda, or a Ranking of
             your own, whose squared scores are added up; SparseGPT removes one after another, each time the one whose
             removal changes the layer's outputs least once the layer is refitted.
-        include: shell patterns on the names of modules, such as `mid_block.resnets.0`; what matches one of them is
-            narrowed.
-        exclude: shell patterns on the names of modules; what matches one of them is not.
+        include: shell patterns on the names of modules and layers, such as `mid_block.resnets.0`; what matches one of
+            them is narrowed.
+        exclude: shell patterns on the names of modules and layers; what matches one of them is not.
         refit: whether the layer that reads the units is refitted to its dense outputs, weights and bias, by least
             squares on the calibration inputs.
         damping: of that fit, as a share of the mean squared input: it draws the weights to the dense ones.
@@ -51,6 +55,7 @@ class NarrowSpec:
     heads: float = 0.0
     neurons: float = 0.0
     channels: float = 0.0
+    layers: float = 0.0
     flops: float = 0.0
     criterion: Criterion = "SparseGPT"  # type: ignore[assignment]
     include: List[str] = field(default_factory=lambda: ["*"])
@@ -90,21 +95,36 @@ class NarrowSpec:
         return bool(self.flops or self.shares)
 
     @property
+    def units(self) -> bool:
+        """Whether heads, neurons or channels are removed, and not whole layers alone."""
+        return bool(self.flops or self.shares.keys() - {"layers"})
+
+    @property
+    def measured(self) -> str:
+        """The option by which measurement decides what is left of the component; empty where numbers decide."""
+        return "flops" if self.flops else "layers" if self.layers else ""
+
+    @property
     def probe(self) -> Probe:
         """How the errors of removing units are measured."""
         return _PROBE
 
     @property
+    def layer_probe(self) -> Probe:
+        """How the errors of dropping whole layers are measured."""
+        return _DROPPED
+
+    @property
     def statistics(self) -> frozenset[str]:
         """Names of the statistics that the choice of units reads, of the layers that read units."""
-        if not self.removes:
+        if not self.units:
             return frozenset()
         return self.criterion.statistics | ({"hessian"} if self.flops and self.refit else set())
 
     @property
     def calibrates(self) -> bool:
         """Whether calibration inputs are needed."""
-        return self.removes and bool(self.flops or self.refit or self.criterion.statistics)
+        return bool(self.layers) or (self.units and bool(self.flops or self.refit or self.criterion.statistics))
 
     def describe(self) -> dict[str, Any]:
         """Everything that decides which units stay, and the weights, as plain JSON values."""

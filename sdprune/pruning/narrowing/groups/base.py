@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sdprune.schema import descendants
 
-Kind = Literal["heads", "neurons", "channels"]
+Kind = Literal["heads", "neurons", "channels", "layers"]
 
 
 @dataclass(frozen=True)

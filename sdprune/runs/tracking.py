@@ -109,9 +109,10 @@ def _prompts(record: Record, baseline: Record | None) -> Any:
     scores = list(table.columns[3:])
     if baseline is not None:
         pictures = {"dense": baseline, **pictures}
-        table = table.merge(_captions(baseline), "left", on="file_name", suffixes=("", " of dense"))
-        compared = [name for name in scores if f"{name}_diff" in record.results["comparison"]]
+        before = _captions(baseline)
+        compared = [one for one in scores if f"{one}_diff" in record.results["comparison"] and one in before]
         compared.sort(key=lambda name: name != "clip_score")
+        table = table.merge(before[["file_name", *compared]], "left", on="file_name", suffixes=("", " of dense"))
         for name in compared:
             table[f"{name} lost"] = table[f"{name} of dense"] - table[name]
         if compared:

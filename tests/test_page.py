@@ -301,6 +301,7 @@ def no_clip_score(results):
         results[part] = {name: value for name, value in results[part].items() if "clip" not in name}
 
 
+@pytest.mark.filterwarnings("error:No artists")
 @pytest.mark.parametrize(
     ("names", "how", "words"),
     [

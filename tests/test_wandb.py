@@ -209,6 +209,23 @@ def test_runs_of_a_page_share_a_chart_of_each_score_against_sparsity(trial):
             ]
 
 
+def test_a_dense_run_has_one_picture_of_each_prompt_and_one_point_of_each_chart(trial):
+    run, output = trial(**{"model.prune": "{}"})
+    (dense,) = output.glob("dense-*")
+    results = json.loads((dense / "results.json").read_text())
+    columns, rows, files = table_of(run, "prompts")
+    assert columns[:3] == ["prompt", "picture", "clip_score"]
+    assert not any("dense" in name for name in columns if not name.startswith("dense_"))
+    by_caption = {row["caption"]: (name, float(row["clip_score"])) for name, row in images_of(dense).items()}
+    assert len(rows) == len(by_caption) == 4
+    for row in rows:
+        name, score = by_caption[row[0]]
+        assert row[2] == pytest.approx(score)
+        assert files[row[1]["path"]].read_bytes() == (dense / "images" / f"{Path(name).stem}.png").read_bytes()
+    zeros = results["sparsity"]["prunable"]["zero_fraction"]  # those that an untrained model has
+    assert table_of(run, "curves/fid_table")[1] == [[zeros, 0, results["metrics"]["fid"], dense.name]]
+
+
 def test_captions_that_are_lost_are_named_in_a_line(trial, sdprune, tmp_path):
     _, output = trial()
     (pruned,) = output.glob("text_encoder-*")

@@ -37,7 +37,7 @@ from sdprune.pruning import InfeasibleError
 from sdprune.runs.infeasible import write_infeasible
 from sdprune.runs.record import Record
 from sdprune.runs.summary import show
-from sdprune.runs.tracking import connect, finish_all, log_record, log_search, wandb_logger
+from sdprune.runs.tracking import PROMPTS, connect, finish_all, log_record, log_search, wandb_logger
 from sdprune.schema import bases_of, class_named
 from sdprune.search.answer import show as show_search
 from sdprune.search.answer import write_configurations
@@ -158,7 +158,11 @@ class SdpruneCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The W&B flag."""
-        parser.add_argument("--wandb", choices=["off", "offline", "online"], default="off", help="log to W&B")
+        parser.add_argument(
+            "--wandb", choices=["off", "offline", "online"], default="off",
+            help="log to W&B: progress, all numbers, a chart of each score against sparsity, the sample grid, and the "
+            f"{PROMPTS} prompts that lost most, with both pictures",
+        )  # fmt: skip
         parser.add_argument("--wandb_project", type=Optional[str], help="its project; WANDB_PROJECT, or else sdprune")
         parser.add_argument(
             "--wandb_group", type=Optional[str], help="its group of runs; by default those with one dense record"

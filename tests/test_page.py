@@ -251,7 +251,7 @@ def test_nothing_is_wider_than_the_window_light_and_dark(report, visit, width):
 
 
 def test_html_of_others_is_shown_and_never_run(tmp_path, visit):
-    """In captions, prompts, model names, names of runs and reasons; also what would end the script with the data."""
+    """In captions, prompts, names of models and runs, reasons, references; also what would end the data's script."""
     for prune, *rest in list(RUNS.values())[:3]:
         run = record(tmp_path, {c: {**one, "include": [EVIL[:24]]} for c, one in prune.items()}, *rest, [EVIL] * N)
         change(run, "results.json", lambda results: results.update(samples=[EVIL, "</script>" + EVIL]))
@@ -260,7 +260,11 @@ def test_html_of_others_is_shown_and_never_run(tmp_path, visit):
     damaged = tmp_path / "<script>window.hacked = 4<"
     damaged.mkdir()
     (damaged / "results.json").write_text("{")
-    assert main(["report", str(tmp_path), "--out", str(tmp_path / "out")]) == 0
+    reference = tmp_path / "theirs.csv"
+    with reference.open("w", newline="") as file:
+        heads = ("text_method", "unet_method", "text_sparsity", "unet_sparsity", "fid", "clip_score", EVIL)
+        csv.writer(file).writerows([heads, (EVIL, EVIL, 0.3, 0, 1.5, 0.8, EVIL)])
+    assert main(["report", str(tmp_path), f"--reference={reference}", "--out", str(tmp_path / "out")]) == 0
     page = visit(tmp_path / "out" / "report.html")
     assert EVIL in page.locator("#best").inner_text()
     assert EVIL in page.locator("#pairs").inner_text()
@@ -297,6 +301,7 @@ def no_clip_score(results):
         results[part] = {name: value for name, value in results[part].items() if "clip" not in name}
 
 
+@pytest.mark.filterwarnings("error:No artists")
 @pytest.mark.parametrize(
     ("names", "how", "words"),
     [

@@ -1,7 +1,12 @@
 """The playground without its page: pictures, numbers, what it refuses, and the command that draws the same."""
 
+import os
+import re
 import shlex
+import signal
 from dataclasses import replace
+from threading import Thread
+from urllib.request import ProxyHandler, build_opener
 
 import numpy as np
 import pytest
@@ -225,3 +230,38 @@ def test_nonsense_is_refused_in_a_line(make, seen, parts):
 def test_what_the_page_cannot_show_is_refused_at_the_start(make, options, part):
     with pytest.raises(InputError, match=part):
         make(loaded=False, **options)
+
+
+@pytest.fixture
+def gradio():
+    """The playground's page needs it."""
+    pytest.importorskip("gradio", reason="there is no gradio: pip install '.[playground]'")
+
+
+def test_a_link_for_everybody_is_made_where_it_is_wanted(gradio, sdprune, tmp_path, monkeypatch):
+    """The call to Gradio's servers is replaced: it finds the page where it would lead others, and ends it."""
+    found = []
+
+    def read(host, port):
+        with build_opener(ProxyHandler({})).open(f"http://{host}:{port}") as answer:  # the socket listens already
+            found.append(answer.read().decode())
+        os.kill(os.getpid(), signal.SIGINT)
+
+    def setup_tunnel(host, port, *_):
+        Thread(target=read, args=(host, port)).start()
+        return "https://example.gradio.live"
+
+    monkeypatch.setattr("sdprune.playground.page.setup_tunnel", setup_tunnel)
+    told = sdprune("playground", "--config=mini/playground", *words(tmp_path)[2:], "--port=0", "--share=true")
+    assert (told.code, told.err) == (0, "")
+    assert "playground https://example.gradio.live " in told.out
+    assert "sdprune playground" in found[0]
+
+
+def test_no_link_is_a_line(gradio, sdprune, tmp_path, monkeypatch):
+    monkeypatch.setattr("gradio.networking.GRADIO_SHARE_SERVER_ADDRESS", None)
+    monkeypatch.setattr("gradio.networking.GRADIO_API_SERVER", "http://127.0.0.1:1")
+    told = sdprune("playground", "--config=mini/playground", *words(tmp_path)[2:], "--port=0", "--share=true")
+    assert told.code == 2
+    assert told.err.count("\n") == 1
+    assert re.search(r"--share=true: Gradio gives no link .* forward the port: ssh -L (\d+):127.0.0.1:\1 ", told.err)

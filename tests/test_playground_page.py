@@ -2,6 +2,7 @@
 
 import base64
 import io
+import json
 import os
 import re
 import shlex
@@ -20,7 +21,12 @@ from PIL import Image
 
 pytest.importorskip("gradio", reason="there is no gradio: pip install '.[playground]'")
 
-EVIL = "a <b>red</b> star <script>window.hacked = 1</script><img src=x onerror='window.hacked = 2'>"
+EVIL = (
+    "a <b>red</b> star <script>window.hacked = 1</script><img src=x onerror='window.hacked = 2'> ${window.hacked = 4}"
+)
+MODEL = "a`<img src=x onerror='window.hacked = 3'>"
+"""The name of the model's directory, where a slash cannot be."""
+EXAMPLE = "a large green circle on a black background"
 PATIENCE = 240_000  # ms: machines that run the tests are busy
 
 
@@ -50,7 +56,9 @@ def started(miniature, tmp_path_factory):
     """(process, its address, its directory, the outside) of `sdprune playground`."""
     tmp, outside = tmp_path_factory.mktemp("playground"), Outside()
     proxies = dict.fromkeys(("http_proxy", "https_proxy", "all_proxy"), f"http://127.0.0.1:{outside.port}")
-    words = ["playground", "--config", "mini/playground", *options(tmp), "--port=0"]
+    (tmp / MODEL).symlink_to(miniature / "pipeline")
+    words = ["playground", "--config", "mini/playground", *options(tmp), f"--model.pipeline.model={tmp / MODEL}"]
+    words += ["--port=0", f"--model.samples={json.dumps(['a red star', EXAMPLE, EVIL])}"]
     process = subprocess.Popen(
         [sys.executable, "-m", "sdprune", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env={**os.environ, **proxies, "no_proxy": "127.0.0.1,localhost", "HF_HUB_OFFLINE": "0"},
@@ -144,6 +152,12 @@ def test_the_page_draws_and_the_slider_changes_it(page):
     assert np.array_equal(same[1], dense)
 
 
+def test_an_example_is_drawn(page):
+    page.get_by_role("button", name=EXAMPLE).click()
+    page.locator(f"#pair img[alt='pruned: {EXAMPLE}']").wait_for()
+    assert page.locator("#prompt textarea").input_value() == EXAMPLE
+
+
 def test_the_strip_has_the_sparsities(page):
     choose(page, "a red star", 0, 0.5)
     page.locator("#many").click()
@@ -153,6 +167,15 @@ def test_the_strip_has_the_sparsities(page):
     pictures = pixels(page, "#strip img")
     assert np.array_equal(pictures[0], pixels(page)[0])
     assert not any(np.array_equal(pictures[0], other) for other in pictures[1:])
+    places = [one.bounding_box()["y"] for one in page.locator("#strip img").all()]
+    assert len(set(places)) == 1  # in one row
+
+
+@pytest.mark.parametrize("width", [420, 1280, 1600])
+def test_nothing_is_wider_than_the_window(page, width):
+    page.set_viewport_size({"width": width, "height": 900})
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    page.set_viewport_size({"width": 1280, "height": 900})
 
 
 def test_nonsense_is_refused_in_a_line_and_the_pictures_stay(page):
@@ -171,7 +194,9 @@ def test_nonsense_is_refused_in_a_line_and_the_pictures_stay(page):
         assert np.array_equal(one, other)
 
 
-def test_html_in_a_prompt_is_shown_and_never_run(page):
+def test_html_in_prompts_and_the_name_of_the_model_is_shown_and_never_run(page):
+    assert MODEL in page.locator("#head p").inner_text()
+    assert page.get_by_role("button", name="window.hacked").inner_text().strip().startswith(EVIL[:20])
     choose(page, EVIL, 0.3, 0.5)
     page.get_by_role("button", name="This as a command").click()
     page.wait_for_selector("#config .cm-line")
@@ -181,17 +206,22 @@ def test_html_in_a_prompt_is_shown_and_never_run(page):
 
 
 def test_the_command_on_the_page_draws_the_same(page, started, sdprune):
+    type_in(page, "#unet-criterion", "Wanda")
+    type_in(page, "#unet-allocation", "OWL")
     dense, pruned = choose(page, "a blue ring", 0.3, 0.8)
     page.get_by_role("button", name="This as a command").click()
     page.wait_for_selector("#command .cm-line")
     command = "".join(page.locator("#command .cm-line").all_inner_texts())
     assert command.startswith("sdprune predict --config mini/playground ")
+    assert re.search("unet: .*criterion: Wanda, allocation: OWL", command)
     runs = started[2] / "again"
     ran = sdprune(*shlex.split(command)[1:], "--model.metrics=[]", f"--model.output={runs}")
     assert (ran.code, ran.err) == (0, "")
     for prefix, picture in (("text_encoder", pruned), ("dense", dense)):
         found = np.asarray(Image.open(the_run(runs, prefix) / "samples" / "0.png"))
         assert np.array_equal(found, picture)
+    type_in(page, "#unet-criterion", "Magnitude")
+    type_in(page, "#unet-allocation", "Uniform")
 
 
 def test_visitors_do_not_mix(page, visit):

@@ -1,9 +1,10 @@
 """The report: made from records that are written here by hand, so that every number in it is known."""
 
+import base64
 import csv
+import io
 import json
 import re
-import time
 from pathlib import Path
 
 import numpy as np
@@ -177,6 +178,26 @@ def test_a_single_file_holds_figures_and_sample_pictures_in_itself(study, sdprun
     runs = page_data(page)["groups"][0]["runs"]
     assert {address[:22] for run in runs for address, _ in run["samples"]} == {"data:image/webp;base64"}
     assert {run["link"] for run in runs} == {None}
+
+
+def test_sample_pictures_of_a_single_file_shrink_until_all_have_room(study, sdprune, monkeypatch):
+    noise = np.random.default_rng(0)
+    paths = sorted(study.glob("*/samples/*.png"))
+    for path in paths:
+        pixels = noise.integers(0, 128, (300, 300, 3), np.uint8) + noise.integers(0, 127, 3, np.uint8)
+        Image.fromarray(pixels).save(path)
+    monkeypatch.setattr("sdprune.study.page.pictures.EMBEDDED", 4000 * len(paths))
+    assert sdprune("report", study, "--single-file").code == 0
+    runs = page_data((study / "report" / "report.html").read_text())["groups"][0]["runs"]
+    for run in runs:
+        for address, name in run["samples"]:
+            content = base64.b64decode(address.partition(",")[2])
+            assert len(content) <= 4000
+            shown, drawn = Image.open(io.BytesIO(content)), Image.open(study / run["run"] / name)
+            assert 32 <= shown.width < 300
+            means = [np.asarray(one.convert("RGB"), float).mean((0, 1)) for one in (shown, drawn)]
+            assert np.abs(means[0] - means[1]).max() < 4
+    assert len([one for run in runs for one in run["samples"]]) == len(paths)
 
 
 def test_pages_leave_out_what_of_the_study_was_not_run(study, sdprune):
@@ -356,14 +377,3 @@ def test_a_model_without_a_hub_id_has_its_name(study, sdprune, tmp_path):
         finish(run, facts | {"pipeline": {"files": "0123"}}, results | {"model": name})
         assert sdprune("report", root).code == 0
         assert f"## {title}40 prompts" in (root / "report" / "report.md").read_text()
-
-
-def test_two_hundred_runs_in_time(tmp_path, sdprune):
-    write(tmp_path, {}, 18.0, 0.314)
-    for number in range(199):
-        prune = {"text_encoder": spec(round(0.001 * (number + 1), 4), "Wanda" if number % 2 else "Magnitude")}
-        write(tmp_path, prune, 20.0, 0.3)
-    start = time.monotonic()
-    assert sdprune("report", tmp_path).code == 0
-    print(f"\n200 runs: {time.monotonic() - start:.1f} s")
-    assert len(table(tmp_path / "report", "runs")) == 200

@@ -1,5 +1,6 @@
 """What W&B receives: read back from the run file that `--wandb=offline` writes, and held against the record."""
 
+import csv
 import json
 import os
 import struct
@@ -66,7 +67,7 @@ def logged(run: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         for item in record.history.item:
             history[".".join(item.nested_key) or item.key] = json.loads(item.value_json)
         for item in record.config.update:
-            config[item.key] = json.loads(item.value_json)
+            config[".".join(item.nested_key) or item.key] = json.loads(item.value_json)
     return history, config
 
 
@@ -87,21 +88,32 @@ def expected(directory: Path, prefix: str = "") -> dict[str, float]:
     return {key: value for section in sections for key, value in section.items()}
 
 
+@pytest.fixture(autouse=True)
+def clean(monkeypatch):
+    """The first run of a process decides where W&B keeps copies of what it sends."""
+    monkeypatch.setenv("WANDB_DATA_DIR", "")
+    monkeypatch.delenv("WANDB_DATA_DIR")
+
+
+def trial_options(tmp_path: Path, **more: Any) -> list[str]:
+    """A trial on the untrained miniature, offline."""
+    options = {
+        "config": MINI, "model.output": tmp_path / "runs", "model.store": tmp_path / "store", "model.sampling.steps": 2,
+        "data.source": "CocoDirectory", "data.source.root": tmp_path / "coco", "data.calibration": "null",
+        "data.n": 4, "data.batch_size": 2, "wandb": "offline",
+    }  # fmt: skip
+    return [f"--{key}={value}" for key, value in {**options, **more}.items()]
+
+
 @pytest.fixture
 def trial(sdprune, tmp_path):
-    """Runs one trial on the untrained miniature, offline, and returns its W&B run directory and all runs' directory."""
+    """Runs one trial and returns its W&B run directory and all runs' directory."""
     write_coco(tmp_path / "coco")
     output = tmp_path / "runs"
 
     def run(**more: Any) -> tuple[Path, Path]:
         before = set(output.glob("wandb/offline-run-*"))
-        options = {
-            "config": MINI, "model.output": output, "model.store": tmp_path / "store", "model.sampling.steps": 2,
-            "data.source": "CocoDirectory", "data.source.root": tmp_path / "coco", "data.calibration": "null",
-            "data.n": 4, "data.batch_size": 2, "wandb": "offline",
-        }  # fmt: skip
-        options |= {name.replace("__", "."): value for name, value in more.items()}
-        told = sdprune("predict", *(f"--{key}={value}" for key, value in options.items()))
+        told = sdprune("predict", *trial_options(tmp_path, **more))
         assert told.code == 0, told.err
         assert wandb.run is None, "the run was finished"
         wandb.teardown()  # the run file is whole only once its writer has ended
@@ -130,6 +142,98 @@ def test_one_run_holds_the_pruned_and_the_dense_record(trial):
     history, _ = logged(again)
     assert {key: history.get(key) for key in wanted} == pytest.approx(wanted)
     assert history["samples.filenames"]
+
+
+def table_of(run: Path, name: str) -> tuple[list[str], list[list[Any]], dict[str, Path]]:
+    """Columns and rows of a table that was logged, and where the files lie that are sent with it."""
+    for record in run_records(next(run.glob("*.wandb"))):
+        files = {entry.path: Path(entry.local_path) for entry in record.artifact.manifest.contents}
+        if f"{name}.table.json" in files:
+            table = json.loads(files[f"{name}.table.json"].read_text())
+            return table["columns"], table["data"], files
+    raise AssertionError(f"{name} was not logged")
+
+
+def images_of(record: Path) -> dict[str, dict[str, str]]:
+    """The rows of a record's images.csv, by file."""
+    with (record / "images.csv").open() as file:
+        return {row["file_name"]: row for row in csv.DictReader(file)}
+
+
+def test_the_prompts_that_lost_most_arrive_with_both_pictures(trial, monkeypatch):
+    monkeypatch.setattr("sdprune.runs.tracking.PROMPTS", 3)  # of four
+    run, output = trial()
+    (dense,), (pruned,) = output.glob("dense-*"), output.glob("text_encoder-*")
+    before, after = images_of(dense), images_of(pruned)
+    lost = {name: float(before[name]["clip_score"]) - float(row["clip_score"]) for name, row in after.items()}
+    columns, rows, files = table_of(run, "prompts")
+    assert columns[:6] == ["prompt", "dense", "pruned", "clip_score", "clip_score of dense", "clip_score lost"]
+    assert [name for name in columns if name.startswith("dense_")] == ["dense_mse", "dense_ssim"]  # are losses already
+    assert len(rows) == 3
+    for name, row in zip(sorted(lost, key=lambda name: -lost[name]), rows, strict=False):
+        scores = dict(zip(columns[3:], row[3:], strict=True))
+        assert row[0] == after[name]["caption"]
+        assert {key: scores[key] for key in after[name] if key in scores} == {
+            key: pytest.approx(float(value)) for key, value in after[name].items() if key in scores
+        }
+        assert scores["clip_score of dense"] == pytest.approx(float(before[name]["clip_score"]))
+        assert scores["clip_score lost"] == pytest.approx(lost[name], abs=1e-6)
+        for shown, record in zip(row[1:3], (dense, pruned), strict=True):
+            drawn = record / "images" / f"{Path(name).stem}.png"
+            assert files[shown["path"]].read_bytes() == drawn.read_bytes()
+    assert len(files) == 1 + 2 * 3  # the table and no other picture
+    assert all(path.is_relative_to(output) for path in files.values())  # nothing grows in the home directory
+
+
+def test_runs_of_a_page_share_a_chart_of_each_score_against_sparsity(trial):
+    """W&B joins tables with one key, so each run gives its own point and that of the dense model."""
+    for options in ({}, {"model.prune.text_encoder.sparsity": 0.2}):
+        run, output = trial(**options)
+        _, config = logged(run)
+        pruned = output / config["directory"]
+        dense = output / config["dense_directory"]
+        results = {path.name: json.loads((path / "results.json").read_text()) for path in (dense, pruned)}
+        scores = {name for name in results[pruned.name]["metrics"] if not name.endswith("_se")}
+        assert {"fid", "clip_score"} <= scores
+        charts = {key.rpartition(".")[2]: chart for key, chart in config.items() if key.startswith("_wandb.visualize.")}
+        assert set(charts) == {f"curves/{name}" for name in scores}
+        for name in scores:
+            chart = charts[f"curves/{name}"]["panel_config"]
+            assert chart["panelDefId"] == "wandb/scatter/v0"
+            assert chart["fieldSettings"] == {"x": "zeros", "y": name}
+            columns, rows, _ = table_of(run, f"curves/{name}_table")
+            assert columns == ["zeros", "nominal sparsity", name, "run"]
+            assert rows == [
+                [one["sparsity"]["prunable"]["zero_fraction"], one["sparsity"]["nominal"], one["metrics"][name], run]
+                for run, one in results.items()
+            ]
+
+
+def test_a_dense_run_has_one_picture_of_each_prompt_and_one_point_of_each_chart(trial):
+    run, output = trial(**{"model.prune": "{}"})
+    (dense,) = output.glob("dense-*")
+    results = json.loads((dense / "results.json").read_text())
+    columns, rows, files = table_of(run, "prompts")
+    assert columns[:3] == ["prompt", "picture", "clip_score"]
+    assert not any("dense" in name for name in columns if not name.startswith("dense_"))
+    by_caption = {row["caption"]: (name, float(row["clip_score"])) for name, row in images_of(dense).items()}
+    assert len(rows) == len(by_caption) == 4
+    for row in rows:
+        name, score = by_caption[row[0]]
+        assert row[2] == pytest.approx(score)
+        assert files[row[1]["path"]].read_bytes() == (dense / "images" / f"{Path(name).stem}.png").read_bytes()
+    zeros = results["sparsity"]["prunable"]["zero_fraction"]  # those that an untrained model has
+    assert table_of(run, "curves/fid_table")[1] == [[zeros, 0, results["metrics"]["fid"], dense.name]]
+
+
+def test_captions_that_are_lost_are_named_in_a_line(trial, sdprune, tmp_path):
+    _, output = trial()
+    (pruned,) = output.glob("text_encoder-*")
+    (pruned / "images.csv").unlink()
+    told = sdprune("predict", *trial_options(tmp_path))
+    wandb.teardown()
+    assert (told.code, told.err.count("\n")) == (2, 1)
+    assert f"{pruned / 'images.csv'} is missing or damaged: delete results.json beside it and run again" in told.err
 
 
 def test_a_record_is_one_run_however_often_it_is_logged(trial, monkeypatch):

@@ -17,6 +17,12 @@ from sdprune.pruning import scopes
 _SMALL = 128  # pixels: below, a picture is enlarged without smoothing
 
 
+def head(title: str, models: Sequence[object], facts: str) -> str:
+    """The title, the models that draw, and how they draw."""
+    names = ", beside ".join(f"<code>{escape(str(name))}</code>" for name in models)
+    return f"<h1>{escape(title)}</h1><p>{names}: {escape(facts)}</p>"
+
+
 def bad(text: str) -> str:
     """What is wrong, in one line."""
     return f'<p class="bad" role="alert">{escape(" ".join(text.split()))}</p>'

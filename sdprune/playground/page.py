@@ -45,7 +45,7 @@ def build(playground: Playground, origin: Origin) -> gr.Blocks:
     """
     start = playground.start
     with gr.Blocks(title="sdprune playground", delete_cache=(600, 600), analytics_enabled=False) as page:
-        gr.Markdown(f"# sdprune playground\n{_facts(playground)}")
+        gr.HTML(_head(playground), elem_id="head")
         with gr.Row():
             with gr.Column(scale=2, min_width=300):
                 prompt = gr.Textbox(start.prompt, label="prompt", lines=1, max_lines=3, elem_id="prompt")
@@ -143,11 +143,13 @@ def _shared(page: gr.Blocks, host: str, port: int) -> str:
         ) from error
 
 
-def _facts(playground: Playground) -> str:
+def _head(playground: Playground) -> str:
     """What is drawn, and how."""
     module, sampling = playground.module, playground.module.sampling
-    against = f", beside `{module.given_baseline}`" if module.given_baseline else ""
-    return f"`{module.pipeline.name}`{against}: {sampling.steps} steps, guidance {sampling.guidance:g}, the same noise"
+    return markup.head(
+        "sdprune playground", [module.pipeline.name, *filter(None, [module.given_baseline])],
+        f"{sampling.steps} steps, guidance {sampling.guidance:g}, the same noise",
+    )  # fmt: skip
 
 
 def _component(playground: Playground, name: str, choice: Choice) -> list[Any]:

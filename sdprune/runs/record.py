@@ -19,7 +19,7 @@ from contextlib import suppress
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -30,6 +30,9 @@ from sdprune.errors import InputError
 from sdprune.files import read_json, replacing, require_writable, write_json
 from sdprune.identity import FileDigests, fingerprint, own_version
 from sdprune.runs.png import damaged_image, read_png, short_digest
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 _PACKAGES = ("torch", "lightning", "diffusers", "transformers", "torchmetrics", "datasets", "numpy")
 
@@ -247,6 +250,21 @@ class Record:
         """Write the results with a digest of them all; the run is finished."""
         values = {name: value for name, value in results.items() if name != "digest"}
         write_json(self.directory / "results.json", {**values, "digest": _digest(values)})
+
+
+def read_captions(directory: Path) -> pd.DataFrame:
+    """Read images.csv of a run: ids, files and captions as text, and then the scores of each image.
+
+    Raises:
+        OSError, ValueError: it is missing or damaged.
+    """
+    import pandas as pd
+
+    table = pd.read_csv(directory / "images.csv", dtype=str, keep_default_na=False)  # a caption may be `None`
+    if list(table.columns[:3]) != ["id", "file_name", "caption"]:
+        raise ValueError(f"its columns are {', '.join(table.columns)}")
+    scores = table.iloc[:, 3:].apply(pd.to_numeric, errors="coerce")
+    return pd.concat([table.iloc[:, :3], scores], axis=1)
 
 
 def is_whole(results: Mapping[str, Any]) -> bool:

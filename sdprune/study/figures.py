@@ -71,7 +71,8 @@ def curves(
             axes.set(xlabel=f"{axis}, %", ylabel=label)
             axes.grid(alpha=0.3)
             axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(frameon=False)
         content = io.BytesIO()
         canvas.savefig(content, format="svg", metadata={"Date": None})
     return Figure(f"{_slug(caption)}.svg", caption, content.getvalue())

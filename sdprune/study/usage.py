@@ -50,5 +50,5 @@ REPORT.add_argument(
 )  # fmt: skip
 REPORT.add_argument(
     "--single-file", action="store_true",
-    help="put figures and sample pictures into report.html itself; pictures of captions stay out",
+    help="put figures and sample pictures into report.html itself, smaller where many; those of captions stay out",
 )  # fmt: skip

@@ -22,6 +22,8 @@ from sdprune.runs.png import read_png
 SAMPLE_SIDE, COLUMNS = 384, 16
 LARGE = 256
 """Pixels a side; larger pictures have no sheet, the page links to the files of the run."""
+EMBEDDED = 15e6
+"""Bytes of all sample pictures in a page of a single file, which writes 4 for 3 of them."""
 _GREY = (128, 128, 128)
 
 
@@ -30,10 +32,13 @@ class Pictures:
 
     Args:
         folder: where they go; None to have them as data addresses instead.
+        count: of all sample pictures. As data addresses they are as small as EMBEDDED needs.
     """
 
-    def __init__(self, folder: Path | None) -> None:
+    def __init__(self, folder: Path | None, count: int) -> None:
         self.folder = folder
+        self.room = EMBEDDED / max(1, count) if folder is None else float("inf")
+        """Bytes of a sample picture."""
 
     def samples(self, directory: Path, count: int) -> list[str | None]:
         """Return an address for each of a run's sample pictures; None where it is missing or damaged."""
@@ -42,7 +47,13 @@ class Pictures:
     def _sample(self, path: Path) -> str | None:
         def make() -> bytes | None:
             picture = _read(path, SAMPLE_SIDE)
-            return None if picture is None else _bytes(picture, "WEBP", lossless=min(picture.size) <= 128, quality=88)
+            if picture is None:
+                return None
+            content = _bytes(picture, "WEBP", lossless=min(picture.size) <= 128, quality=88)
+            while len(content) > self.room and min(picture.size) > 32:
+                picture.thumbnail((picture.width * 3 // 4, picture.height * 3 // 4))
+                content = _bytes(picture, "WEBP", quality=80)
+            return content
 
         return self._file(path.parents[1].name, [path], "webp", make)
 

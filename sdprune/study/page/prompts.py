@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from sdprune.runs.record import read_captions
 from sdprune.study.group import Study
 from sdprune.study.page.categories import Label, all_by_grammar, categories
 from sdprune.study.text import printable
@@ -42,16 +43,12 @@ class Prompts:
         self._belongs = np.array(belongs, dtype=bool).reshape(len(self.labels), len(found))
 
     def _table(self, run: pd.Series) -> pd.DataFrame | None:
-        path = Path(run["directory"]) / "images.csv"
         try:
-            table = pd.read_csv(path, dtype={"file_name": str, "caption": str}, keep_default_na=False)
-            table["correct"] = pd.to_numeric(
-                table.get("correct", pd.Series(np.nan, index=table.index)), errors="coerce"
-            )
+            table = read_captions(Path(run["directory"]))
             if len(table) != run["n"]:
                 raise ValueError(f"{len(table)} rows for {run['n']} images")
-            return table[["file_name", "caption", "correct"]]
-        except (OSError, KeyError, ValueError, OverflowError) as error:
+            return table[["file_name", "caption"]].assign(correct=table.get("correct", np.nan))
+        except (OSError, ValueError, OverflowError) as error:
             reason = getattr(error, "strerror", None) or error
             self.study.notes.append(
                 printable(f"{run['run']}: images.csv is missing or damaged ({reason}), its prompts are not shown")

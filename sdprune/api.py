@@ -184,6 +184,9 @@ class _Module:
     def run(self, call: Call, before_step: Callable[[int], None]) -> None:
         self.module(*call.args, **call.kwargs)
 
+    def bring(self) -> None:
+        pass
+
     def replays(self, sequential: bool) -> bool:
         return False
 

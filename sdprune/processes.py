@@ -63,6 +63,8 @@ class Processes:
         """Every process's tensor, on the first process; nothing on the others."""
         if not self._together:
             return [value]
+        if dist.get_backend() == "nccl":  # sends what lies on a GPU alone; weights that are offloaded do not
+            value = value.to(torch.device("cuda", torch.cuda.current_device()))
         if not self.is_first:
             dist.gather(value)
             return []

@@ -141,7 +141,7 @@ class Collector:
                     self.store.add(request.facts, self.totals[request.statistic].finish())
         self.processes.barrier()
         progress, self.totals = self._progress, {}
-        self._gathering.finish(self._number, self._stored())
+        self._finish_pass()
         self._next_pass()
         if self.processes.is_first:
             progress.delete()
@@ -253,7 +253,7 @@ class Collector:
         passes = self._gathering.passes
         self._number += 1
         while self._number < len(passes) and not passes[self._number].missing(self._layers(self._requests)):
-            self._gathering.finish(self._number, self._stored())
+            self._finish_pass()
             self._number += 1
         if self._number == len(passes):
             self._gathering.close()
@@ -263,6 +263,11 @@ class Collector:
             self.processes.barrier()
             return self._next_group()
         self._begin_pass()
+
+    def _finish_pass(self) -> None:
+        if self._gathering.spec is not None:
+            self._subject.bring()
+        self._gathering.finish(self._number, self._stored())
 
     def _begin_pass(self) -> None:
         observed = self._pass.observed
@@ -275,7 +280,7 @@ class Collector:
             self.totals[one.name].samples = samples
             for target in targets:
                 if (value := sums.get(f"{one.name}/{target.name}")) is not None:
-                    self.totals[one.name].add(target.name, value.to(target.weight.device))
+                    self.totals[one.name].add(target.name, value)
         self._saved, self._cost = time.monotonic(), 0.0
         names = ", ".join(request.statistic for request in self._requests)
         self._report.begin_pass(f"{self._subject.name} ({names})", samples)

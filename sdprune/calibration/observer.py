@@ -142,9 +142,9 @@ class Totals:
         self.sums: dict[str, Tensor] = {}
 
     def add(self, layer: str, total: Tensor) -> None:
-        """Add one layer's sum over the next batch."""
+        """Add one layer's sum over the next batch, where that lies."""
         if layer in self.sums:
-            self.sums[layer] += total
+            self.sums[layer] = self.sums[layer].to(total.device).add_(total)
         else:
             self.sums[layer] = total.clone()
 

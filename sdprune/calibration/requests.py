@@ -43,9 +43,12 @@ class Subject(Protocol):
     def replaying(self, before_step: Callable[[int], None]) -> AbstractContextManager[Callable[[int], None]]:
         """Entered while the component runs without its pipeline; what it gives is called when a step begins."""
 
+    def bring(self) -> None:
+        """See that it lies where it computes: there its weights are about to change."""
+
     def dense_inputs(self, batch: Any, probe: Probe) -> Callable[[], Tensor]:
         """Keep its inputs in the dense model; what is returned runs it on them, [samples, n], and whatever the probe
-        reads behind it."""
+        reads behind it, and brings it back."""
 
     def try_out(self) -> None:
         """Run it on any input, the same on every process."""

@@ -79,8 +79,7 @@ class NarrowingPlan:
         for name in self.specs:
             self.meta_module(name)
         found = {
-            name: choose(self.pipeline.components[name], spec, self._stored(name, 0))
-            for name, spec in self.specs.items()
+            name: choose(self.pipeline.bring(name), spec, self._stored(name, 0)) for name, spec in self.specs.items()
         }
         for own, of_first in zip(found.values(), Processes().broadcast(found).values(), strict=True):
             if any(not torch.equal(own[name], units) for name, units in of_first.items()):
@@ -101,7 +100,7 @@ class NarrowingPlan:
         """Narrow every component of the loaded pipeline in place."""
         self.pipeline.altered = self.pipeline.altered or bool(self.specs)
         return {
-            name: narrow(self.pipeline.components[name], spec, units[name], self._stored(name, 1).get("hessian"))
+            name: narrow(self.pipeline.bring(name), spec, units[name], self._stored(name, 1).get("hessian"))
             for name, spec in self.specs.items()
         }
 

@@ -71,9 +71,19 @@ class PromptSubject:
     def replaying(self, before_step: Callable[[int], None]) -> AbstractContextManager[Callable[[int], None]]:  # noqa: D102
         return self.component.counting(before_step)
 
+    def bring(self) -> None:  # noqa: D102
+        self.component.family.bring(self.name)
+
     def dense_inputs(self, batch: Batch, probe: Probe) -> Callable[[], Tensor]:  # noqa: D102
         keep = self.component.predictions if probe.read_at == "prediction" else self.component.dense_inputs
-        return keep(batch.prompts, self._seeds(batch), self.sampling, probe.steps)
+        run = keep(batch.prompts, self._seeds(batch), self.sampling, probe.steps)
+
+        def run_and_bring() -> Tensor:
+            found = run()
+            self.bring()  # the last component that ran may be another one
+            return found
+
+        return run_and_bring
 
     def read_at(self, probe: Probe) -> ReadAt:
         """Where an error is read: a denoiser's output is the prediction."""

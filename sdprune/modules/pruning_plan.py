@@ -138,7 +138,7 @@ class PruningPlan:
             own = {one.statistic: store.load(one.facts) for one in criterion}
             spec = self.specs[name] if split is None else replace(self.specs[name], sparsity=split.sparsities[name])
             order = self._order(name) if isinstance(spec.allocation, Sensitivity) else []
-            reports[name] = apply(self.pipeline.components[name], spec, own, dense)
+            reports[name] = apply(self.pipeline.bring(name), spec, own, dense)
             if isinstance(spec.allocation, Sensitivity):
                 reports[name].sensitivity = self._sensitivity(name, spec.allocation, order, reports[name])
         hashes = Processes().all_gather({name: report.mask_hash for name, report in reports.items()})

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property, wraps
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Optional
 
@@ -41,6 +43,8 @@ class DiffusersFamily(ABC):
         model: a hub id, a diffusers directory, or `miniature`, the small Stable Diffusion that comes with this package.
         revision: branch, tag or commit of a hub id.
         variant: file variant of a hub id or directory, e.g. fp16.
+        offload: whether each component lies in the memory of the CPU while it does not compute, for models that a GPU
+            has no room for as a whole; needs accelerate.
     """
 
     pipeline: ClassVar[str]
@@ -67,8 +71,8 @@ class DiffusersFamily(ABC):
     """By component, shell patterns of layers that no picture depends on: they are not pruned. `{last}` stands for the
     number of the last of such blocks."""
 
-    def __init__(self, model: str, revision: str = "main", variant: Optional[str] = None):
-        self.model, self.revision, self.variant = model, revision, variant
+    def __init__(self, model: str, revision: str = "main", variant: Optional[str] = None, offload: bool = False):
+        self.model, self.revision, self.variant, self.offload = model, revision, variant, offload
         self._pipe: Any = None
         self._calls: dict[Sampling, int] = {}
         self.altered = False
@@ -233,18 +237,55 @@ class DiffusersFamily(ABC):
         """Read the weights, unless they are there as they were read; then only move them.
 
         Raises:
-            InputError: no such model, or one without safetensors.
+            InputError: no such model, or one without safetensors; a device that it cannot be offloaded from.
         """
         import torch
 
+        self.check_device(device)
         if self._pipe is None or self.altered:
             with torch.inference_mode(False):  # weights that can be changed later
                 self._pipe = self.assembled(lambda name: self.files.load(name, dtype))
             self.altered = False
-        self._pipe.to(device=device, dtype=dtype)
         with torch.inference_mode(False):
+            if self.offload:
+                self._pipe.to(dtype=dtype)
+                self._pipe.enable_model_cpu_offload(device=device)
+            else:
+                self._pipe.to(device=device, dtype=dtype)
             for module in self.components.values():
                 _align(module)
+
+    def check_device(self, device: torch.device) -> None:
+        """Raise InputError where the components are to be offloaded and cannot be; loads nothing."""
+        if not self.offload:
+            return
+        if device.type == "cpu":
+            raise InputError(
+                "--model.pipeline.offload is true, and this run computes on the CPU, where the components lie anyway: "
+                "leave it out, or choose a GPU: --trainer.accelerator=gpu."
+            )
+        if find_spec("accelerate") is None:
+            raise InputError('--model.pipeline.offload needs accelerate: pip install "sdprune[offload]".')
+
+    def bring(self, name: str) -> nn.Module:
+        """A component, which lies where it computes until something else runs; alone where components are offloaded."""
+        module, device = self.components[name], self._pipe._execution_device
+        if next(module.parameters()).device != device:
+            with self._running(self._pipe):
+                module.to(device)
+        return module
+
+    @contextmanager
+    def _running(self, pipe: Any) -> Iterator[None]:
+        """Entered when parts of a pipeline are about to run, which may move weights."""
+        import torch
+
+        if not self.offload:
+            yield
+            return
+        with torch.inference_mode(False), torch.no_grad():  # weights that can be changed later
+            pipe.maybe_free_model_hooks()  # what was not run to its end has left components there
+            yield
 
     def unload(self) -> None:
         """Forget the weights."""
@@ -301,11 +342,11 @@ class DiffusersFamily(ABC):
 
         pipe = self._pipe
         wanted = {
-            **_defaults(pipe.__call__), **self.call, "prompt": list(prompts), "device": pipe.device,
+            **_defaults(pipe.__call__), **self.call, "prompt": list(prompts), "device": pipe._execution_device,
             "num_images_per_prompt": 1, "do_classifier_free_guidance": False,
         }  # fmt: skip
         taken = inspect.signature(pipe.encode_prompt).parameters
-        with torch.no_grad():
+        with torch.no_grad(), self._running(pipe):
             found = pipe.encode_prompt(**{name: value for name, value in wanted.items() if name in taken})
         lists = [pad_sequence(one, batch_first=True) for one in found if isinstance(one, list) and one]
         tensors = [one for one in found if isinstance(one, torch.Tensor)]
@@ -330,7 +371,8 @@ class DiffusersFamily(ABC):
         finite = torch.ones(len(prompts), dtype=torch.bool)
 
         def after(latents: Tensor, call: int, timesteps: Tensor) -> None:
-            finite.logical_and_(latents.isfinite().flatten(1).all(1).cpu())
+            nonlocal finite
+            finite = finite & latents.isfinite().flatten(1).all(1).cpu()
             if before_step is not None and call < len(timesteps):
                 before_step(step_of(timesteps, call, sampling.steps))
 
@@ -341,7 +383,7 @@ class DiffusersFamily(ABC):
         if not decode:
             return Drawn(output, finite.tolist())
         pixels = output.float()
-        finite.logical_and_(pixels.isfinite().flatten(1).all(1).cpu())
+        finite = finite & pixels.isfinite().flatten(1).all(1).cpu()
         images = (pixels.nan_to_num(0) * 255).round().clamp(0, 255).to(torch.uint8).cpu()
         return Drawn(images, finite.tolist())
 
@@ -373,12 +415,13 @@ class DiffusersFamily(ABC):
             noise = pipe._pack_latents(noise, len(noise), *shape)
         pipe.scheduler = scheduler
         try:
-            return pipe(
-                prompt=list(prompts), height=height, width=width, num_inference_steps=sampling.steps,
-                latents=noise.to(pipe.device, torch.float32 if self.float32_noise else denoiser.dtype),
-                generator=generators, output_type=output_type, **self.guide(sampling.guidance, len(prompts)),
-                **self.call,
-            ).images  # fmt: skip
+            with self._running(pipe):
+                return pipe(
+                    prompt=list(prompts), height=height, width=width, num_inference_steps=sampling.steps,
+                    latents=noise.to(pipe._execution_device, torch.float32 if self.float32_noise else denoiser.dtype),
+                    generator=generators, output_type=output_type, **self.guide(sampling.guidance, len(prompts)),
+                    **self.call,
+                ).images  # fmt: skip
         finally:
             pipe.scheduler = own
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Optional
+from typing import Any, ClassVar
 
 from sdprune.pipelines.base import DiffusersFamily
 
@@ -15,8 +15,7 @@ class Flux(DiffusersFamily):
 
     Args:
         model: a hub id or a diffusers directory.
-        revision: branch, tag or commit of a hub id.
-        variant: file variant of a hub id or directory, e.g. fp16.
+        kwargs: options that every family has.
     """
 
     pipeline = "FluxPipeline"
@@ -31,7 +30,5 @@ class Flux(DiffusersFamily):
     schedulers: ClassVar = ("FlowMatchEulerDiscreteScheduler", "FlowMatchLCMScheduler")
     patch = 2
 
-    def __init__(
-        self, model: str = "black-forest-labs/FLUX.1-dev", revision: str = "main", variant: Optional[str] = None
-    ):
-        super().__init__(model, revision, variant)
+    def __init__(self, model: str = "black-forest-labs/FLUX.1-dev", **kwargs: Any):
+        super().__init__(model, **kwargs)

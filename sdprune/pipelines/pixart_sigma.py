@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Optional
+from typing import Any, ClassVar
 
 from sdprune.pipelines.base import DiffusersFamily
 
@@ -15,8 +15,7 @@ class PixArtSigma(DiffusersFamily):
 
     Args:
         model: a hub id or a diffusers directory.
-        revision: branch, tag or commit of a hub id.
-        variant: file variant of a hub id or directory, e.g. fp16.
+        kwargs: options that every family has.
     """
 
     pipeline = "PixArtSigmaPipeline"
@@ -29,10 +28,5 @@ class PixArtSigma(DiffusersFamily):
     call: ClassVar = {"clean_caption": False, "use_resolution_binning": False}
     patch = 2
 
-    def __init__(
-        self,
-        model: str = "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS",
-        revision: str = "main",
-        variant: Optional[str] = None,
-    ):
-        super().__init__(model, revision, variant)
+    def __init__(self, model: str = "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS", **kwargs: Any):
+        super().__init__(model, **kwargs)

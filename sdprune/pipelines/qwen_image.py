@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Optional
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from sdprune.pipelines.base import DiffusersFamily
 
@@ -18,8 +18,7 @@ class QwenImage(DiffusersFamily):
 
     Args:
         model: a hub id or a diffusers directory.
-        revision: branch, tag or commit of a hub id.
-        variant: file variant of a hub id or directory, e.g. fp16.
+        kwargs: options that every family has.
     """
 
     pipeline = "QwenImagePipeline"
@@ -39,8 +38,8 @@ class QwenImage(DiffusersFamily):
         ),
     }
 
-    def __init__(self, model: str = "Qwen/Qwen-Image", revision: str = "main", variant: Optional[str] = None):
-        super().__init__(model, revision, variant)
+    def __init__(self, model: str = "Qwen/Qwen-Image", **kwargs: Any):
+        super().__init__(model, **kwargs)
 
     def guide(self, guidance: float, images: int) -> dict[str, Any]:  # noqa: D102
         return {"true_cfg_scale": guidance, "negative_prompt": [" "] * images if guidance > 1 else None}

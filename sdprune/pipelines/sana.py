@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Optional
+from typing import Any, ClassVar
 
 from sdprune.pipelines.base import DiffusersFamily
 
@@ -15,8 +15,7 @@ class Sana(DiffusersFamily):
 
     Args:
         model: a hub id or a diffusers directory.
-        revision: branch, tag or commit of a hub id.
-        variant: file variant of a hub id or directory, e.g. bf16.
+        kwargs: options that every family has.
     """
 
     pipeline = "SanaPipeline"
@@ -33,10 +32,5 @@ class Sana(DiffusersFamily):
     scheduling: ClassVar = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
     float32_noise = True
 
-    def __init__(
-        self,
-        model: str = "Efficient-Large-Model/Sana_1600M_1024px_diffusers",
-        revision: str = "main",
-        variant: Optional[str] = None,
-    ):
-        super().__init__(model, revision, variant)
+    def __init__(self, model: str = "Efficient-Large-Model/Sana_1600M_1024px_diffusers", **kwargs: Any):
+        super().__init__(model, **kwargs)

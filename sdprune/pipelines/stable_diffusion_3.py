@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Optional
+from typing import Any, ClassVar
 
 from sdprune.pipelines.base import DiffusersFamily
 
@@ -15,8 +15,7 @@ class StableDiffusion3(DiffusersFamily):
 
     Args:
         model: a hub id or a diffusers directory.
-        revision: branch, tag or commit of a hub id.
-        variant: file variant of a hub id or directory, e.g. fp16.
+        kwargs: options that every family has.
     """
 
     pipeline = "StableDiffusion3Pipeline"
@@ -36,10 +35,5 @@ class StableDiffusion3(DiffusersFamily):
     patch = 2
     idle: ClassVar = {"transformer": ("transformer_blocks.{last}.attn.add_q_proj",)}
 
-    def __init__(
-        self,
-        model: str = "stabilityai/stable-diffusion-3-medium-diffusers",
-        revision: str = "main",
-        variant: Optional[str] = None,
-    ):
-        super().__init__(model, revision, variant)
+    def __init__(self, model: str = "stabilityai/stable-diffusion-3-medium-diffusers", **kwargs: Any):
+        super().__init__(model, **kwargs)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Optional
+from typing import Any, ClassVar
 
 from sdprune.pipelines.base import DiffusersFamily
 
@@ -12,8 +12,7 @@ class StableDiffusionXL(DiffusersFamily):
 
     Args:
         model: a hub id or a diffusers directory.
-        revision: branch, tag or commit of a hub id.
-        variant: file variant of a hub id or directory, e.g. fp16.
+        kwargs: options that every family has.
     """
 
     pipeline = "StableDiffusionXLPipeline"
@@ -28,10 +27,5 @@ class StableDiffusionXL(DiffusersFamily):
     options: ClassVar = {"add_watermarker": False}
     idle: ClassVar = {"text_encoder": ("encoder.layers.{last}.*", "text_model.encoder.layers.{last}.*")}
 
-    def __init__(
-        self,
-        model: str = "stabilityai/stable-diffusion-xl-base-1.0",
-        revision: str = "main",
-        variant: Optional[str] = None,
-    ):
-        super().__init__(model, revision, variant)
+    def __init__(self, model: str = "stabilityai/stable-diffusion-xl-base-1.0", **kwargs: Any):
+        super().__init__(model, **kwargs)

@@ -15,8 +15,7 @@ class ZImage(DiffusersFamily):
 
     Args:
         model: a hub id or a diffusers directory.
-        revision: branch, tag or commit of a hub id.
-        variant: file variant of a hub id or directory, e.g. fp16.
+        kwargs: options that every family has.
     """
 
     pipeline = "ZImagePipeline"
@@ -33,8 +32,8 @@ class ZImage(DiffusersFamily):
     patch = 2
     idle: ClassVar = {"text_encoder": ("lm_head", "model.layers.{last}.*", "layers.{last}.*")}
 
-    def __init__(self, model: str = "Tongyi-MAI/Z-Image-Turbo", revision: str = "main", variant: Optional[str] = None):
-        super().__init__(model, revision, variant)
+    def __init__(self, model: str = "Tongyi-MAI/Z-Image-Turbo", **kwargs: Any):
+        super().__init__(model, **kwargs)
 
     def guide(self, guidance: float, images: int) -> dict[str, Any]:  # noqa: D102
         return {"guidance_scale": guidance - 1}

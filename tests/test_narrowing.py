@@ -88,7 +88,8 @@ def test_another_narrowing_is_another_run(sdprune, miniature, tmp_path):
         (["--model.narrow.nuet.channels=0.5"], "Unknown component 'nuet'. Did you mean 'unet'?"),
         (
             ["--model.narrow.text_encoder.channels=0.5"],
-            "--model.narrow.text_encoder.channels is 0.5, and a CLIPTextModel has no channels: it has heads, layers, neurons.",
+            "--model.narrow.text_encoder.channels is 0.5, and a CLIPTextModel has no channels: it has heads, layers, "
+            "neurons.",
         ),
         (["--model.narrow.unet.damping=0"], "--model.narrow.unet.damping is 0"),
         (["--model.narrow.unet.flops=-1"], "--model.narrow.unet.flops is -1"),

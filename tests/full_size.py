@@ -61,6 +61,19 @@ def save_configuration(name: str, directory: Path) -> Path:
     return directory
 
 
+def save_random_flux(directory: Path) -> Path:
+    """Write a Flux whose transformer has three blocks of full width, bf16 in five shards; its other parts are tiny."""
+    tiny_families.save("Flux", directory)
+    for file in (Path(directory) / "transformer").iterdir():
+        file.unlink()
+    transformer = FluxTransformer2DModel(
+        in_channels=32, num_layers=1, num_single_layers=2, joint_attention_dim=tiny_families.WIDTH,
+        pooled_projection_dim=16, guidance_embeds=True,
+    )  # fmt: skip
+    transformer.to(torch.bfloat16).save_pretrained(Path(directory) / "transformer", max_shard_size="300MB")
+    return directory
+
+
 FLOW_VAE = {"latent_channels": 16, "shift_factor": 0.1159, "use_quant_conv": False, "use_post_quant_conv": False}
 CONFIGURATIONS = {
     "StableDiffusion": {

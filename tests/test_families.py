@@ -521,9 +521,10 @@ def test_diffusers_has_what_a_family_relies_on(family):
     model = made(name, directory)
     takes = inspect.signature(pipe.__call__).parameters
     common = {"prompt", "height", "width", "num_inference_steps", "latents", "generator", "output_type"}
-    assert takes.keys() >= common | cls.call.keys() | model.guide(2.0, 1).keys() | cls.call.keys()
+    assert takes.keys() >= common | cls.call.keys() | model.guide(2.0, 1).keys()
     assert {"prompt", "device"} <= inspect.signature(pipe.encode_prompt).parameters.keys()
     assert pipe.vae_scale_factor in (2, 4)
+    assert {*components_of(name), "vae"} <= set(pipe.model_cpu_offload_seq.split("->"))
     first, *others = inspect.signature(getattr(pipe, model.denoiser).forward).parameters
     assert first in ("sample", "hidden_states", "x")
     assert cls.timestep in others

@@ -28,7 +28,7 @@ def run(arguments: Sequence[str]) -> int:
     if options.tables and options.steps is None:
         LOSSLESS.error("--tables needs the number of denoising steps that they are for: give --steps")
     cls = type(find_family(options.model, options.revision, options.pipeline))
-    family = cls(options.model, options.revision, options.variant)
+    family = cls(options.model, revision=options.revision, variant=options.variant)
     size = options.size
     if size is not None and size % 8:
         raise InputError(f"--size is {size}: give a multiple of 8 pixels, such as {8 * max(1, round(size / 8))}.")

@@ -118,6 +118,12 @@ def type_in(page, where, text):
     box.press("Enter")
 
 
+def pick(page, where, option):
+    """Pick an option of a list."""
+    page.locator(f"{where} input").click()
+    page.get_by_role("option", name=option, exact=True).click()
+
+
 def choose(page, prompt, text_encoder, unet):
     """Choose, and wait until it is seen: (dense, pruned)."""
     type_in(page, "#text_encoder-sparsity", str(text_encoder))
@@ -205,9 +211,10 @@ def test_html_in_prompts_and_the_name_of_the_model_is_shown_and_never_run(page):
     page.get_by_role("button", name="This as a command").click()
 
 
-def test_the_command_on_the_page_draws_the_same(page, started, sdprune):
-    type_in(page, "#unet-criterion", "Wanda")
-    type_in(page, "#unet-allocation", "OWL")
+def test_the_command_on_the_page_draws_the_same(visit, started, sdprune):
+    page = visit()
+    pick(page, "#unet-criterion", "Wanda")
+    pick(page, "#unet-allocation", "OWL")
     dense, pruned = choose(page, "a blue ring", 0.3, 0.8)
     page.get_by_role("button", name="This as a command").click()
     page.wait_for_selector("#command .cm-line")
@@ -220,8 +227,6 @@ def test_the_command_on_the_page_draws_the_same(page, started, sdprune):
     for prefix, picture in (("text_encoder", pruned), ("dense", dense)):
         found = np.asarray(Image.open(the_run(runs, prefix) / "samples" / "0.png"))
         assert np.array_equal(found, picture)
-    type_in(page, "#unet-criterion", "Magnitude")
-    type_in(page, "#unet-allocation", "Uniform")
 
 
 def test_visitors_do_not_mix(page, visit):

@@ -131,6 +131,9 @@ class Chain:
     def run(self, batch, before_step):
         self.module(batch)
 
+    def bring(self):
+        pass
+
     def replays(self, sequential):
         return True
 

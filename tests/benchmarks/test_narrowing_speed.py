@@ -4,8 +4,8 @@ all kinds together. Every model is saved and loaded again.
     SDPRUNE_BENCHMARK=1 pytest -n 0 -s tests/benchmarks/test_narrowing_speed.py
 
 draws 256 captions in 20 steps for every row, and writes records and statistics below $SDPRUNE_BENCHMARK_RUNS, or a
-temporary directory: two minutes a row on two cores. `-k "plain and not flops"` chooses rows, SDPRUNE_BENCHMARK_N=128 draws fewer.
-Otherwise one row is made of an untrained miniature.
+temporary directory: two minutes a row on two cores. `-k "plain and not flops"` chooses rows, SDPRUNE_BENCHMARK_N=128
+draws fewer. Otherwise one row is made of an untrained miniature.
 
 Speed is the median of images a second over those of the dense model, drawn in turn by both, all cores working.
 """

@@ -317,11 +317,11 @@ def test_parts_that_do_not_fit_each_other_are_one_line(sdprune, copy):
 
 
 def test_a_family_of_ones_own_is_named_by_its_path(sdprune, copy, tmp_path, monkeypatch):
-    (tmp_path / "mine.py").write_text(
+    (tmp_path / "own_family.py").write_text(
         "from sdprune.pipelines import StableDiffusion\n\n\nclass Mine(StableDiffusion):\n    pass\n"
     )
     monkeypatch.chdir(tmp_path)
-    assert facts_of(sdprune, copy, "--pipeline=mine.Mine")["family"] == "Mine"
+    assert facts_of(sdprune, copy, "--pipeline=own_family.Mine")["family"] == "Mine"
     sys.modules.pop("mine")
 
 

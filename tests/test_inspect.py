@@ -322,7 +322,7 @@ def test_a_family_of_ones_own_is_named_by_its_path(sdprune, copy, tmp_path, monk
     )
     monkeypatch.chdir(tmp_path)
     assert facts_of(sdprune, copy, "--pipeline=own_family.Mine")["family"] == "Mine"
-    sys.modules.pop("mine")
+    sys.modules.pop("own_family")
 
 
 def test_of_a_hub_id_no_weights_are_fetched(sdprune, miniature, tmp_path, monkeypatch):

@@ -127,9 +127,14 @@ def choices_of(bases: list[type]) -> dict[str, type]:
         for cls in [base, *descendants(base)]:
             known = found.get(cls.__name__)
             is_frame = cls is base and base.__module__.startswith("lightning")  # LightningModule, Callback
-            if _is_choice(cls) and not is_frame and (known is None or not known.__module__.startswith("sdprune.")):
+            if _is_choice(cls) and not is_frame and (known is None or not is_packaged(known)):
                 found[cls.__name__] = cls
     return dict(sorted(found.items()))
+
+
+def is_packaged(cls: type) -> bool:
+    """Whether a class is one of this package, and not a user's own, which may need arguments."""
+    return cls.__module__.startswith("sdprune.")
 
 
 def descendants(base: type) -> Iterator[type]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from lightning.pytorch.accelerators import AcceleratorRegistry, CPUAccelerator
 from torch import Tensor
+from torch.library import Library
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._pytree import tree_map_only
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
@@ -102,8 +103,9 @@ class Accelerator(CPUAccelerator):
         """Nothing."""
 
 
-TRAINER = ["accelerator=beside", "strategy=SingleDeviceStrategy", "strategy.device=beside:0"]
-TRAINER = [f"--trainer.{option}" for option in TRAINER]
+TRAINER = [
+    "--trainer.accelerator=beside", "--trainer.strategy=SingleDeviceStrategy", "--trainer.strategy.device=beside:0"
+]  # fmt: skip
 """Options by which a command computes there."""
 
 
@@ -111,7 +113,7 @@ TRAINER = [f"--trainer.{option}" for option in TRAINER]
 def register() -> torch.device:
     """Make the device known to torch; it stays for good."""
     _setup_privateuseone_for_python_backend("beside", _Backend())
-    every, aten = torch.library.Library("_", "IMPL"), torch.library.Library("aten", "IMPL")
+    every, aten = Library("_", "IMPL"), Library("aten", "IMPL")
     every.fallback(_run, "PrivateUse1")
     for func in _WHOLE:
         aten.impl(func.name(), partial(_run, func), "PrivateUse1")

@@ -22,7 +22,7 @@ from sdprune.pruning.memory import named_tensors, region
 from sdprune.pruning.selection import count
 from sdprune.pruning.statistics import InputStatistic
 from sdprune.pruning.targets import LAYER_KINDS, by_block, layer_kind
-from sdprune.schema import choices_of
+from sdprune.schema import choices_of, is_packaged
 
 
 def inspect(
@@ -209,8 +209,8 @@ def _costs(targets: Sequence[Target], flow: Flow, steps: int, memory: int, kept:
     """
     found: dict[str, Any] = {}
     for name, cls in choices_of([Criterion]).items():
-        if not cls.__module__.startswith("sdprune."):
-            continue  # others may need arguments
+        if not is_packaged(cls):
+            continue
         criterion: Criterion = cls()
         statistics = [statistic(one, steps) for one in sorted(criterion.statistics)] if targets else []
         found[name] = {

@@ -18,7 +18,7 @@ from sdprune.pipelines.component import Component, Denoiser, TextEncoder
 from sdprune.pipelines.directory import ModelDirectory, make_scheduler, require_pipeline, save_portable
 from sdprune.pipelines.resolve import resolve
 from sdprune.pipelines.sampling import Drawn, Sampling, step_of
-from sdprune.schema import descendants
+from sdprune.schema import descendants, is_packaged
 
 if TYPE_CHECKING:
     import torch
@@ -454,7 +454,7 @@ class DiffusersFamily(ABC):
 
 def families() -> dict[str, type[DiffusersFamily]]:
     """The known families by the classes of their pipelines; those of this package go before a user's own."""
-    known = sorted(descendants(DiffusersFamily), key=lambda cls: cls.__module__.startswith("sdprune."))
+    known = sorted(descendants(DiffusersFamily), key=is_packaged)
     return {cls.pipeline: cls for cls in known if hasattr(cls, "pipeline")}
 
 

@@ -26,7 +26,7 @@ from sdprune.pruning import PruneReport, PruneSpec
 from sdprune.pruning.allocation import Allocation
 from sdprune.pruning.criteria import Criterion
 from sdprune.pruning.granularity import Granularity
-from sdprune.schema import choices_of
+from sdprune.schema import choices_of, is_packaged
 
 Key = Optional[str]
 """What tells pruned models apart; None is the dense one."""
@@ -124,9 +124,9 @@ class Playground:
 
     @staticmethod
     def _names(base: type, configured: Sequence[object]) -> list[str]:
-        """Of the package's classes and of those in the configuration: others may need arguments."""
+        """Of the package's classes and of those in the configuration."""
         used, known = {type(one) for one in configured}, choices_of([base])
-        return [name for name, cls in known.items() if cls.__module__.startswith("sdprune.") or cls in used]
+        return [name for name, cls in known.items() if is_packaged(cls) or cls in used]
 
     @property
     def granularities(self) -> list[str]:

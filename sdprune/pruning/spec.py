@@ -20,7 +20,7 @@ from sdprune.pruning.granularity.base import ColumnWise
 from sdprune.pruning.granularity.pattern import Pattern
 from sdprune.pruning.targets import LAYER_KINDS
 from sdprune.pruning.timesteps import Timesteps
-from sdprune.schema import choices_of, class_named
+from sdprune.schema import choices_of, class_named, is_packaged
 
 AGREEMENT = 1e-3
 """How far a given sparsity may be from one that is set otherwise: 1:3 is 0.333."""
@@ -221,9 +221,7 @@ def _granularity(text: str, block_width: int) -> Granularity:
         except InputError as error:
             raise InputError(str(error).removeprefix("--")) from error
         return cls.read(cls.name, block_width)
-    classes: list[Any] = sorted(
-        choices_of([Granularity]).values(), key=lambda cls: not cls.__module__.startswith("sdprune.")
-    )
+    classes: list[Any] = sorted(choices_of([Granularity]).values(), key=is_packaged, reverse=True)
     for cls in classes:
         if found := cls.read(text, block_width):
             return found

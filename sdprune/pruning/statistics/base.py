@@ -12,7 +12,7 @@ from torch import Tensor
 from sdprune.errors import InputError, unknown
 from sdprune.pruning.targets import Target
 from sdprune.pruning.timesteps import Timesteps
-from sdprune.schema import descendants
+from sdprune.schema import descendants, is_packaged
 
 
 class Statistic(ABC):
@@ -105,7 +105,7 @@ def statistic_names() -> list[str]:
 def _by_name() -> dict[str, type[Statistic]]:
     """All statistics by name; a name of this package means its own class."""
     classes: list[Any] = [cls for cls in descendants(Statistic) if not isabstract(cls)]
-    return {cls.name: cls for cls in sorted(classes, key=lambda cls: cls.__module__.startswith("sdprune."))}
+    return {cls.name: cls for cls in sorted(classes, key=is_packaged)}
 
 
 def statistic(name: str, steps: int = 1, timesteps: Timesteps = "uniform") -> InputStatistic:

@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 from threading import Thread
 from urllib.parse import urlsplit
@@ -51,27 +52,34 @@ class Outside:
             connection.close()
 
 
-@pytest.fixture(scope="module")
-def started(miniature, tmp_path_factory):
-    """(process, its address, its directory, the outside) of `sdprune playground`."""
-    tmp, outside = tmp_path_factory.mktemp("playground"), Outside()
-    proxies = dict.fromkeys(("http_proxy", "https_proxy", "all_proxy"), f"http://127.0.0.1:{outside.port}")
-    (tmp / MODEL).symlink_to(miniature / "pipeline")
-    words = ["playground", "--config", "mini/playground", *options(tmp), f"--model.pipeline.model={tmp / MODEL}"]
-    words += ["--port=0", f"--model.samples={json.dumps(['a red star', EXAMPLE, EVIL])}"]
+@contextmanager
+def serving(words, **environment):
+    """(process, its address) of `sdprune playground`, stopped at the end as by Ctrl-C."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "sdprune", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env={**os.environ, **proxies, "no_proxy": "127.0.0.1,localhost", "HF_HUB_OFFLINE": "0"},
+        [sys.executable, "-m", "sdprune", "playground", *words, "--port=0"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **environment},
     )  # fmt: skip
     for line in process.stdout:
         if found := re.search(r"http://\S+", line):
             break
     else:
         pytest.fail(process.stderr.read())
-    yield process, found[0], tmp, outside
+    yield process, found[0]
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 0
     assert process.stderr.read() == ""
+
+
+@pytest.fixture(scope="module")
+def started(miniature, tmp_path_factory):
+    """(process, its address, its directory, the outside) of `sdprune playground`."""
+    tmp, outside = tmp_path_factory.mktemp("playground"), Outside()
+    proxies = dict.fromkeys(("http_proxy", "https_proxy", "all_proxy"), f"http://127.0.0.1:{outside.port}")
+    (tmp / MODEL).symlink_to(miniature / "pipeline")
+    words = ["--config", "mini/playground", *options(tmp), f"--model.pipeline.model={tmp / MODEL}"]
+    words += [f"--model.samples={json.dumps(['a red star', EXAMPLE, EVIL])}"]
+    with serving(words, **proxies, no_proxy="127.0.0.1,localhost", HF_HUB_OFFLINE="0") as (process, address):
+        yield process, address, tmp, outside
     assert outside.calls == 0
 
 

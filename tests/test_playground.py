@@ -29,6 +29,7 @@ from sdprune.playground.view import Choice, Origin, View
 from sdprune.pruning import Budget, PruneSpec
 from sdprune.pruning.narrowing import NarrowSpec
 
+STEPS = 2
 EVIL = "say \"*x\" & 'y' [a, b] {c: d} \\ $HOME <b>\u00fc \U0001f642"
 
 
@@ -38,7 +39,7 @@ def make(miniature, tmp_path):
 
     def make(prune=None, model="miniature", loaded=True, **options):
         module = GenerationModule(
-            StableDiffusion(str(model)), prune or {}, [CLIPScore("miniature"), ExaminerScore()], Sampling(2, 2.5),
+            StableDiffusion(str(model)), prune or {}, [CLIPScore("miniature"), ExaminerScore()], Sampling(STEPS, 2.5),
             samples=["a red star"], output=str(tmp_path / "runs"), store=str(tmp_path / "statistics"), **options,
         )  # fmt: skip
         data = CocoDataModule(
@@ -131,6 +132,23 @@ def test_a_pruning_leaves_nothing_behind(make):
     assert not np.array_equal(before.pruned, between.pruned)
     assert (before.sparsity, before.scores) == (again.sparsity, again.scores)
     assert len(passes) == gathered
+
+
+def test_a_change_draws_one_picture_and_a_new_prompt_two(make):
+    """The dense picture of a prompt and seed is drawn once: passes of the U-Net, counted by a hook."""
+    playground, passes = make(), []
+    playground.module.pipeline.components["unet"].register_forward_hook(lambda *_: passes.append(1))
+
+    def spent(seen):
+        passes.clear()
+        playground.show(seen)
+        return len(passes) / STEPS
+
+    assert spent(view(unet=Choice(0.2))) == 2
+    assert spent(view(unet=Choice(0.4))) == 1
+    assert spent(view("a blue ring", unet=Choice(0.4))) == 2
+    assert spent(view(seed=1, unet=Choice(0.4))) == 2
+    assert spent(view(unet=Choice(0.2))) == 1
 
 
 def test_all_statistics_can_be_gathered_at_the_start(make):

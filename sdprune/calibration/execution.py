@@ -101,61 +101,79 @@ def following(component: nn.Module, targets: Sequence[Target]) -> Iterator[Flow]
         What is known at the end; no blocks where one runs several times or inside another, or is written into by a
         later one.
     """
-    found, seen = Flow(), Dependencies()
-    running: list[str] = []
-    outputs: list[tuple[Tensor, int]] = []
-    sound, inside, over = True, ExitStack(), False
-
-    def called(module: nn.Module, args: Any, kwargs: Any) -> None:
-        if not over:
-            found.inputs = bytes_of((args, kwargs))
-            inside.enter_context(seen)
-
-    def returned(*_: Any) -> None:
-        nonlocal over
-        over = True
-        inside.close()
-
-    def begin(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
-        nonlocal sound
-        if over:
-            return
-        sound = sound and not running and name not in found.blocks
-        running.append(name)
-        found.reads.append((len(found.blocks), seen.marks((args, kwargs))))
-
-    def end(name: str, module: nn.Module, args: Any, output: Any) -> None:
-        if over:
-            return
-        running.pop()
-        seen.mark(output, 1 << len(found.blocks))
-        outputs.extend((value, value._version) for value in tree_iter(output) if isinstance(value, Tensor))
-        found.sizes.append(Counter(bytes_of(one) for one in tree_iter(output) if isinstance(one, Tensor)))
-        found.blocks.append(name)
-
-    def hear(target: Target, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if over:
-            return
-        done = len(found.blocks)
-        found.places[target.name] = found.places.get(target.name, (done, done))[0], done
-        if not running:
-            found.reads.append((done, seen.marks((args, kwargs))))
-
+    follower = _Follower()
     with ExitStack() as stack:
-        stack.enter_context(inside)
-        stack.callback(component.register_forward_pre_hook(called, with_kwargs=True).remove)
-        stack.callback(component.register_forward_hook(returned).remove)
+        stack.enter_context(follower.inside)
+        stack.callback(component.register_forward_pre_hook(follower.called, with_kwargs=True).remove)
+        stack.callback(component.register_forward_hook(follower.returned).remove)
         for name in block_names(component):
             block = component.get_submodule(name)
-            stack.callback(block.register_forward_pre_hook(partial(begin, name), with_kwargs=True).remove)
-            stack.callback(block.register_forward_hook(partial(end, name)).remove)
+            stack.callback(block.register_forward_pre_hook(partial(follower.begin, name), with_kwargs=True).remove)
+            stack.callback(block.register_forward_hook(partial(follower.end, name)).remove)
         for target in targets:
             for one in target.by_module:
-                stack.callback(one.module.register_forward_pre_hook(partial(hear, one), with_kwargs=True).remove)
-        yield found
-    found.order = list(found.places)
-    if not sound or any(value._version != version for value, version in outputs):
-        found.blocks = []
+                hook = one.module.register_forward_pre_hook(partial(follower.reached, one), with_kwargs=True)
+                stack.callback(hook.remove)
+        yield follower.flow
+    follower.finish()
+
+
+class _Follower:
+    """The hooks of `following`; `flow` is what they find."""
+
+    def __init__(self) -> None:
+        self.flow = Flow()
+        self.inside = ExitStack()
+        """Open while the component runs for the first time."""
+        self._seen = Dependencies()
+        self._running: list[str] = []
+        self._outputs: list[tuple[Tensor, int]] = []
+        self._sound, self._over = True, False
+
+    def called(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """The component begins."""
+        if not self._over:
+            self.flow.inputs = bytes_of((args, kwargs))
+            self.inside.enter_context(self._seen)
+
+    def returned(self, *_: Any) -> None:
+        """The component ends."""
+        self._over = True
+        self.inside.close()
+
+    def begin(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """A block begins."""
+        if self._over:
+            return
+        self._sound = self._sound and not self._running and name not in self.flow.blocks
+        self._running.append(name)
+        self.flow.reads.append((len(self.flow.blocks), self._seen.marks((args, kwargs))))
+
+    def end(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
+        """A block ends."""
+        if self._over:
+            return
+        self._running.pop()
+        self._seen.mark(output, 1 << len(self.flow.blocks))
+        tensors = [value for value in tree_iter(output) if isinstance(value, Tensor)]
+        self._outputs += [(value, value._version) for value in tensors]
+        self.flow.sizes.append(Counter(map(bytes_of, tensors)))
+        self.flow.blocks.append(name)
+
+    def reached(self, target: Target, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """A layer begins."""
+        if self._over:
+            return
+        done = len(self.flow.blocks)
+        self.flow.places[target.name] = self.flow.places.get(target.name, (done, done))[0], done
+        if not self._running:
+            self.flow.reads.append((done, self._seen.marks((args, kwargs))))
+
+    def finish(self) -> None:
+        """Conclude, when nothing runs any more."""
+        self.flow.order = list(self.flow.places)
+        if not self._sound or any(value._version != version for value, version in self._outputs):
+            self.flow.blocks = []
 
 
 def bytes_of(values: Any) -> int:

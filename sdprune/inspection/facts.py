@@ -16,7 +16,7 @@ from sdprune.errors import InputError, unknown
 from sdprune.inspection.model import modules_of, stored_of
 from sdprune.pipelines import DiffusersFamily, Sampling
 from sdprune.pipelines.reduced import outermost
-from sdprune.pipelines.trace import LATENTS, TEXT, TIMESTEP, targets_of, trace
+from sdprune.pipelines.trace import LATENTS, TEXT, TIMESTEP, Trace, targets_of, trace
 from sdprune.pruning import Criterion, PruneSpec, Target, statistic
 from sdprune.pruning.memory import named_tensors, region
 from sdprune.pruning.selection import count
@@ -56,42 +56,30 @@ def inspect(
         if name not in roles and name not in roles.values():
             raise unknown("component or role", name, dict.fromkeys([*roles, *roles.values()]))
     modules = modules_of(family)
-    prunable = {name: modules[name] for name in roles}
-    every = {name: targets_of(module, LAYER_KINDS) for name, module in prunable.items()}
-    flows: dict[str, Flow] = {}
-
-    @contextmanager
-    def followed() -> Iterator[None]:
-        with ExitStack() as stack:
-            flows.update({name: stack.enter_context(following(modules[name], own)) for name, own in every.items()})
-            yield
-
-    found = trace(family, modules, every, Sampling(steps), followed)
-    useful = {
-        name: _useful(module, targets_of(module, layers), found.unread[name]) for name, module in prunable.items()
-    }
-    idle = {name: family.prunable[name].idle(layers, module) for name, module in prunable.items()}
-    chosen = {
-        name: [one for one in own if not any(fnmatchcase(one.name, pattern) for pattern in idle[name])]
-        for name, own in useful.items()
-    }
+    found, flows = _traced(family, modules, steps)
     components: dict[str, Any] = {}
+    chosen: dict[str, list[Target]] = {}
     for name, module in modules.items():
         components[name] = {
             "class": type(module).__name__, "role": roles.get(name),
             "parameters": _size(module.parameters()), "stored": stored_of(family, name),
         }  # fmt: skip
-        if name in roles:
-            denoises, flow = name == family.denoiser, flows[name]
-            order, calls = flow.order, found.calls if denoises else 1
-            kept = (captions * calls + 1) * bytes_per_number // 4  # the trace is one of float32
-            components[name] |= {
-                "kinds": _kinds(module), "tied": _tied(module), "blocks": _blocks(chosen[name], order),
-                "unread": _unread(module, found.unread[name]),
-                "inputs": _inputs(chosen[name], {one: found.inputs[name, one] for one in order}, denoises),
-                "idle": _idle(useful[name], chosen[name]),
-                "criteria": _costs(chosen[name], flow, steps if denoises else 1, memory, kept),
-            }  # fmt: skip
+        if name not in roles:
+            continue
+        denoises, flow = name == family.denoiser, flows[name]
+        useful = _useful(module, targets_of(module, layers), found.unread[name])
+        patterns = family.prunable[name].idle(layers, module)
+        targets = [one for one in useful if not any(fnmatchcase(one.name, pattern) for pattern in patterns)]
+        calls = found.calls if denoises else 1
+        kept = (captions * calls + 1) * bytes_per_number // 4  # the trace is one of float32
+        chosen[name] = targets
+        components[name] |= {
+            "kinds": _kinds(module), "tied": _tied(module), "blocks": _blocks(targets, flow.order),
+            "unread": _unread(module, found.unread[name]),
+            "inputs": _inputs(targets, {one: found.inputs[name, one] for one in flow.order}, denoises),
+            "idle": _idle(useful, targets),
+            "criteria": _costs(targets, flow, steps if denoises else 1, memory, kept),
+        }  # fmt: skip
     wanted = {name: sparsities.get(name, sparsities.get(role, 0.0)) for name, role in roles.items()}
     return {
         "family": type(family).__name__, "parameters": sum(one["parameters"] for one in components.values()),
@@ -99,6 +87,20 @@ def inspect(
         "bytes_per_number": bytes_per_number, "components": components,
         "pruned": _pruned(chosen, {name: components[name]["parameters"] for name in roles}, wanted),
     }  # fmt: skip
+
+
+def _traced(family: DiffusersFamily, modules: Mapping[str, nn.Module], steps: int) -> tuple[Trace, dict[str, Flow]]:
+    """One picture drawn without numbers, and how its values go through the blocks of each prunable component."""
+    targets = {name: targets_of(modules[name], LAYER_KINDS) for name in family.prunable}
+    flows: dict[str, Flow] = {}
+
+    @contextmanager
+    def followed() -> Iterator[None]:
+        with ExitStack() as stack:
+            flows.update({name: stack.enter_context(following(modules[name], own)) for name, own in targets.items()})
+            yield
+
+    return trace(family, modules, targets, Sampling(steps), followed), flows
 
 
 def _useful(module: nn.Module, targets: Sequence[Target], unread: Sequence[str]) -> list[Target]:

@@ -18,10 +18,12 @@ from sdprune.pipelines import DiffusersFamily, Sampling
 
 PROMPTS = ("a photograph of a cat on a table", "two red birds")
 _UNGUIDED = ("a blue chair",)
+Pictures = tuple[Tensor, Tensor]
+"""Guided ones and one without guidance, [b, 3, height, width] in floating point as the pipeline gives them."""
 
 
-def draw(family: DiffusersFamily, sampling: Sampling) -> tuple[Tensor, Tensor]:
-    """Pictures as the pipeline gives them, [b, 3, height, width] in floating point: two guided ones, one without."""
+def draw(family: DiffusersFamily, sampling: Sampling) -> Pictures:
+    """Draw two guided pictures, and one without guidance."""
     found = []
     for prompts, guidance in ((PROMPTS, sampling.guidance), (_UNGUIDED, 1.0)):
         one = replace(sampling, guidance=guidance)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from sdprune.errors import InputError, unknown
 from sdprune.files import write_json
 from sdprune.inspection.model import modules_of
-from sdprune.lossless.drawing import Rows, draw, poison, recording, same, seconds
+from sdprune.lossless.drawing import Pictures, Rows, draw, poison, recording, same, seconds
 from sdprune.lossless.files import New, write_reduced, write_shards
 from sdprune.pipelines import DiffusersFamily, Sampling
 from sdprune.pipelines.reduced import TIMESTEPS, Table, module_names, whole_modules
@@ -67,21 +67,7 @@ def lossless(
         raise InputError(f"{family.name}: there is nothing to remove{more}. Nothing was written.")
     size = sum(path.stat().st_size for path in tree.files)
     with making(tree, out, size) as part:
-        family.load(dtype, device)
-        with recording(family.components[family.denoiser], timed, family.timestep) as rows:
-            before = draw(family, sampling)
-        denoiser = family.components[family.denoiser]
-        rows.rows = {
-            one: own for one, own in rows.rows.items() if len(rows.timesteps) < _linear(denoiser, one).in_features
-        }
-        poison(family.components, removed)
-        if not all(map(same, before, draw(family, sampling))):
-            raise InputError(
-                f"Pictures of {family.name} change with weights that no picture should depend on: "
-                f"{', '.join(_dotted(removed)[:5])}. Keep them: --keep=PATTERN. Nothing was written."
-            )
-        del denoiser
-        family.unload()  # two models may not fit into memory
+        before, rows = _originals(family, removed, timed, sampling, dtype, device)
         lost = _write(family, tree, part, removed, rows)
         own = type(family)(str(part), variant=family.variant)
         own.load(dtype, device)
@@ -102,6 +88,30 @@ def lossless(
         }  # fmt: skip
         write_json(part / FACTS, facts)
     return facts
+
+
+def _originals(
+    family: DiffusersFamily, removed: Removed, timed: Sequence[str], sampling: Sampling, dtype: torch.dtype,
+    device: torch.device,
+) -> tuple[Pictures, Rows]:  # fmt: skip
+    """The model's own pictures, which are the same without what is removed, and the rows of tables.
+
+    Raises:
+        InputError: they are not the same.
+    """
+    family.load(dtype, device)
+    denoiser = family.components[family.denoiser]
+    with recording(denoiser, timed, family.timestep) as rows:
+        pictures = draw(family, sampling)
+    rows.rows = {one: own for one, own in rows.rows.items() if len(rows.timesteps) < _linear(denoiser, one).in_features}
+    poison(family.components, removed)
+    if not all(map(same, pictures, draw(family, sampling))):
+        raise InputError(
+            f"Pictures of {family.name} change with weights that no picture should depend on: "
+            f"{', '.join(_dotted(removed)[:5])}. Keep them: --keep=PATTERN. Nothing was written."
+        )
+    family.unload()  # two models may not fit into memory
+    return pictures, rows
 
 
 def _find(family: DiffusersFamily, keep: Sequence[str], steps: int) -> tuple[Removed, list[str]]:

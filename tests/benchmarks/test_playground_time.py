@@ -13,8 +13,9 @@ import pytest
 
 pytest.importorskip("gradio", reason="there is no gradio: pip install '.[playground]'")
 
-from sdprune.mini.captions import SHAPES  # noqa: E402
-from test_playground_page import options, serving, type_in  # noqa: E402
+from test_playground_page import options, serving, type_in
+
+from sdprune.mini.captions import SHAPES
 
 FULL = os.environ.get("SDPRUNE_BENCHMARK") == "1"
 CHANGES = 8 if FULL else 2

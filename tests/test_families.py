@@ -217,6 +217,25 @@ def flat(values):
         yield from (x for x in (one if isinstance(one, list) else [one]) if isinstance(x, torch.Tensor))
 
 
+@pytest.mark.parametrize("guidance", [1.0, GUIDED])
+def test_embeddings_are_all_that_the_denoiser_reads_of_a_step(family, guidance):
+    """With those of the empty or negative prompts where it is guided by them."""
+    name, directory = family
+    model, read = loaded(name, directory), []
+
+    def keep(module, args, kwargs):
+        given = inspect.signature(module.forward).bind(*args, **kwargs).arguments
+        read.extend(given["cap_feats" if name == "ZImage" else "encoder_hidden_states"])
+
+    handle = model.components[model.denoiser].register_forward_pre_hook(keep, with_kwargs=True)
+    model.generate(PROMPTS, SEEDS, Sampling(steps=1, guidance=guidance, **SMALL), decode=False)
+    handle.remove()
+    assert len(read) == len(PROMPTS) * (2 if guidance > 1 and name != "Flux" else 1)
+    encoded = [one for batch in model.encode(PROMPTS, guidance) for one in batch]
+    for item in read:
+        assert any(one.shape[1:] == item.shape[1:] and torch.equal(one[: len(item)], item) for one in encoded)
+
+
 def test_tokens_that_are_no_padding(family):
     name, _ = family
     model = loaded(*family)

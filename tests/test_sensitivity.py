@@ -265,10 +265,12 @@ def test_errors_of_a_denoiser_are_those_of_its_guided_prediction(sdprune, tmp_pa
             assert found == pytest.approx(sum(ratios) / 2, rel=1e-3)
 
 
-def test_text_encoders_are_measured_by_what_the_denoiser_reads(sdprune, tmp_path):
+@pytest.mark.parametrize("guidance", [1.0, 2.5])
+def test_text_encoders_are_measured_by_what_the_denoiser_reads(sdprune, tmp_path, guidance):
+    """Guided, that is the empty prompt beside each other one."""
     options = [
-        "--model.prune.unet.sparsity=0", f"--model.prune.text_encoder.allocation={SMALL}",
-        "--model.prune.text_encoder.include=['*0.self_attn.q_proj']",
+        "--model.prune.unet.sparsity=0", f"--model.sampling.guidance={guidance}",
+        f"--model.prune.text_encoder.allocation={SMALL}", "--model.prune.text_encoder.include=['*0.self_attn.q_proj']",
     ]  # fmt: skip
     told = sdprune(*fit("prune", tmp_path, *options))
     assert (told.code, told.err) == (0, "")
@@ -283,16 +285,21 @@ def test_text_encoders_are_measured_by_what_the_denoiser_reads(sdprune, tmp_path
     ((name, errors),) = load_file(file).items()
     tokenizer, encoder = model.tokenizers["tokenizer"], model.components["text_encoder"]
     ids = tokenizer(
-        list(source.load()["caption"])[:2], padding="max_length", max_length=tokenizer.model_max_length,
+        [*list(source.load()["caption"])[:2], ""], padding="max_length", max_length=tokenizer.model_max_length,
         return_tensors="pt",
     ).input_ids  # fmt: skip
+
+    def read():
+        one, other, empty = encoder(ids)[0]
+        return [torch.cat([own, empty] if guidance > 1 else [own]) for own in (one, other)]
+
     with torch.no_grad():
-        dense, weight = encoder(ids)[0], encoder.get_submodule(name).weight
+        dense, weight = read(), encoder.get_submodule(name).weight
         original = weight.clone()
         for level, found in zip((0.3, 0.8), errors.tolist(), strict=True):
             weight.copy_(lowest(original, level))
-            change = (encoder(ids)[0] - dense).square().sum((1, 2)) / dense.square().sum((1, 2))
-            assert found == pytest.approx(float(change.mean()), rel=1e-3)
+            change = [(now - own).square().sum() / own.square().sum() for now, own in zip(read(), dense, strict=True)]
+            assert found == pytest.approx(float(sum(change)) / 2, rel=1e-3)
 
 
 def noting(monkeypatch, seen, most=math.inf):

@@ -108,6 +108,10 @@ class PromptSubject:
             return {"padding": self.calibration.padding}
         return self.drawing() | {"unconditional": self.calibration.unconditional}
 
+    def guided(self) -> dict[str, Any]:
+        """What embeddings depend on that are compared: guided, those of the empty prompt are among them."""
+        return {"guided": self.sampling.guidance > 1} if self.component.role == "text" else {}
+
     def drawing(self) -> dict[str, Any]:
         """What the latents depend on beside model and prompts."""
         return {"sampling": self.sampling.describe(), "seed": self.seed}
@@ -165,7 +169,7 @@ class Requests:
             "component": component, "prune": {**alone.describe(), "sparsity": None},
             "probe": asdict(probe) | {"read_at": read_at},
             "reads": [one.facts for one in before], **self.facts, **subject.facts(),
-            **(subject.drawing() if read_at == "prediction" else {}),
+            **(subject.drawing() if read_at == "prediction" else subject.guided()),
         }  # fmt: skip
         for name in (AloneError.name, NAME):
             read, of = tuple(before), {**facts, "statistic": name}
@@ -183,6 +187,7 @@ class Requests:
         facts = {
             "component": component, "statistic": RemovalError.name, "narrow": {**spec.describe(), "flops": None},
             "probe": asdict(spec.probe), "reads": [one.facts for one in before], **self.facts, **subject.facts(),
+            **subject.guided(),
         }  # fmt: skip
         return [Request(component, RemovalError.name, some, facts, False, tuple(before), spec.probe, spec)]
 

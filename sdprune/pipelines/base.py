@@ -331,8 +331,12 @@ class DiffusersFamily(ABC):
 
     # --- running ---------------------------------------------------------------------------------------------
 
-    def encode(self, prompts: Sequence[str]) -> list[Tensor]:
-        """Run the text encoders alone, one after another, as in generation without guidance.
+    def encode(self, prompts: Sequence[str], guidance: float = 1.0) -> list[Tensor]:
+        """Run the text encoders alone, one after another, as generation does.
+
+        Args:
+            prompts: one an item.
+            guidance: as in sampling; guided, the empty or negative prompt of each item is encoded too.
 
         Returns:
             What the denoiser reads of them, [b, ...] each.
@@ -340,14 +344,19 @@ class DiffusersFamily(ABC):
         import torch
         from torch.nn.utils.rnn import pad_sequence
 
-        pipe = self._pipe
-        wanted = {
-            **_defaults(pipe.__call__), **self.call, "prompt": list(prompts), "device": pipe._execution_device,
-            "num_images_per_prompt": 1, "do_classifier_free_guidance": False,
-        }  # fmt: skip
+        pipe, guide = self._pipe, self.guide(guidance, len(prompts))
         taken = inspect.signature(pipe.encode_prompt).parameters
+        wanted = {
+            **_defaults(pipe.__call__), **self.call, **guide, "prompt": list(prompts),
+            "device": pipe._execution_device, "num_images_per_prompt": 1, "do_classifier_free_guidance": guidance > 1,
+        }  # fmt: skip
+        runs = [wanted]
+        if guidance > 1 and guide.get("negative_prompt") and "negative_prompt" not in taken:
+            runs.append({**wanted, "prompt": guide["negative_prompt"]})  # such a pipeline encodes it by a second call
+        found: list[Any] = []
         with torch.no_grad(), self._running(pipe):
-            found = pipe.encode_prompt(**{name: value for name, value in wanted.items() if name in taken})
+            for run in runs:
+                found += pipe.encode_prompt(**{name: value for name, value in run.items() if name in taken})
         lists = [pad_sequence(one, batch_first=True) for one in found if isinstance(one, list) and one]
         tensors = [one for one in found if isinstance(one, torch.Tensor)]
         return [one for one in [*lists, *tensors] if one.is_floating_point() and len(one) == len(prompts)]

@@ -157,7 +157,8 @@ def _of_last_block(pattern: str, names: Sequence[str]) -> str:
 
 
 class TextEncoder(Component):
-    """Reads tokens. Runs without guidance: the empty prompt would count as often as all others together."""
+    """Reads tokens. Statistics are of runs without guidance, where the empty prompt would count as often as all others
+    together; in errors it does, since guided predictions depend on it as much."""
 
     role = "text"
 
@@ -186,7 +187,10 @@ class TextEncoder(Component):
     ) -> Callable[[], Tensor]:
         import torch
 
-        return lambda: torch.cat([one.flatten(1) for one in self.family.encode(prompts)], 1)
+        def encoded() -> Tensor:
+            return torch.cat([one.flatten(1) for one in self.family.encode(prompts, sampling.guidance)], 1)
+
+        return encoded
 
     def predictions(  # noqa: D102
         self, prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling, steps: int

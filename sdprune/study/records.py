@@ -114,7 +114,8 @@ def _tell_apart(rows: list[dict[str, Any]], facts: Mapping[int, Mapping[str, str
         alike = [facts[group] for group in titles if titles[group] == title]
         common = set.intersection(*(set(one) for one in alike))
         differ = [name for name in alike[0] if name in common and len({one[name] for one in alike}) > 1]
-        words[title] = differ[:3]
+        own = [name for name in differ if not name.startswith("protocol ")]  # real images differ with their prompts
+        words[title] = (own or differ)[:3]
     for row in rows:
         group = row["group"]
         start = ", ".join(f"{name} {facts[group][name]}" for name in words[titles[group]])

@@ -302,10 +302,22 @@ def test_nothing_is_wider_than_the_window_light_and_dark(report, visit, width):
     for theme in ("light", "dark"):
         page.locator("#theme").select_option(theme)
         assert page.evaluate(back) == light[theme]
+    page.get_by_text("columns", exact=True).click()
+    assert page.get_by_label("n", exact=True).is_visible()
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
     point(page, "unet magnitude 40 %").click()
     box = page.get_by_role("dialog").bounding_box()
     assert box["x"] >= 0
     assert box["x"] + box["width"] <= width
+
+
+def test_on_paper_tables_are_whole_and_controls_are_left_out(report, visit):
+    page = visit(report, color_scheme="dark")
+    page.emulate_media(media="print")
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    assert page.locator("#table th").first.inner_text() == "rank"
+    assert [page.locator(one).is_visible() for one in ("nav", "#copy", "#filter", "#theme", "#menu")] == [False] * 5
+    assert page.locator("#runs .wide").evaluate("one => one.scrollHeight - one.clientHeight") <= 0
 
 
 def test_html_of_others_is_shown_and_never_run(tmp_path, visit):

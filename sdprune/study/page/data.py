@@ -23,7 +23,15 @@ SAFE = 0.02
 """Share of the dense model's score; runs that surely lost no more of it come first."""
 _LOWER = ("fid", "fid_infinity", "kid", "mmd", "cmmd", "dense_feature_distance")
 _HIGHER = ("clip_score", "clip_gap", "correct", "precision", "recall", "dense_ssim", "dense_psnr")
-_WORDS = {"fid": "FID", "clip_score": "CLIP score", "clip_gap": "CLIP gap", "kid": "KID", "mmd": "MMD", "cmmd": "CMMD"}
+_WORDS = {
+    "fid": "FID",
+    "fid_infinity": "FID at infinity",
+    "clip_score": "CLIP score",
+    "clip_gap": "CLIP gap",
+    "kid": "KID",
+    "mmd": "MMD",
+    "cmmd": "CMMD",
+}
 _COMPARED = {"dense_ssim": "SSIM to the dense model's images", "dense_psnr": "PSNR to the dense model's images, dB",
              "dense_feature_distance": "feature distance to the dense model's images"}  # fmt: skip
 

@@ -109,8 +109,8 @@ def test_the_chart_shows_each_run_and_reacts(report, visit):
     point(page, "unet magnitude 40 %").hover()
     tip = page.locator("#tip").inner_text()
     assert tip.startswith("unet magnitude 40 %")
-    assert "FID 9.500 (\u22128.570 [\u22129.570, \u22127.570] to the dense model)" in tip  # 9.5 - 18.07, +- 1
-    assert f"n = {N}" in tip
+    assert "FID 9.50 (difference to dense \u22128.57 [\u22129.57, \u22127.57])" in tip  # 9.5 - 18.07, +- 1
+    assert f"n\u00a0=\u00a0{N}" in tip
     page.get_by_role("button", name="text_encoder magnitude", exact=True).click()
     page.wait_for_selector("#chart[data-drawn$=' 2']")
     assert page.locator(POINTS).count() == len(RUNS) - 2
@@ -121,6 +121,7 @@ def test_the_chart_shows_each_run_and_reacts(report, visit):
     words = page.locator("#chart").inner_text()
     assert "FID (lower is better)" in words
     assert "nominal sparsity, %" in words
+    assert "FID (lower is better) against nominal sparsity" in page.locator("#chart").get_attribute("aria-label")
 
 
 def test_more_methods_than_colours_are_told_apart(tmp_path, visit):
@@ -160,6 +161,53 @@ def test_a_point_opens_its_run_by_mouse_and_by_keyboard(report, visit):
     point(page, "unet magnitude 40 %").focus()
     page.keyboard.press("Enter")
     assert page.get_by_role("dialog").get_by_role("heading").inner_text() == "unet magnitude 40 %"
+    page.get_by_role("button", name="which prompts it broke").click()
+    assert page.evaluate("document.activeElement.id") == "broken"
+    assert page.locator("#broken option:checked").inner_text() == "unet magnitude 40 %"
+    assert not page.locator("#tip").is_visible()  # it was of the point that had the focus
+
+
+def test_all_that_a_key_reaches_has_a_name_and_shows_the_focus(report, visit):
+    """As the browser computes both."""
+    page = visit(report)
+    focused, seen = "document.activeElement", []
+    style = f"getComputedStyle({focused})"
+    for _ in range(90):
+        page.keyboard.press("Tab")
+        if page.evaluate(f"{focused} === document.body"):
+            break
+        name = f"{focused}.id || {focused}.getAttribute('class') || {focused}.tagName"
+        seen.append(page.evaluate(f"[{name}, {style}.outlineStyle, parseFloat({style}.outlineWidth)]"))
+    assert {name for name, *_ in seen} >= {"theme", "link", "measure", "filter", "copy", "slider", "hold", "broken"}
+    assert [one for one in seen if one[1] != "solid" or one[2] < 2] == []
+    tree = page.locator("body").aria_snapshot()
+    nameless = re.findall(r"^ *- (?:slider|combobox|searchbox|button|link|img)(?= *(?:\[.*\])?:? *$)", tree, re.M)
+    assert nameless == []
+
+
+def test_colours_of_the_chart_are_seen_on_either_ground(report, visit):
+    """Contrast of at least 3:1, as WCAG 2.2 (1.4.11) defines it."""
+    page = visit(report)
+    for theme in ("light", "dark"):
+        page.locator("#theme").select_option(theme)
+        ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
+        shown = page.evaluate(
+            "[...document.querySelectorAll('script[type=module]')].at(-1).textContent.match(/COLOURS = (.*?);/)[1]"
+        )
+        for colour in json.loads(shown):
+            page.evaluate("one => { document.getElementById('copied').style.color = one }", colour)
+            found = page.evaluate("getComputedStyle(document.getElementById('copied')).color")
+            assert contrast(found, ground) >= 3, (theme, colour)
+
+
+def contrast(*colours):
+    """Of two colours that a browser computed, rgb(r, g, b)."""
+    bright = []
+    for colour in colours:
+        parts = [int(part) / 255 for part in re.findall(r"\d+", colour)]
+        linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+        bright.append(0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2] + 0.05)
+    return max(bright) / min(bright)
 
 
 def test_the_slider_changes_the_pictures(report, visit):
@@ -173,7 +221,8 @@ def test_the_slider_changes_the_pictures(report, visit):
     slider.fill("0")
     assert colours(cards) == [dense] * 4
     slider.fill("1")  # 30 %
-    assert page.locator("#at").inner_text() == "30.0 %"
+    assert page.get_by_role("slider", name="sparsity").get_attribute("aria-valuetext") == "30.0\u00a0%"
+    assert page.locator("#at").inner_text() == "30.0\u00a0%"
     assert colours(cards) == [dense, dense, RUNS["magnitude 30"][3], dense]
     slider.focus()
     page.keyboard.press("End")  # 60 %
@@ -212,6 +261,15 @@ def test_the_table_sorts_filters_and_is_copied(report, visit):
     lines = [line.split("\t") for line in page.evaluate("navigator.clipboard.readText()").splitlines()]
     assert [line[lines[0].index("n")] for line in lines] == ["n", str(N), str(N)]
     assert [line[1] for line in lines] == ["run", "text_encoder wanda 60 %", "text_encoder magnitude 60 %"]
+    losses = [line[lines[0].index("CLIP score \u2212 dense".replace("\u2212", "-"))] for line in lines[1:]]
+    assert losses == [
+        "-0.0660 [-0.0680, -0.0640]",
+        "-0.0460 [-0.0480, -0.0440]",
+    ]  # 0.248 and 0.268 less 0.314, +- 0.002
+    page.keyboard.press("Tab")  # out of the list of columns, which closes
+    assert not page.get_by_label("n", exact=True).is_visible()
+    page.locator("#filter").fill("sparsegpt")
+    assert page.locator("#copied").inner_text() == "no run has these words"
 
 
 def test_prompts_are_ordered_by_what_they_lost(report, visit):
@@ -244,10 +302,22 @@ def test_nothing_is_wider_than_the_window_light_and_dark(report, visit, width):
     for theme in ("light", "dark"):
         page.locator("#theme").select_option(theme)
         assert page.evaluate(back) == light[theme]
+    page.get_by_text("columns", exact=True).click()
+    assert page.get_by_label("n", exact=True).is_visible()
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
     point(page, "unet magnitude 40 %").click()
     box = page.get_by_role("dialog").bounding_box()
     assert box["x"] >= 0
     assert box["x"] + box["width"] <= width
+
+
+def test_on_paper_tables_are_whole_and_controls_are_left_out(report, visit):
+    page = visit(report, color_scheme="dark")
+    page.emulate_media(media="print")
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    assert page.locator("#table th").first.inner_text() == "rank"
+    assert [page.locator(one).is_visible() for one in ("nav", "#copy", "#filter", "#theme", "#menu")] == [False] * 5
+    assert page.locator("#runs .wide").evaluate("one => one.scrollHeight - one.clientHeight") <= 0
 
 
 def test_html_of_others_is_shown_and_never_run(tmp_path, visit):
@@ -306,9 +376,13 @@ def no_clip_score(results):
     ("names", "how", "words"),
     [
         (["dense"], None, "Only the dense model was run"),
-        (["wanda 60", "unet 40"], None, "The run that lost least: unet magnitude 40 %"),  # no dense one to compare with
-        (["dense", "unet 40"], no_samples, "The sparsest run that lost at most 2\u00a0%"),
-        (["dense", "wanda 60"], no_clip_score, "The run that lost least: text_encoder wanda 60 %"),
+        (
+            ["wanda 60", "unet 40"],
+            None,
+            "The run with the lowest FID: unet magnitude 40 %",
+        ),  # no dense one to compare with
+        (["dense", "unet 40"], no_samples, "The sparsest run that surely lost at most 2\u00a0%"),
+        (["dense", "wanda 60"], no_clip_score, "The run with the lowest FID: text_encoder wanda 60 %"),
     ],
 )
 def test_a_page_of_little_draws_what_there_is(tmp_path, visit, names, how, words):

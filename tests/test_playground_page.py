@@ -151,7 +151,7 @@ def test_the_page_draws_and_the_slider_changes_it(page):
         "dense: a red star", "pruned: a red star"
     ]  # fmt: skip
     assert page.locator("#slider img").count() == 2
-    assert "clip score" in page.locator("#scores").inner_text()
+    assert {"CLIP score", "SSIM to dense"} <= set(page.locator("#scores td:first-child").all_inner_texts())
     assert not np.array_equal(dense, pruned)
     zeros = page.locator("#zeros").inner_text()
     page.locator("#unet-sparsity input[type=range]").focus()
@@ -192,6 +192,45 @@ def test_nothing_is_wider_than_the_window(page, width):
     page.set_viewport_size({"width": 1280, "height": 900})
 
 
+def test_pictures_stay_in_sight_on_a_phone(page):
+    """While the last slider is moved, which is below them."""
+    page.set_viewport_size({"width": 420, "height": 900})
+    page.locator("#unet-sparsity input[type=range]").scroll_into_view_if_needed()
+    page.locator("#unet-sparsity").evaluate("one => one.scrollIntoView({block: 'center'})")
+    slider = page.locator("#unet-sparsity").bounding_box()
+    boxes = [one.bounding_box() for one in page.locator("#pair img").all()]
+    page.set_viewport_size({"width": 1280, "height": 900})
+    assert all(box["y"] >= 0 and box["y"] + box["height"] <= slider["y"] for box in boxes)
+
+
+def test_the_focus_is_seen_wherever_a_key_leads(page):
+    page.locator("#prompt textarea").focus()
+    seen = []
+    for _ in range(40):
+        page.keyboard.press("Tab")
+        if page.evaluate("document.activeElement === document.body"):
+            break
+        seen.append(page.evaluate(
+            "(one => [one.id || one.getAttribute('aria-label') || one.innerText, getComputedStyle(one).outlineStyle, "
+            "parseFloat(getComputedStyle(one).outlineWidth)])(document.activeElement)"
+        ))  # fmt: skip
+    assert {"draw", "many", "seed of the noise", "component"} <= {name for name, *_ in seen}
+    assert [one for one in seen if one[1] != "solid" or one[2] < 2] == []
+
+
+def test_a_refusal_is_in_sight_on_a_phone(page):
+    choose(page, "a red star", 0.3, 0.5)
+    page.set_viewport_size({"width": 420, "height": 900})
+    page.locator("#unet-granularity").evaluate("one => one.scrollIntoView({block: 'center'})")
+    type_in(page, "#unet-granularity", "9:4")
+    page.get_by_role("alert").wait_for()
+    box = page.get_by_role("alert").bounding_box()
+    type_in(page, "#unet-granularity", "default")
+    page.get_by_role("alert").wait_for(state="detached")
+    page.set_viewport_size({"width": 1280, "height": 900})
+    assert 0 <= box["y"] < 100
+
+
 def test_nonsense_is_refused_in_a_line_and_the_pictures_stay(page):
     before = choose(page, "a red star", 0.3, 0.5)
     type_in(page, "#prompt", "  ")
@@ -228,6 +267,8 @@ def test_the_command_on_the_page_draws_the_same(visit, started, sdprune):
     page.wait_for_selector("#command .cm-line")
     command = "".join(page.locator("#command .cm-line").all_inner_texts())
     assert command.startswith("sdprune predict --config mini/playground ")
+    lines = page.locator("#command .cm-content").bounding_box()["height"]
+    assert page.locator("#command").bounding_box()["height"] < lines + 100
     assert re.search("unet: .*criterion: Wanda, allocation: OWL", command)
     runs = started[2] / "again"
     ran = sdprune(*shlex.split(command)[1:], "--model.metrics=[]", f"--model.output={runs}")

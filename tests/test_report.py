@@ -6,6 +6,7 @@ import io
 import json
 import re
 from pathlib import Path
+from urllib.parse import unquote
 
 import numpy as np
 import pytest
@@ -50,7 +51,7 @@ def write(root: Path, prune, fid, clip, n=40, images=None, sizes=SIZES, seed=0, 
             "nominal": share, "components": {c: {**whole, "parameters": size} for c, size in sizes.items()},
             **{w: {**whole, "zero_fraction": share} for w in ("targets", "prunable", "pipeline")},
         },
-        "protocols": {"fid": {"protocol": "inception-2048/study"}}, "scored": {"fid": {"class": "FID"}},
+        "protocols": {"fid": {"protocol": STUDY}}, "scored": {"fid": {"class": "FID"}},
         "roles": {name: "text" if "text" in name else "denoiser" for name in sizes if name != "vae"},
         "samples": ["a dog", "a cat"],
     }  # fmt: skip
@@ -89,6 +90,10 @@ def study(tmp_path):
     write(root, {"text_encoder": spec(0.18), "unet": spec(0.21)}, 17.0, 0.317)
     write(root, {"text_encoder": spec(0.53), "unet": spec(0.07)}, 21.0, 0.307)
     return root
+
+
+STUDY = "inception-2048/study"
+CLAIM = "With 95 % confidence the loss in clip_score is at most 2 % at sparsity unet 42.5 % (n = 99)."
 
 
 def table(out: Path, name: str) -> list[dict[str, str]]:
@@ -315,6 +320,45 @@ def test_unlike_runs_are_reported_apart(study, sdprune):
     assert "12 runs in 2 comparable groups" in told.out
     assert table(study / "report", "2_table6")[0]["FID"] == "30.00"
     assert table(study / "report", "table6")[0]["FID"] == "18.07"
+
+
+def test_titles_say_what_differs_between_groups(study, sdprune):
+    """Draws of captions under one noise seed would have the same title otherwise; prompts have theirs in it."""
+    for seed in (1, 2):
+        for prune, fid in (({}, 30.0), ({"unet": spec(0.4)}, 31.0)):
+            run = write(study / str(seed), prune, fid, 0.2)
+            facts, results = (json.loads((run / f"{name}.json").read_text()) for name in ("config", "results"))
+            finish(run, facts | {"data": {"n": 40, "seed": seed}}, results)
+    told = sdprune("report", study / "1", study / "2", f"--out={study / 'out'}")
+    assert "4 runs in 2 comparable groups" in told.out
+    groups = page_data((study / "out" / "report.html").read_text())["groups"]
+    titles = [group["title"] for group in groups]
+    assert titles == [
+        f"data seed {seed}: a/model, 40 prompts, 20 steps, guidance 7.5, seed 0, {STUDY}" for seed in (1, 2)
+    ]
+    assert "## data seed 2: a/model" in (study / "out" / "report.md").read_text()
+    assert sdprune("report", study / "1", f"--out={study / 'out'}").code == 0
+    (alone,) = page_data((study / "out" / "report.html").read_text())["groups"]
+    assert alone["title"].startswith("a/model, 40 prompts")
+
+
+@pytest.mark.parametrize(("answer", "words"), [({"n": 99}, CLAIM), (None, "No pruned model could be certified.")])
+def test_a_search_among_the_runs_is_named(study, sdprune, answer, words):
+    """It is no run; the page shows its figure."""
+    search = study / "search-unet-<b>"
+    search.mkdir()
+    (search / "search.svg").write_text("<svg xmlns='http://www.w3.org/2000/svg'/>")
+    finish(search, {}, {"search": {"answer": answer, "claims": ["With 95 % confidence another.", CLAIM]}})
+    told = sdprune("report", study)
+    assert (told.code, told.err) == (0, "")
+    assert "11 runs in 1 comparable group" in told.out
+    page = (study / "report" / "report.html").read_text()
+    assert f"<summary>search-unet-&lt;b&gt;: {words}</summary>" in page
+    (figure,) = re.findall(r'src="([^"]*search.svg)"', without_scripts(page))
+    assert (study / "report" / unquote(figure)).resolve() == search / "search.svg"
+    assert f"- search-unet-&lt;b&gt;: {words}".replace("_", r"\_") in (study / "report" / "report.md").read_text()
+    assert sdprune("report", study, "--single-file").code == 0
+    assert not re.search(r'(src|href)="(?!data:|#)', without_scripts((study / "report" / "report.html").read_text()))
 
 
 def test_published_values_stand_beside_sd2_only_and_a_reference_beside_any(study, sdprune, tmp_path):

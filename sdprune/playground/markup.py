@@ -14,6 +14,7 @@ from PIL import Image
 from sdprune.playground.core import Shown
 from sdprune.pruning import scopes
 
+_SHORT = ("clip", "mse", "ssim", "lpips", "pickscore")
 _SMALL = 128  # pixels: below, a picture is enlarged without smoothing
 
 
@@ -54,10 +55,10 @@ def strip(prompt: str, component: str, pictures: Sequence[tuple[float, np.ndarra
 def scores(shown: Shown) -> str:
     """What is said of the two pictures."""
     rows = [
-        f"<tr><td>{escape(name.replace('_', ' '))}</td>{''.join(f'<td>{_value(one)}</td>' for one in both)}</tr>"
+        f"<tr><td>{escape(_words(name))}</td>{''.join(f'<td>{_value(one)}</td>' for one in both)}</tr>"
         for name, both in shown.scores.items()
     ]
-    head = "<tr><th></th><th>dense</th><th>pruned</th></tr>"
+    head = "<tr><td></td><th>dense</th><th>pruned</th></tr>"
     return f'<table class="facts"><caption>Scores</caption>{head}{"".join(rows)}</table>' if rows else ""
 
 
@@ -88,6 +89,12 @@ def _data(pixels: np.ndarray) -> str:
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, format="PNG")
     return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def _words(name: str) -> str:
+    """The name of a score for people: `dense_ssim` is the SSIM to the dense picture."""
+    words = [word.upper() if word in _SHORT else word for word in name.removeprefix("dense_").split("_")]
+    return " ".join(words) + (" to dense" if name.startswith("dense_") else "")
 
 
 def _value(value: float | bool | None) -> str:

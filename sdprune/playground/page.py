@@ -46,7 +46,7 @@ def build(playground: Playground, origin: Origin) -> gr.Blocks:
     start = playground.start
     with gr.Blocks(title="sdprune playground", delete_cache=(600, 600), analytics_enabled=False) as page:
         gr.HTML(_head(playground), elem_id="head")
-        with gr.Row():
+        with gr.Row(elem_id="main"):
             with gr.Column(scale=2, min_width=300):
                 prompt = gr.Textbox(start.prompt, label="prompt", lines=1, max_lines=3, elem_id="prompt")
                 examples = gr.Examples([[one] for one in playground.module.samples], prompt, label="examples")
@@ -73,7 +73,10 @@ def build(playground: Playground, origin: Origin) -> gr.Blocks:
                     with gr.Column(scale=2, min_width=200):
                         said = gr.HTML(elem_id="scores")
         with gr.Accordion("This as a command and as a configuration", open=False):
-            command = gr.Code(label="command", language="shell", interactive=False, elem_id="command", wrap_lines=True)
+            command = gr.Code(
+                label="command", language="shell", interactive=False, elem_id="command", wrap_lines=True,
+                show_line_numbers=False,
+            )  # fmt: skip
             config = gr.Code(label="seen.yaml", language="yaml", interactive=False, elem_id="config", max_lines=30)
         inputs: list[Any] = [prompt, seed, *(control for part in parts for control in part)]
         showing: dict[str, Any] = {
@@ -122,7 +125,7 @@ def serve(page: gr.Blocks, listening: socket.socket, share: bool) -> None:
     host, port = listening.getsockname()[:2]
     page.queue(max_size=32, api_open=False)
     app = gr.mount_gradio_app(
-        FastAPI(), page, "/", host, port, css_paths=_CSS, theme=gr.themes.Default(**_FONTS), ssr_mode=False,
+        FastAPI(), page, "/", host, port, css_paths=_CSS, theme=_theme(), ssr_mode=False,
         footer_links=[], enable_monitoring=False,
     )  # fmt: skip
     link = _shared(page, host, port) if share else f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
@@ -130,6 +133,15 @@ def serve(page: gr.Blocks, listening: socket.socket, share: bool) -> None:
     settings = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1)
     with contextlib.suppress(KeyboardInterrupt):
         uvicorn.Server(settings).run(sockets=[listening])
+
+
+def _theme() -> gr.themes.Base:
+    """Gradio's own, with text on buttons that has a contrast of 4.5:1."""
+    theme = gr.themes.Default(primary_hue="blue", **_FONTS)
+    return theme.set(
+        button_primary_background_fill="*primary_600", button_primary_background_fill_hover="*primary_700",
+        button_primary_background_fill_dark="*primary_600", button_primary_background_fill_hover_dark="*primary_700",
+    )  # fmt: skip
 
 
 def _shared(page: gr.Blocks, host: str, port: int) -> str:

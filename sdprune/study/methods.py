@@ -24,7 +24,7 @@ def pruned(kind: str, config: Mapping[str, Any], results: Mapping[str, Any], nam
     found = _pruned(kind, config, results, names)
     narrowed = {name: spec for name, spec in (config.get("narrow") or {}).items() if name in names}
     for name, spec in narrowed.items():
-        words = _words(spec, f"{name} narrow")
+        words = flat_words(spec, f"{name} narrow")
         found |= {f"{kind}: {key}": word for key, word in words.items()}
     if narrowed:
         found[f"{kind}_method"] = f"{NARROWED} {found[f'{kind}_method']}".strip()
@@ -46,7 +46,7 @@ def _pruned(kind: str, config: Mapping[str, Any], results: Mapping[str, Any], na
         choices |= more
     for facts in config.get("calibration") or []:
         if facts["component"] in specs:
-            choices |= _words(facts, "calibration", _CALIBRATION)
+            choices |= flat_words(facts, "calibration", _CALIBRATION)
     return {
         f"{kind}_method": _method(specs[first]),
         f"{kind}_sparsity": sparsity,
@@ -76,13 +76,13 @@ def _method(spec: Mapping[str, Any]) -> str:
 
 
 def _choices(spec: Mapping[str, Any]) -> dict[str, str]:
-    words = _words(spec, "", ("sparsity", "band", "granularity", "class"))
+    words = flat_words(spec, "", ("sparsity", "band", "granularity", "class"))
     if spec.get("band") is not None:
         words["band from"] = f"{spec['band'][0]:g}"
     return words
 
 
-def _words(values: Mapping[str, Any], prefix: str, skipped: tuple[str, ...] = ()) -> dict[str, str]:
+def flat_words(values: Mapping[str, Any], prefix: str, skipped: tuple[str, ...] = ()) -> dict[str, str]:
     """Flatten nested values into words by name: `{"allocation m": "5", "mode": "original"}`."""
     words: dict[str, str] = {}
     for key, value in values.items():
@@ -90,7 +90,7 @@ def _words(values: Mapping[str, Any], prefix: str, skipped: tuple[str, ...] = ()
         if key in skipped:
             continue
         if isinstance(value, Mapping):
-            words |= _words(value, name, skipped if key in ("criterion", "allocation") else ())
+            words |= flat_words(value, name, skipped if key in ("criterion", "allocation") else ())
         else:
             words[name] = _word(value)
     return words

@@ -19,7 +19,7 @@ from sdprune.pipelines.resolve import MINIATURE
 from sdprune.runs.comparison import COMPARED, protocol
 from sdprune.runs.png import read_png
 from sdprune.runs.record import is_whole
-from sdprune.study.methods import KINDS, pruned
+from sdprune.study.methods import KINDS, flat_words, pruned
 from sdprune.study.text import printable
 
 
@@ -32,6 +32,16 @@ class Found(NamedTuple):
     """Budgets that cannot be met, with the reasons that their records give."""
     left_out: list[str]
     """Damaged or unfinished records, each with the reason."""
+    searches: list[SearchFound]
+    """Finished searches, which are no runs."""
+
+
+class SearchFound(NamedTuple):
+    """A finished search: its name, its directory, and what it came to in a line."""
+
+    name: str
+    directory: str
+    answer: str
 
 
 def read(directories: Iterable[str | Path]) -> Found:
@@ -44,7 +54,9 @@ def read(directories: Iterable[str | Path]) -> Found:
     rows: list[dict[str, Any]] = []
     infeasible: set[str] = set()
     left_out: list[str] = []
+    searches: list[SearchFound] = []
     groups: list[tuple[str, dict[str, Any]]] = []
+    facts: dict[int, dict[str, str]] = {}
     for root in roots:
         if not root.is_dir():
             raise InputError(f"No directory {str(root)!r}: give one that `sdprune predict` wrote runs to.")
@@ -53,7 +65,10 @@ def read(directories: Iterable[str | Path]) -> Found:
             results = read_json(directory / "results.json")
             if not is_whole(results):
                 raise InputError("results.json is damaged or of another version: delete it and run again")
-            if "search" in results:  # it has tests of many models, none of them a run
+            if "search" in results:
+                search = results["search"]
+                answer = search["claims"][-1] if search["answer"] else "No pruned model could be certified."
+                searches.append(SearchFound(printable(directory.name), str(directory), printable(answer)))
                 continue
             if "infeasible" in results:
                 infeasible.add(printable(f"{results['label'].rpartition('-')[0]}: {results['infeasible']}"))
@@ -62,8 +77,11 @@ def read(directories: Iterable[str | Path]) -> Found:
             if fingerprint(config) != results["fingerprint"]:
                 raise InputError("config.json is damaged or of another run: delete results.json and run again")
             row = _row(directory, config, results)
-            shared = fingerprint({name: config[name] for name in COMPARED})
-            rows.append({"group": _group(groups, shared, protocol(results)), **row})
+            shared = {name: config[name] for name in COMPARED}
+            words = flat_words({**shared, "protocol": protocol(results)}, "")
+            number = _group(groups, fingerprint(shared), protocol(results))
+            facts.setdefault(number, words)
+            rows.append({"group": number, **row})
         except InputError as error:
             left_out.append(printable(f"{directory}: {error}"))
         except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
@@ -74,7 +92,8 @@ def read(directories: Iterable[str | Path]) -> Found:
         raise InputError(
             f"No finished run below {', '.join(map(str, roots))}: run sdprune predict or sweep first{reason}."
         )
-    return Found(pd.DataFrame(rows), sorted(infeasible), left_out)
+    _tell_apart(rows, facts)
+    return Found(pd.DataFrame(rows), sorted(infeasible), left_out, searches)
 
 
 def _group(groups: list[tuple[str, dict[str, Any]]], shared: str, protocols: Mapping[str, Any]) -> int:
@@ -85,6 +104,22 @@ def _group(groups: list[tuple[str, dict[str, Any]]], shared: str, protocols: Map
             return number
     groups.append((shared, dict(protocols)))
     return len(groups) - 1
+
+
+def _tell_apart(rows: list[dict[str, Any]], facts: Mapping[int, Mapping[str, str]]) -> None:
+    """Begin the titles of groups that are alike with what differs between them: `data seed 1: the miniature, ...`."""
+    titles = {row["group"]: row["title"] for row in reversed(rows)}
+    words = {}
+    for title in set(titles.values()):
+        alike = [facts[group] for group in titles if titles[group] == title]
+        common = set.intersection(*(set(one) for one in alike))
+        differ = [name for name in alike[0] if name in common and len({one[name] for one in alike}) > 1]
+        own = [name for name in differ if not name.startswith("protocol ")]  # real images differ with their prompts
+        words[title] = (own or differ)[:3]
+    for row in rows:
+        group = row["group"]
+        start = ", ".join(f"{name} {facts[group][name]}" for name in words[titles[group]])
+        row["title"] = f"{start}: {row['title']}" if start else row["title"]
 
 
 def _walk(roots: Iterable[Path], left_out: list[str]) -> Iterator[Path]:

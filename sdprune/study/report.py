@@ -19,7 +19,7 @@ from PIL import Image
 from sdprune.files import replacing, require_writable
 from sdprune.study.figures import Figure
 from sdprune.study.group import Study
-from sdprune.study.page.data import as_script, by_category, group
+from sdprune.study.page.data import address, as_script, by_category, group
 from sdprune.study.page.pictures import Pictures
 from sdprune.study.ramesh_zhao import Scores, load_reference, published, report_figures, report_tables
 from sdprune.study.records import read
@@ -52,11 +52,15 @@ def run(arguments: Sequence[str]) -> int:
         section["notes"] = list(dict.fromkeys(study.notes))
         _write_table(out, f"{section['prefix']}categories", by_category(shown))
     _write(out / "report.md", _render("report.md", escape, sections=sections, found=found))
-    address = _address if options.single_file else lambda figure: f"figures/{figure.name}"
+    searches = [
+        (one, None if options.single_file else address(Path(one.directory) / "search.svg", out))
+        for one in found.searches
+    ]
+    figures = _address if options.single_file else lambda figure: f"figures/{figure.name}"
     _write(
         out / "report.html",
         _render(
-            "page.html", None, sections=sections, found=found, data=as_script(data), address=address,
+            "page.html", None, sections=sections, found=found, data=as_script(data), address=figures, searches=searches,
             style=_shipped("page.css"), script=_shipped("page.js"), charts=_charts(),
         ),
     )  # fmt: skip

@@ -34,6 +34,12 @@ class Table(NamedTuple):
         """The rows that pages show."""
         return self.cells[list(self.has_run)] if self.has_run is not None and self.shown else self.cells
 
+    @property
+    def holds_words(self) -> list[bool]:
+        """Whether each column holds words, which pages begin at the left: neither its head nor a cell is a number."""
+        texts = [[head, *self.cells[head]] for head in self.cells]
+        return [not any(re.match(r"[-+]?\d", text) for text in column) for column in texts]
+
     def markdown(self) -> str:
         """Return the table in GitHub's Markdown."""
         head, *rows = [f"| {' | '.join(map(escape, row))} |" for row in (self.cells.columns, *self.rows.values)]

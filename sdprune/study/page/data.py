@@ -23,7 +23,15 @@ SAFE = 0.02
 """Share of the dense model's score; runs that surely lost no more of it come first."""
 _LOWER = ("fid", "fid_infinity", "kid", "mmd", "cmmd", "dense_feature_distance")
 _HIGHER = ("clip_score", "clip_gap", "correct", "precision", "recall", "dense_ssim", "dense_psnr")
-_WORDS = {"fid": "FID", "clip_score": "CLIP score", "clip_gap": "CLIP gap", "kid": "KID", "mmd": "MMD", "cmmd": "CMMD"}
+_WORDS = {
+    "fid": "FID",
+    "fid_infinity": "FID at infinity",
+    "clip_score": "CLIP score",
+    "clip_gap": "CLIP gap",
+    "kid": "KID",
+    "mmd": "MMD",
+    "cmmd": "CMMD",
+}
 _COMPARED = {"dense_ssim": "SSIM to the dense model's images", "dense_psnr": "PSNR to the dense model's images, dB",
              "dense_feature_distance": "feature distance to the dense model's images"}  # fmt: skip
 
@@ -82,7 +90,7 @@ def group(study: Study, out: Path, pictures: Pictures) -> dict[str, Any]:
             "name": words(run),
             "series": _series(run),
             "kind": _kind(run),
-            "link": _address(os.path.relpath(run["directory"], out)) if pictures.folder else None,
+            "link": address(run["directory"], out) if pictures.folder else None,
             "n": run["n"],
             "rank": ranks[place],
             "lost": _lost(study, run),
@@ -119,7 +127,7 @@ def group(study: Study, out: Path, pictures: Pictures) -> dict[str, Any]:
         "safe": SAFE,
         "samples": samples,
         "prompts": prompts.describe(),
-        "files": [_address(str(path)) for path in _drawn(Path(), prompts)],
+        "files": [quote(str(path), errors="replace") for path in _drawn(Path(), prompts)],
         "columns": COLUMNS,
     }
 
@@ -140,9 +148,9 @@ def by_category(shown: Mapping[str, Any]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["run", "about", "value", "n", "measure", "mean loss", "low", "high"])
 
 
-def _address(path: str) -> str:
-    """Write a path as an address; what the file system's encoding cannot write leads nowhere."""
-    return quote(path, errors="replace")
+def address(path: str | Path, out: Path) -> str:
+    """Write a path as an address from the page's directory; what the file system cannot write leads nowhere."""
+    return quote(os.path.relpath(path, out), errors="replace")
 
 
 def _drawn(directory: Path, prompts: Prompts) -> list[Path]:
@@ -153,9 +161,9 @@ def _drawn(directory: Path, prompts: Prompts) -> list[Path]:
 
 
 _AXES = {
-    "zeros": "zeros in the components",
+    "zeros": "zeros in all prunable components",
     "nominal": "nominal sparsity",
-    "own": "sparsity asked of the component",
+    "own": "requested sparsity",
     "pipeline": "zeros in the whole pipeline",
 }
 

@@ -31,7 +31,8 @@ class Sensitivity(Allocation):
         samples: how many calibration prompts the error is measured on, the first ones.
         steps: at how many denoising steps; each prompt counts at one of them, in turn.
         read_at: output or prediction: whether the error is that of the component's own output, or of what the denoiser
-            predicts from it, in which components compare. A denoiser's output is its prediction.
+            predicts from it, in which components compare. A denoiser's output is its guided prediction, a text
+            encoder's the embeddings of the prompt and, guided, those of the empty prompt.
     """
 
     statistics = frozenset({"pruned_error"})

@@ -4,6 +4,7 @@ import fnmatch
 import inspect
 import json
 import warnings
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ from sdprune.errors import InputError
 from sdprune.mini.source import EmbeddedWorld
 from sdprune.modules import CalibrationModule, PruningModule
 from sdprune.pipelines import DiffusersFamily, Sampling
+from sdprune.pipelines.directory import ModelDirectory
 from sdprune.pipelines.sampling import image_seed
 from sdprune.pruning import Budget, PruneSpec
 from sdprune.pruning.allocation.sensitivity import Sensitivity
@@ -184,6 +186,31 @@ def _sides(height, width):
     return sampling
 
 
+# --- loading --------------------------------------------------------------------------------------------------
+
+
+def test_altered_weights_are_released_before_they_are_read_again(family, monkeypatch):
+    model, sampling, read = loaded(*family), Sampling(2, GUIDED, **SMALL), ModelDirectory.load
+    dense = latents(model, sampling)
+    parts = [weakref.ref(one) for one in model.components.values()]
+    for parameter in model.components[model.denoiser].parameters():
+        parameter.data.zero_()
+    model.altered = True
+
+    def interrupted(self, name, dtype):
+        assert [one for one in parts if one() is not None] == []
+        if name == "vae":
+            raise KeyboardInterrupt
+        return read(self, name, dtype)
+
+    monkeypatch.setattr(ModelDirectory, "load", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        model.load(torch.float32, torch.device("cpu"))
+    monkeypatch.undo()
+    model.load(torch.float32, torch.device("cpu"))
+    assert torch.equal(latents(model, sampling), dense)
+
+
 # --- components -----------------------------------------------------------------------------------------------
 
 
@@ -247,6 +274,15 @@ def prune(family, output, specs, **options):
     trainer.predict(module, datamodule=data, return_predictions=False)
     (found,) = output.glob("pruned-*")
     return module, found
+
+
+def test_a_module_that_has_pruned_keeps_no_model_that_its_family_has_unloaded(miniature, tmp_path, tmp_path_factory):
+    spec = PruneSpec(sparsity=0.4, criterion="Wanda", order="sequential")
+    specs = dict.fromkeys(components_of("Flux"), spec)
+    module, _ = prune(saved("Flux", tmp_path_factory), tmp_path, specs)
+    parts = [weakref.ref(one) for one in module.pipeline.components.values()]
+    module.pipeline.unload()
+    assert [one for one in parts if one() is not None] == []
 
 
 WAYS = [

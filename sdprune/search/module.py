@@ -285,6 +285,7 @@ class SearchModule(DrawingModule):
 
     def _prepare(self) -> None:
         """Load the model and the networks that measure."""
+        self._weights = None  # of an earlier run
         self.load()
         self._columns: dict[str, Column] = {column.key: column for column in self.score.columns}
         for column in self._columns.values():

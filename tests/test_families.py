@@ -180,6 +180,34 @@ def test_a_size_that_cannot_be_drawn_names_one_that_can(family):
             model.draw(plain(directory), None, PROMPTS, SEEDS, _sides(SIDE, 42), "pt")
 
 
+class StoppedError(Exception):
+    pass
+
+
+def test_a_picture_without_a_size_is_as_large_as_the_pipelines_own(family):
+    name, directory = family
+    model, pipe, seen = made(name, directory), plain(directory), []
+    prepare, pipe.vae_scale_factor = pipe.prepare_latents, 8  # of real VAEs
+    if name == "Sana":  # its pipeline has pixels as default, which fit the real sizes alone
+        pipe.vae_scale_factor = 32
+        pipe.transformer.register_to_config(
+            sample_size=inspect.signature(type(pipe.transformer)).parameters["sample_size"].default
+        )
+
+    def stop(*args, **kwargs):
+        values = inspect.signature(prepare).bind(*args, **kwargs).arguments
+        seen.append((values["height"], values["width"]))
+        raise StoppedError
+
+    pipe.prepare_latents = stop
+    with pytest.raises(StoppedError):
+        pipe(PROMPTS[:1], **OWN_SIZE if "use_resolution_binning" in model.call else {})
+    with pytest.raises(StoppedError):
+        model.draw(pipe, pipe.scheduler, PROMPTS[:1], SEEDS[:1], Sampling(), "latent")
+    assert seen[0] == seen[1]
+    assert min(seen[0]) >= 64
+
+
 def _sides(height, width):
     sampling = Sampling(steps=2, height=height)
     object.__setattr__(sampling, "width", width)  # no multiple of 8, which tiny pipelines can draw
@@ -542,6 +570,21 @@ def test_a_shipped_configuration_has_the_pipelines_own_steps_and_guidance(path):
     assert options["sampling"]["steps"] == takes["num_inference_steps"].default
     for name, value in model.guide(options["sampling"]["guidance"], 1).items():
         assert name == "negative_prompt" or value == takes[name].default
+
+
+def test_the_page_has_the_pipelines_own_steps_and_guidance():
+    import diffusers
+
+    lines = (Path(__file__).parents[1] / "docs" / "families.md").read_text().split("## What differs")[1].splitlines()
+    rows = [[one.strip(" `") for one in line.split("|")[1:-1]] for line in lines if line.startswith("| `")]
+    for name, _, numbers, *_ in rows:
+        model = getattr(sdprune.pipelines, name)()
+        takes = inspect.signature(getattr(diffusers, model.pipeline).__call__).parameters
+        steps, guidance = map(float, numbers.split(", "))
+        assert steps == takes["num_inference_steps"].default
+        for option, value in model.guide(guidance, 1).items():
+            assert option == "negative_prompt" or value == takes[option].default
+    assert sorted(row[0] for row in rows) == sorted(tiny_families.FAMILIES)
 
 
 def test_diffusers_has_what_a_family_relies_on(family):

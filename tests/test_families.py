@@ -208,6 +208,17 @@ def test_a_picture_without_a_size_is_as_large_as_the_pipelines_own(family):
     assert min(seen[0]) >= 64
 
 
+def test_a_model_of_pictures_that_are_no_squares(tmp_path_factory):
+    name, directory = saved("StableDiffusion", tmp_path_factory)
+    config = directory / "unet" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"sample_size": [8, 12]}))
+    theirs = plain(directory)(PROMPTS[:1], num_inference_steps=2, output_type="np").images
+    model = made(name, directory)
+    model.check(Sampling(steps=2))
+    model.load(torch.float32, torch.device("cpu"))
+    assert model.generate(PROMPTS[:1], SEEDS[:1], Sampling(steps=2)).images.shape[2:] == theirs.shape[1:3] == (16, 24)
+
+
 def _sides(height, width):
     sampling = Sampling(steps=2, height=height)
     object.__setattr__(sampling, "width", width)  # no multiple of 8, which tiny pipelines can draw

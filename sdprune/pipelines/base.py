@@ -179,6 +179,12 @@ class DiffusersFamily(ABC):
         return Path(self.model).name if Path(self.model).is_dir() else self.model
 
     @property
+    def own_steps(self) -> int:
+        """Denoising steps that the pipeline of diffusers takes by default."""
+        steps: int = _defaults(self._class.__call__)["num_inference_steps"]
+        return steps
+
+    @property
     def unused(self) -> list[str]:
         """Names of the model's components that are neither loaded nor saved, such as a safety checker."""
         return self.files.unused

@@ -17,9 +17,7 @@ if TYPE_CHECKING:
     from sdprune.pipelines.sampling import Sampling
 
 
-def check_size(
-    family: DiffusersFamily, sampling: Sampling, native: int | Sequence[int], scale: int
-) -> tuple[int, int]:
+def check_size(family: DiffusersFamily, sampling: Sampling, native: int | Sequence[int], scale: int) -> tuple[int, int]:
     """Height and width in pixels.
 
     Args:

@@ -4,6 +4,7 @@ import fnmatch
 import inspect
 import json
 import warnings
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ from sdprune.errors import InputError
 from sdprune.mini.source import EmbeddedWorld
 from sdprune.modules import CalibrationModule, PruningModule
 from sdprune.pipelines import DiffusersFamily, Sampling
+from sdprune.pipelines.directory import ModelDirectory
 from sdprune.pipelines.sampling import image_seed
 from sdprune.pruning import Budget, PruneSpec
 from sdprune.pruning.allocation.sensitivity import Sensitivity
@@ -178,10 +180,74 @@ def test_a_size_that_cannot_be_drawn_names_one_that_can(family):
             model.draw(plain(directory), None, PROMPTS, SEEDS, _sides(SIDE, 42), "pt")
 
 
+class StoppedError(Exception):
+    pass
+
+
+def test_a_picture_without_a_size_is_as_large_as_the_pipelines_own(family):
+    name, directory = family
+    model, pipe, seen = made(name, directory), plain(directory), []
+    prepare, pipe.vae_scale_factor = pipe.prepare_latents, 8  # of real VAEs
+    if name == "Sana":  # its pipeline has pixels as default, which fit the real sizes alone
+        pipe.vae_scale_factor = 32
+        pipe.transformer.register_to_config(
+            sample_size=inspect.signature(type(pipe.transformer)).parameters["sample_size"].default
+        )
+
+    def stop(*args, **kwargs):
+        values = inspect.signature(prepare).bind(*args, **kwargs).arguments
+        seen.append((values["height"], values["width"]))
+        raise StoppedError
+
+    pipe.prepare_latents = stop
+    with pytest.raises(StoppedError):
+        pipe(PROMPTS[:1], **OWN_SIZE if "use_resolution_binning" in model.call else {})
+    with pytest.raises(StoppedError):
+        model.draw(pipe, pipe.scheduler, PROMPTS[:1], SEEDS[:1], Sampling(), "latent")
+    assert seen[0] == seen[1]
+    assert min(seen[0]) >= 64
+
+
+def test_a_model_of_pictures_that_are_no_squares(tmp_path_factory):
+    name, directory = saved("StableDiffusion", tmp_path_factory)
+    config = directory / "unet" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"sample_size": [8, 12]}))
+    theirs = plain(directory)(PROMPTS[:1], num_inference_steps=2, output_type="np").images
+    model = made(name, directory)
+    model.check(Sampling(steps=2))
+    model.load(torch.float32, torch.device("cpu"))
+    assert model.generate(PROMPTS[:1], SEEDS[:1], Sampling(steps=2)).images.shape[2:] == theirs.shape[1:3] == (16, 24)
+
+
 def _sides(height, width):
     sampling = Sampling(steps=2, height=height)
     object.__setattr__(sampling, "width", width)  # no multiple of 8, which tiny pipelines can draw
     return sampling
+
+
+# --- loading --------------------------------------------------------------------------------------------------
+
+
+def test_altered_weights_are_released_before_they_are_read_again(family, monkeypatch):
+    model, sampling, read = loaded(*family), Sampling(2, GUIDED, **SMALL), ModelDirectory.load
+    dense = latents(model, sampling)
+    parts = [weakref.ref(one) for one in model.components.values()]
+    for parameter in model.components[model.denoiser].parameters():
+        parameter.data.zero_()
+    model.altered = True
+
+    def interrupted(self, name, dtype):
+        assert [one for one in parts if one() is not None] == []
+        if name == "vae":
+            raise KeyboardInterrupt
+        return read(self, name, dtype)
+
+    monkeypatch.setattr(ModelDirectory, "load", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        model.load(torch.float32, torch.device("cpu"))
+    monkeypatch.undo()
+    model.load(torch.float32, torch.device("cpu"))
+    assert torch.equal(latents(model, sampling), dense)
 
 
 # --- components -----------------------------------------------------------------------------------------------
@@ -266,6 +332,15 @@ def prune(family, output, specs, **options):
     trainer.predict(module, datamodule=data, return_predictions=False)
     (found,) = output.glob("pruned-*")
     return module, found
+
+
+def test_a_module_that_has_pruned_keeps_no_model_that_its_family_has_unloaded(miniature, tmp_path, tmp_path_factory):
+    spec = PruneSpec(sparsity=0.4, criterion="Wanda", order="sequential")
+    specs = dict.fromkeys(components_of("Flux"), spec)
+    module, _ = prune(saved("Flux", tmp_path_factory), tmp_path, specs)
+    parts = [weakref.ref(one) for one in module.pipeline.components.values()]
+    module.pipeline.unload()
+    assert [one for one in parts if one() is not None] == []
 
 
 WAYS = [
@@ -525,6 +600,21 @@ def test_a_shipped_configuration_has_the_pipelines_own_steps_and_guidance(path):
     assert options["sampling"]["steps"] == takes["num_inference_steps"].default
     for name, value in model.guide(options["sampling"]["guidance"], 1).items():
         assert name == "negative_prompt" or value == takes[name].default
+
+
+def test_the_page_has_the_pipelines_own_steps_and_guidance():
+    import diffusers
+
+    lines = (Path(__file__).parents[1] / "docs" / "families.md").read_text().split("## What differs")[1].splitlines()
+    rows = [[one.strip(" `") for one in line.split("|")[1:-1]] for line in lines if line.startswith("| `")]
+    for name, _, numbers, *_ in rows:
+        model = getattr(sdprune.pipelines, name)()
+        takes = inspect.signature(getattr(diffusers, model.pipeline).__call__).parameters
+        steps, guidance = map(float, numbers.split(", "))
+        assert steps == takes["num_inference_steps"].default
+        for option, value in model.guide(guidance, 1).items():
+            assert option == "negative_prompt" or value == takes[option].default
+    assert sorted(row[0] for row in rows) == sorted(tiny_families.FAMILIES)
 
 
 def test_diffusers_has_what_a_family_relies_on(family):

@@ -7,7 +7,9 @@ import sys
 import threading
 from fnmatch import fnmatchcase
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from inspect import signature
 
+import diffusers
 import full_size
 import pytest
 import tiny_families
@@ -86,6 +88,8 @@ def test_only_what_no_output_depends_on_can_be_zeroed_unseen(sdprune, family):
 def test_layers_that_a_family_leaves_out_are_proved_to_be_without_effect(sdprune, family):
     name, directory, _ = family
     facts, model = facts_of(sdprune, directory), getattr(pipelines, name)(str(directory))
+    own = getattr(diffusers, model.pipeline).__call__
+    assert facts["steps"] == signature(own).parameters["num_inference_steps"].default
     for component, part in model.prunable.items():
         module, entry = part.meta_module(), facts["components"][component]
         proved = [*entry["unread"]["modules"], *IN_VAIN.get(name, ())]

@@ -342,7 +342,7 @@ BAD = {
         ["allocation is PerLayer", "never dense"],
     ),
     "a component": (["--model.prune.unett.criterion=Magnitude"], ["'unett'", "Did you mean 'unet'"]),
-    "another component beside": (["--model.also={vae: 0.3}"], ["'vae'", "--model.prune.vae"]),
+    "another component beside": (["--model.also={vae: 0.3}"], ["'vae'", "--model.prune.vae={}", "--model.also={}."]),
     "a path that falls": (["--model.path=[{unet: 0.3}, {unet: 0.2}]"], ["path goes from unet 30 % to unet 20 %"]),
     "a path of nothing": (["--model.path=[{unet: 0}]"], ["path[0]", "above 0"]),
     "a path and a budget": (

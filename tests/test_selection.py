@@ -200,6 +200,9 @@ def test_layers_larger_than_a_working_chunk(dtype, criterion):
         for part in parts:
             block = scores[:, part]
             assert torch.equal(mask[:, part], stable_masks(block, half_up(block.numel() * 0.7)))
+    ((_, mask),) = masks(find_targets(layer), PruneSpec(0.37, None, criterion, granularity="row"))
+    counts = [half_up((i + 1) * 444) - half_up(i * 444) for i in range(len(scores))]
+    assert all(torch.equal(*pair) for pair in zip(mask, map(stable_masks, scores, counts), strict=True))
 
 
 def test_rows_share_the_layers_count_by_largest_remainder_earlier_first():

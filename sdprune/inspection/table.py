@@ -95,7 +95,8 @@ def _kin(block: Mapping[str, Any]) -> tuple[str, int, int]:
 
 def _run(run: Sequence[Mapping[str, Any]]) -> str:
     first, last = run[0], run[-1]
-    each = f"{first['layers']} layers, {number_shown(first['weights'])} weights{'' if first['runs'] else ', never run'}"
+    layers = "1 layer" if first["layers"] == 1 else f"{first['layers']} layers"
+    each = f"{layers}, {number_shown(first['weights'])} weights{'' if first['runs'] else ', never run'}"
     if first is last:
         return f"{first['name']}: {each}"
     return f"{first['name']} to {last['name'].rpartition('.')[2]}: {each} each"

@@ -65,7 +65,9 @@ INSPECT.add_argument(
     "--layers", type=kinds, default=["Linear"], metavar="KIND,...",
     help="kinds of layers that are pruned: Linear (the default), Conv2d, Conv1D; or several with commas",
 )  # fmt: skip
-INSPECT.add_argument("--steps", type=whole, default=50, metavar="N", help="denoising steps; 50 by default")
+INSPECT.add_argument(
+    "--steps", type=whole, metavar="N", help="denoising steps; by default as many as its pipeline takes"
+)
 INSPECT.add_argument(
     "--memory", type=positive, default=8.0, metavar="GIB", help="for the statistics of a pass; 8 GiB by default"
 )

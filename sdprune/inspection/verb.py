@@ -29,8 +29,8 @@ def run(arguments: Sequence[str]) -> int:
     gc.disable()  # it looks at a million objects again and again, all of which stay, for a sixth of the time
     try:
         found = inspect(
-            family, sparsities, options.layers, options.steps, int(options.memory * 2**30), options.captions,
-            BYTES[options.precision],
+            family, sparsities, options.layers, options.steps or family.own_steps, int(options.memory * 2**30),
+            options.captions, BYTES[options.precision],
         )  # fmt: skip
     finally:
         if collects:

@@ -180,6 +180,7 @@ class CalibratingModule(FrozenModule):
             self.collector.end_pass()
             self.collector.run(self.calibration_batches)
         self.finish()
+        self.collector = None  # it refers to the model
         Processes().barrier()
         for lock in self._locks:
             lock.release()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 from abc import ABC
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -178,6 +179,12 @@ class DiffusersFamily(ABC):
         return Path(self.model).name if Path(self.model).is_dir() else self.model
 
     @property
+    def own_steps(self) -> int:
+        """Denoising steps that the pipeline of diffusers takes by default."""
+        steps: int = _defaults(self._class.__call__)["num_inference_steps"]
+        return steps
+
+    @property
     def unused(self) -> list[str]:
         """Names of the model's components that are neither loaded nor saved, such as a safety checker."""
         return self.files.unused
@@ -236,16 +243,19 @@ class DiffusersFamily(ABC):
     def load(self, dtype: torch.dtype, device: torch.device) -> None:
         """Read the weights, unless they are there as they were read; then only move them.
 
+        Altered ones are released first: two models may not fit into memory.
+
         Raises:
             InputError: no such model, or one without safetensors; a device that it cannot be offloaded from.
         """
         import torch
 
         self.check_device(device)
-        if self._pipe is None or self.altered:
+        if self.altered:
+            self.unload()
+        if self._pipe is None:
             with torch.inference_mode(False):  # weights that can be changed later
                 self._pipe = self.assembled(lambda name: self.files.load(name, dtype))
-            self.altered = False
         with torch.inference_mode(False):
             if self.offload:
                 self._pipe.to(dtype=dtype)
@@ -288,8 +298,9 @@ class DiffusersFamily(ABC):
             yield
 
     def unload(self) -> None:
-        """Forget the weights."""
-        self._pipe = None
+        """Forget the weights, and free their memory."""
+        self._pipe, self.altered = None, False
+        gc.collect()  # modules that have run may refer to themselves
 
     def assembled(self, module: Callable[[str], nn.Module], **overrides: Any) -> Any:
         """The pipeline.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
 from typing import TYPE_CHECKING, Any, NamedTuple, Optional
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
     from sdprune.pipelines.sampling import Sampling
 
 
-def check_size(family: DiffusersFamily, sampling: Sampling, native: int, scale: int) -> tuple[int, int]:
+def check_size(family: DiffusersFamily, sampling: Sampling, native: int | Sequence[int], scale: int) -> tuple[int, int]:
     """Height and width in pixels.
 
     Args:
         family: the pipeline.
         sampling: has them, unless they are the model's own.
-        native: height and width of the model's own pictures in latents.
+        native: height and width of the model's own pictures in latents; one number where they are equal.
         scale: pixels of a latent along a side.
 
     Raises:
@@ -36,7 +36,8 @@ def check_size(family: DiffusersFamily, sampling: Sampling, native: int, scale: 
                 f"{sampling.option.format(name)} is {side}: {family.files.path} draws multiples of {multiple} pixels, "
                 f"such as {max(1, round(side / multiple)) * multiple}."
             )
-    height, width = (side or native * scale for side in sampling.size)
+    own = (native, native) if isinstance(native, int) else native
+    height, width = (side or latents * scale for side, latents in zip(sampling.size, own, strict=True))
     return height, width
 
 

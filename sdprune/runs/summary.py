@@ -58,7 +58,8 @@ def show(record: Record, console: Console | None = None, already: bool = False) 
         f"{results['n']} images ({rate}), {speed['peak_memory_bytes'] / 2**30:.1f} GiB at most", highlight=False
     )
     if results["data"].get("truncated"):
-        console.print(f"{results['data']['truncated']} captions were longer than the tokenizer takes", highlight=False)
+        count = results["data"]["truncated"]
+        console.print(f"{count} captions were longer than the pipeline's first tokenizer takes", highlight=False)
     print(f"pictures   {record.directory / 'grid.png'}")
     print(f"results    {record.directory / 'results.json'}")
 

@@ -114,10 +114,13 @@ class SearchModule(DrawingModule):
         check_path(self.given_path)
         if self.given_path and self.budget is not None:
             raise InputError("path and budget exclude each other: leave one of them out.")
-        for model in [*self.given_path, *([self.also] if self.also else [])]:
+        given = [("path", "[]", model) for model in self.given_path]
+        given += [("also", "{}", self.also)] if self.also else []
+        for option, nothing, model in given:
             if self.budget is None and (extra := sorted({*model.sparsities} - {*self.prune})):
                 raise InputError(
-                    f"path and also name {extra[0]!r}, which prune does not: add --model.prune.{extra[0]}={{}}."
+                    f"{option} names {extra[0]!r}, which prune does not: add --model.prune.{extra[0]}={{}}, or leave "
+                    f"it out, as in --model.{option}={nothing}."
                 )
 
     @property
@@ -285,6 +288,7 @@ class SearchModule(DrawingModule):
 
     def _prepare(self) -> None:
         """Load the model and the networks that measure."""
+        self._weights = None  # of an earlier run
         self.load()
         self._columns: dict[str, Column] = {column.key: column for column in self.score.columns}
         for column in self._columns.values():

@@ -255,6 +255,24 @@ def test_what_counts_changes_statistics_of_one_component_only(alone, tmp_path, s
         assert all((mine[name] <= usual[name] * (1 + 1e-6)).all() for name in mine)
 
 
+def test_the_empty_prompt_counts_in_sequential_order(sdprune, tmp_path):
+    """Blocks that are run again on what was kept see the calls that a run of the pipeline has."""
+    options = ["--model.prune.unet.sparsity=0", "--model.prune.text_encoder.criterion=Wanda"]
+    options += ["--model.prune.text_encoder.order=sequential"]
+    for name, more in (("kept", ["empty_prompt=1"]), ("runs", ["empty_prompt=1", "kept_gib=0"]), ("without", [])):
+        told = sdprune(*fit("prune", tmp_path / name, *options, *(f"--model.calibration.{one}" for one in more)))
+        assert (told.code, told.err) == (0, "")
+        assert ("passes, each with its pipeline" in told.out) == (name == "runs"), told.out
+    assert equal(pruned(tmp_path / "kept"), pruned(tmp_path / "runs"))
+    assert not equal(pruned(tmp_path / "kept"), pruned(tmp_path / "without"))
+
+
+def test_padding_alone_cannot_count_and_not_count(sdprune, tmp_path):
+    told = sdprune(*fit("prune", tmp_path, "--model.calibration={padding: false, empty_prompt: 0.5}"))
+    assert (told.code, told.err.count("\n")) == (2, 1)
+    assert "empty_prompt is 0.5 and padding is false" in told.err
+
+
 def test_predict_prunes_by_sparsegpt_in_memory(alone, tmp_path, sdprune):
     options = [*METHODS["sparsegpt"], "--model.compare_dense=false"]
     assert sdprune(*predict(tmp_path, *options)).code == 0

@@ -490,6 +490,40 @@ def test_statistics_of_a_denoiser_are_those_of_single_images(family, miniature, 
         torch.testing.assert_close(found[layer][:, 0].double(), norms / 3, rtol=2e-4, atol=1e-6, msg=layer)
 
 
+@pytest.mark.parametrize("empty", [0.0, 0.25])
+def test_statistics_of_text_encoders_are_those_of_single_prompts(family, miniature, prompts, empty, tmp_path):
+    """The empty or negative prompt counts as much as is said, where the pipeline reads one."""
+    name, directory = family
+    model, sampling = made(name, directory), Sampling(steps=1, guidance=GUIDED, **SMALL)
+    encoders = components_of(name)[:-1]
+    module = CalibrationModule(
+        model, encoders, ["input_norm"], sampling=sampling, calibration=Calibration(empty_prompt=empty),
+        store=str(tmp_path / "statistics"),
+    )  # fmt: skip
+    data = CocoDataModule(prompts, calibration_n=3, calibration_batch_size=2)
+    trainer = Trainer(accelerator="cpu", logger=False, use_distributed_sampler=False, enable_progress_bar=False)
+    trainer.predict(module, datamodule=data, return_predictions=False)
+    pipe, seen = plain(directory), {}
+    for encoder, (layer, one) in ((own, pair) for own in encoders for pair in getattr(pipe, own).named_modules()):
+        one.register_forward_pre_hook(
+            lambda _, args, key=(encoder, layer): seen.setdefault(key, []).append(args[0].double()) if args else None
+        )
+    for prompt in ALIKE:
+        drawn_plainly(name, pipe, 1, GUIDED, [prompt], [0])
+    for encoder in encoders:
+        (file,) = tmp_path.glob(f"statistics/{encoder}-input_norm-*/*.safetensors")
+        found = load_file(file)
+        assert found
+        for layer, norms in found.items():
+            inputs = seen[encoder, layer]
+            calls = len(inputs) // len(ALIKE)
+            assert calls == (1 if name in ("Flux", "StableDiffusionXL") else 2)
+            squares = [one.square().flatten(0, -2).sum(0) for one in inputs]
+            wanted = sum((empty if number % calls else 1) * one for number, one in enumerate(squares)) / len(ALIKE)
+            wanted /= calls if empty else 1
+            torch.testing.assert_close(norms[0, 0].double(), wanted, rtol=2e-4, atol=1e-6, msg=f"{encoder} {layer}")
+
+
 @pytest.fixture(scope="module")
 def resumed(miniature, tmp_path_factory):
     """By family, what an undisturbed run leaves, and what two processes make of one that was interrupted.

@@ -60,10 +60,17 @@ class PromptSubject:
 
     @property
     def calls_per_batch(self) -> int:  # noqa: D102
-        return self.component.calls(self.sampling)
+        return self.component.calls(self._observed)
+
+    @property
+    def _observed(self) -> Sampling:
+        """How it runs when statistics are gathered: text encoders without guidance, unless the empty prompt counts."""
+        if self.component.role == "denoiser" or self.calibration.empty_prompt:
+            return self.sampling
+        return replace(self.sampling, guidance=1.0)
 
     def run(self, batch: Batch, before_step: Callable[[int], None]) -> None:  # noqa: D102
-        self.component.run(batch.prompts, self._seeds(batch), self.sampling, before_step)
+        self.component.run(batch.prompts, self._seeds(batch), self._observed, before_step)
 
     def replays(self, sequential: bool) -> bool:  # noqa: D102
         return self.component.role == "text" or not sequential or self.calibration.latents == "dense"
@@ -93,19 +100,22 @@ class PromptSubject:
         return [image_seed(self.seed, f"calibration:{position}") for position in batch.positions]
 
     def try_out(self) -> None:  # noqa: D102
-        self.component.run(["a picture"], [0], self.sampling)
+        self.component.run(["a picture"], [0], self._observed)
 
     def set_up(self, observer: InputObserver, batch: Batch) -> None:  # noqa: D102
         observer.batch_size, observer.valid = len(batch.prompts), batch.valid
         if not self.calibration.padding:
             observer.tokens = self.component.tokens(batch.prompts)
-        observer.weights = partial(self.component.weights, unconditional=self.calibration.unconditional)
+        text, settings = self.component.role == "text", self.calibration
+        unconditional = settings.empty_prompt if text else settings.unconditional
+        observer.weights = partial(self.component.weights, unconditional=unconditional)
         observer.rows = self.component.rows
 
     def facts(self) -> dict[str, Any]:
         """What its statistics depend on beside model and prompts."""
         if self.component.role == "text":
-            return {"padding": self.calibration.padding}
+            counts = self.calibration.empty_prompt if self.sampling.guidance > 1 else 0.0
+            return {"padding": self.calibration.padding, "empty_prompt": counts}
         return self.drawing() | {"unconditional": self.calibration.unconditional}
 
     def guided(self) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
 from inspect import BoundArguments, signature
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Optional
@@ -43,6 +43,10 @@ class Component(ABC):
 
     def __init__(self, family: DiffusersFamily, name: str) -> None:
         self.family, self.name = family, name
+        self._number = -1
+        """Number of the current call in its step: prompts may run in one call and what guides them in another."""
+        self._arguments: BoundArguments | None = None
+        """Of the current call."""
 
     @property
     def module(self) -> nn.Module:
@@ -75,9 +79,24 @@ class Component(ABC):
             before_step: called before each call with the number of its denoising step.
         """
 
-    def counting(self, before_step: Callable[[int], None]) -> AbstractContextManager[Callable[[int], None]]:
-        """Entered while it is called without the pipeline: what it gives is to be called when a step begins."""
-        return nullcontext(before_step)
+    @contextmanager
+    def counting(self, before_step: Callable[[int], None]) -> Iterator[Callable[[int], None]]:
+        """Entered while it runs, by its pipeline or without: what it gives is to be called when a step begins."""
+
+        def begin_step(step: int) -> None:
+            self._number = -1
+            before_step(step)
+
+        def begin_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self._number += 1
+            self._arguments = signature(module.forward).bind(*args, **kwargs)
+
+        handle = self.module.register_forward_pre_hook(begin_call, with_kwargs=True)
+        try:
+            yield begin_step
+        finally:
+            handle.remove()
+            self._arguments = None
 
     @abstractmethod
     def dense_inputs(
@@ -157,8 +176,7 @@ def _of_last_block(pattern: str, names: Sequence[str]) -> str:
 
 
 class TextEncoder(Component):
-    """Reads tokens. Statistics are of runs without guidance, where the empty prompt would count as often as all others
-    together; in errors it does, since guided predictions depend on it as much."""
+    """Reads tokens. Guided, the empty or negative prompts run in a call of their own, after the others."""
 
     role = "text"
 
@@ -166,21 +184,26 @@ class TextEncoder(Component):
         return 1
 
     def calls(self, sampling: Sampling) -> int:  # noqa: D102
-        return 1
+        return 2 if sampling.guidance > 1 else 1
 
     def run(  # noqa: D102
         self, prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling,
         before_step: Optional[Callable[[int], None]] = None,
     ) -> None:  # fmt: skip
         def stop(*_: Any) -> None:
-            raise _Reached
+            if self._number + 1 == self.calls(sampling):
+                raise _Reached
 
         handle = self.module.register_forward_hook(stop)
         try:
-            with suppress(_Reached):
-                self.family.encode(prompts)
+            with suppress(_Reached), self.counting(before_step or (lambda step: None)) as begin_step:
+                begin_step(0)
+                self.family.encode(prompts, sampling.guidance)
         finally:
             handle.remove()
+
+    def weights(self, copies: int, unconditional: float) -> list[float]:  # noqa: D102
+        return [unconditional if self._number else 1.0] * copies
 
     def dense_inputs(  # noqa: D102
         self, prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling, steps: int
@@ -223,36 +246,12 @@ class Denoiser(Component):
 
     role = "denoiser"
 
-    def __init__(self, family: DiffusersFamily, name: str) -> None:
-        super().__init__(family, name)
-        self._number = -1
-        """Number of the current call in its step: some families predict without prompts in a call of its own."""
-        self._arguments: BoundArguments | None = None
-        """Of the current call."""
-
     def run(  # noqa: D102
         self, prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling,
         before_step: Optional[Callable[[int], None]] = None,
     ) -> None:  # fmt: skip
         with self.counting(before_step or (lambda step: None)) as begin_step:
             self.family.generate(prompts, seeds, sampling, decode=False, before_step=begin_step)
-
-    @contextmanager
-    def counting(self, before_step: Callable[[int], None]) -> Iterator[Callable[[int], None]]:  # noqa: D102
-        def begin_step(step: int) -> None:
-            self._number = -1
-            before_step(step)
-
-        def begin_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self._number += 1
-            self._arguments = signature(module.forward).bind(*args, **kwargs)
-
-        handle = self.module.register_forward_pre_hook(begin_call, with_kwargs=True)
-        try:
-            yield begin_step
-        finally:
-            handle.remove()
-            self._arguments = None
 
     def steps(self, sampling: Sampling) -> int:  # noqa: D102
         return sampling.steps

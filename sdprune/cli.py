@@ -366,7 +366,7 @@ class SdpruneCLI(LightningCLI):
 
     def _attach(self) -> None:
         self._require_data()
-        self.model.pipeline.check_device(self.trainer.strategy.root_device)
+        self.model.pipeline.placement.check(self.trainer.strategy.root_device)
         self.datamodule.calibrates = self.model.calibrates
         self.datamodule.prepare_data()
         self.datamodule.trainer = self.trainer

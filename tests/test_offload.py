@@ -46,7 +46,7 @@ def test_one_component_at_a_time_lies_where_it_computes_and_pictures_are_the_sam
     dense.load(torch.float32, torch.device("cpu"))
     wanted = dense.generate(PROMPTS, SEEDS, SAMPLING).images
     model, seen = made(name, directories[name]), set()
-    model.offload = True
+    model.placement.offload = True
     model.load(torch.float32, device)
 
     def there():
@@ -147,6 +147,6 @@ def test_on_the_cpu_there_is_nothing_to_offload(sdprune, directories, tmp_path):
 def test_what_offloads_is_named_where_it_is_missing(directories, monkeypatch):
     monkeypatch.setattr("sdprune.pipelines.base.find_spec", lambda name: None)
     model = made("Flux", directories["Flux"])
-    model.offload = True
+    model.placement.offload = True
     with pytest.raises(InputError, match=r'offload needs accelerate: pip install "sdprune\[offload\]"\.'):
         model.load(torch.float32, torch.device("cuda"))

@@ -178,7 +178,7 @@ class GenerationModule(DrawingModule):
                 require_comparable(self.record, found, same_model=False)  # before anything is drawn
                 return found
             pipeline = type(pipeline)(self.given_baseline)
-            pipeline.offload = self.pipeline.offload
+            pipeline.placement = self.pipeline.placement
         return GenerationModule(
             pipeline, {}, self.scores.scores, self.sampling, seed=self.seed, samples=self.samples,
             compare_dense=False, output=self.output, store=self.options.store,

@@ -5,10 +5,8 @@ from __future__ import annotations
 import gc
 import inspect
 from abc import ABC
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cached_property, wraps
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Optional
 
@@ -17,6 +15,7 @@ from sdprune.hub import asking_hub
 from sdprune.pipelines.checks import check_size, dry_run
 from sdprune.pipelines.component import Component, Denoiser, TextEncoder
 from sdprune.pipelines.directory import ModelDirectory, make_scheduler, require_pipeline, save_portable
+from sdprune.pipelines.placement import Placement
 from sdprune.pipelines.resolve import resolve
 from sdprune.pipelines.sampling import Drawn, Sampling, step_of
 from sdprune.schema import descendants, is_packaged
@@ -29,9 +28,6 @@ if TYPE_CHECKING:
 
 _SAMPLE_SIZE = 128
 """Height and width in latents of pipelines whose denoiser does not say its own."""
-
-
-_ALIGNMENT = 64  # bytes, as torch allocates
 
 
 class DiffusersFamily(ABC):
@@ -73,7 +69,7 @@ class DiffusersFamily(ABC):
     number of the last of such blocks."""
 
     def __init__(self, model: str, revision: str = "main", variant: Optional[str] = None, offload: bool = False):
-        self.model, self.revision, self.variant, self.offload = model, revision, variant, offload
+        self.model, self.revision, self.variant, self.placement = model, revision, variant, Placement(offload)
         self._pipe: Any = None
         self._calls: dict[Sampling, int] = {}
         self.altered = False
@@ -250,52 +246,17 @@ class DiffusersFamily(ABC):
         """
         import torch
 
-        self.check_device(device)
+        self.placement.check(device)
         if self.altered:
             self.unload()
         if self._pipe is None:
             with torch.inference_mode(False):  # weights that can be changed later
                 self._pipe = self.assembled(lambda name: self.files.load(name, dtype))
-        with torch.inference_mode(False):
-            if self.offload:
-                self._pipe.to(dtype=dtype)
-                self._pipe.enable_model_cpu_offload(device=device)
-            else:
-                self._pipe.to(device=device, dtype=dtype)
-            for module in self.components.values():
-                _align(module)
-
-    def check_device(self, device: torch.device) -> None:
-        """Raise InputError where the components are to be offloaded and cannot be; loads nothing."""
-        if not self.offload:
-            return
-        if device.type == "cpu":
-            raise InputError(
-                "--model.pipeline.offload is true, and this run computes on the CPU, where the components lie anyway: "
-                "leave it out, or choose a GPU: --trainer.accelerator=gpu."
-            )
-        if find_spec("accelerate") is None:
-            raise InputError('--model.pipeline.offload needs accelerate: pip install "sdprune[offload]".')
+        self.placement.place(self._pipe, dtype, device)
 
     def bring(self, name: str) -> nn.Module:
         """A component, which lies where it computes until something else runs; alone where components are offloaded."""
-        module, device = self.components[name], self._pipe._execution_device
-        if next(module.parameters()).device != device:
-            with self._running(self._pipe):
-                module.to(device)
-        return module
-
-    @contextmanager
-    def _running(self, pipe: Any) -> Iterator[None]:
-        """Entered when parts of a pipeline are about to run, which may move weights."""
-        import torch
-
-        if not self.offload:
-            yield
-            return
-        with torch.inference_mode(False), torch.no_grad():  # weights that can be changed later
-            pipe.maybe_free_model_hooks()  # what was not run to its end has left components there
-            yield
+        return self.placement.bring(self._pipe, name)
 
     def unload(self) -> None:
         """Forget the weights, and free their memory."""
@@ -365,7 +326,7 @@ class DiffusersFamily(ABC):
         if guidance > 1 and guide.get("negative_prompt") and "negative_prompt" not in taken:
             runs.append({**wanted, "prompt": guide["negative_prompt"]})  # such a pipeline encodes it by a second call
         found: list[Any] = []
-        with torch.no_grad(), self._running(pipe):
+        with torch.no_grad(), self.placement.running(pipe):
             for run in runs:
                 found += pipe.encode_prompt(**{name: value for name, value in run.items() if name in taken})
         lists = [pad_sequence(one, batch_first=True) for one in found if isinstance(one, list) and one]
@@ -435,7 +396,7 @@ class DiffusersFamily(ABC):
             noise = pipe._pack_latents(noise, len(noise), *shape)
         pipe.scheduler = scheduler
         try:
-            with self._running(pipe):
+            with self.placement.running(pipe):
                 return pipe(
                     prompt=list(prompts), height=height, width=width, num_inference_steps=sampling.steps,
                     latents=noise.to(pipe._execution_device, torch.float32 if self.float32_noise else denoiser.dtype),
@@ -476,13 +437,6 @@ def families() -> dict[str, type[DiffusersFamily]]:
     """The known families by the classes of their pipelines; those of this package go before a user's own."""
     known = sorted(descendants(DiffusersFamily), key=is_packaged)
     return {cls.pipeline: cls for cls in known if hasattr(cls, "pipeline")}
-
-
-def _align(module: nn.Module) -> None:
-    """Move weights that a file has put at any place in memory: kernels of the CPU round by how they are aligned."""
-    for one in (*module.parameters(), *module.buffers()):
-        if one.device.type == "cpu" and one.data_ptr() % _ALIGNMENT:
-            one.data = one.data.clone()
 
 
 def _defaults(function: Callable[..., Any]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Components that lie in the memory of the CPU while they do not compute; `beside` is the device where they do."""
 
 import warnings
+from dataclasses import replace
 from importlib.util import find_spec
 
 import beside
@@ -64,7 +65,7 @@ def test_one_component_at_a_time_lies_where_it_computes_and_pictures_are_the_sam
         with pytest.raises(StoppedError):
             model.prunable[model.denoiser].run(PROMPTS, SEEDS, SAMPLING, stop)
         assert there() == [model.denoiser]
-        component.run(PROMPTS, SEEDS, SAMPLING)
+        component.run(PROMPTS, SEEDS, replace(SAMPLING, guidance=1.0))  # guided, encoders run in turn
         assert model.bring(part) is component.module
         assert there() == [part]
     assert {part for part, *_ in seen} == {*model.prunable, "vae"}

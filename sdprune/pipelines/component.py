@@ -203,7 +203,7 @@ class TextEncoder(Component):
             handle.remove()
 
     def weights(self, copies: int, unconditional: float) -> list[float]:  # noqa: D102
-        return [unconditional if self._number else 1.0] * copies
+        return [unconditional if self._number > 0 else 1.0] * copies
 
     def dense_inputs(  # noqa: D102
         self, prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling, steps: int

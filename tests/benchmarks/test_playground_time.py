@@ -9,10 +9,6 @@ import os
 import statistics
 import time
 
-import pytest
-
-pytest.importorskip("gradio", reason="there is no gradio: pip install '.[playground]'")
-
 from test_playground_page import options, serving, type_in
 
 from sdprune.mini.captions import SHAPES

@@ -146,7 +146,7 @@ def test_on_the_cpu_there_is_nothing_to_offload(sdprune, directories, tmp_path):
 
 
 def test_what_offloads_is_named_where_it_is_missing(directories, monkeypatch):
-    monkeypatch.setattr("sdprune.pipelines.base.find_spec", lambda name: None)
+    monkeypatch.setattr("sdprune.pipelines.placement.find_spec", lambda name: None)
     model = made("Flux", directories["Flux"])
     model.placement.offload = True
     with pytest.raises(InputError, match=r'offload needs accelerate: pip install "sdprune\[offload\]"\.'):

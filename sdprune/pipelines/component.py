@@ -63,7 +63,7 @@ class Component(ABC):
 
     @abstractmethod
     def calls(self, sampling: Sampling) -> int:
-        """How often it is called for one batch."""
+        """How often it is called for one batch, at most: not every pipeline encodes an empty prompt."""
 
     @abstractmethod
     def run(

@@ -39,9 +39,9 @@ def test_sparsegpt_on_the_unet_stays_inside_its_budget(tmp_path, monkeypatch):
         "--model.sampling.height=128", "--model.sampling.width=128", "--trainer.accelerator=cpu",
         f"--model.output={tmp_path}/out", f"--model.store={tmp_path}/store",
     ]  # fmt: skip
-    wanda, _, wanda_seconds = peak([*common, "--model.prune.unet.criterion=Wanda"])
+    _, wanda, wanda_seconds = peak([*common, "--model.prune.unet.criterion=Wanda"])
     options = ["--model.prune.unet.criterion=SparseGPT", f"--model.calibration.hessian_gib={BUDGET}"]
-    sparsegpt, _, seconds = peak([*common, *options])
+    _, sparsegpt, seconds = peak([*common, *options])
     files = list((tmp_path / "store").glob("unet-hessian-*/*.safetensors"))
     hessians = sum(file.stat().st_size for file in files) / 2**30
     print(

@@ -27,6 +27,7 @@ from sdprune.pipelines.stable_diffusion import StableDiffusion
 from sdprune.playground.core import Playground
 from sdprune.playground.view import Choice, Origin, View
 from sdprune.pruning import Budget, PruneSpec
+from sdprune.pruning.granularity import Granularity
 from sdprune.pruning.narrowing import NarrowSpec
 
 STEPS = 2
@@ -161,6 +162,17 @@ def test_all_statistics_can_be_gathered_at_the_start(make):
         choice = Choice(0.5, "Magnitude", allocation)
         playground.show(view(text_encoder=choice, unet=choice))
     assert not passes
+
+
+def test_classes_from_elsewhere_are_offered_where_the_configuration_has_them(make):
+    class Elsewhere(Granularity):
+        """Ranks as `layer` does."""
+
+    assert "Elsewhere" not in make(loaded=False).granularities
+    spec = PruneSpec(0.5, granularity="Elsewhere")
+    playground = make({"unet": spec}, loaded=False)
+    assert "Elsewhere" in playground.granularities
+    assert playground.start.choices["unet"].granularity == "Elsewhere"
 
 
 def test_zeros_are_those_of_the_weights(make):

@@ -115,24 +115,24 @@ class Playground:
     @property
     def criteria(self) -> list[str]:
         """Names of the criteria."""
-        return self._names(Criterion, [spec.criterion for spec in self.configured.values()])
+        return list(self._classes(Criterion, [spec.criterion for spec in self.configured.values()]))
 
     @property
     def allocations(self) -> list[str]:
         """Names of the allocations."""
-        return self._names(Allocation, [spec.allocation for spec in self.configured.values()])
-
-    @staticmethod
-    def _names(base: type, configured: Sequence[object]) -> list[str]:
-        """Of the package's classes and of those in the configuration."""
-        used, known = {type(one) for one in configured}, choices_of([base])
-        return [name for name, cls in known.items() if is_packaged(cls) or cls in used]
+        return list(self._classes(Allocation, [spec.allocation for spec in self.configured.values()]))
 
     @property
     def granularities(self) -> list[str]:
         """Names of the granularities, with some N:M."""
-        names: list[str] = [one.name for one in choices_of([Granularity]).values()]  # type: ignore[attr-defined]
-        return [PUBLISHED, *(name for name in names if name != "N:M"), "1:2", "2:4", "4:8"]
+        found = self._classes(Granularity, [spec.ranked for spec in self.configured.values()]).values()
+        return [PUBLISHED, *(one.name for one in found if one.name != "N:M"), "1:2", "2:4", "4:8"]
+
+    @staticmethod
+    def _classes(base: type, configured: Sequence[object]) -> dict[str, Any]:
+        """The package's classes and those in the configuration, by name."""
+        used, known = {type(one) for one in configured}, choices_of([base])
+        return {name: cls for name, cls in known.items() if is_packaged(cls) or cls in used}
 
     # --- drawing -----------------------------------------------------------------------------------------------------
 

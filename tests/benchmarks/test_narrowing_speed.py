@@ -5,7 +5,8 @@ all kinds together. Every model is saved and loaded again.
 
 draws 256 captions in 20 steps for every row, and writes records and statistics below $SDPRUNE_BENCHMARK_RUNS, or a
 temporary directory: two minutes a row on two cores. `-k "plain and not flops"` chooses rows, SDPRUNE_BENCHMARK_N=128
-draws fewer. Otherwise one row is made of an untrained miniature.
+draws fewer. What was drawn for a row is kept: a second run in the same directory measures speed alone, so that only
+that needs idle cores. Without SDPRUNE_BENCHMARK one row is made of an untrained miniature.
 
 Speed is the median of images a second over those of the dense model, drawn in turn by both, all cores working.
 """
@@ -60,14 +61,19 @@ def narrowed(runs, share, refit):
 
 
 def quality(runs, directory):
-    """The difference in CLIP score with its interval."""
+    """The difference in CLIP score with its interval; kept beside the model."""
+    kept = directory.with_name(f"{directory.name}-n{N}.json")
+    if kept.exists():
+        return json.loads(kept.read_text())
     before = set(runs.glob("*/results.json"))
     words = [*small([]), f"--data.n={N}", "--model.prune={}", f"--model.output={runs}", "--model.samples=[a]"]
     words += [f"--model.pipeline.model={directory}", "--model.baseline=miniature"]
     assert main(["predict", "--config", str(CONFIGS / "predict.yaml"), *words]) == 0
-    found = [json.loads(path.read_text()) for path in runs.glob("*/results.json") if path not in before]
-    (results,) = (one for one in found if one["comparison"])
-    return [results["comparison"][f"clip_score_diff{end}"] for end in ("", "_low", "_high")]
+    made = [json.loads(path.read_text()) for path in runs.glob("*/results.json") if path not in before]
+    (results,) = (one for one in made if one["comparison"])
+    found = [results["comparison"][f"clip_score_diff{end}"] for end in ("", "_low", "_high")]
+    kept.write_text(json.dumps(found))
+    return found
 
 
 def small(words):

@@ -15,7 +15,8 @@ from sdprune.calibration.progress import CalibrationState
 from sdprune.data import Batch
 from sdprune.errors import InputError
 from sdprune.locks import RunLock
-from sdprune.modules.pruning_plan import CalibrationPlan, PruningPlan
+from sdprune.modules.calibration_plan import CalibrationPlan
+from sdprune.modules.pruning_plan import PruningPlan
 from sdprune.pipelines import DiffusersFamily
 from sdprune.processes import Processes
 from sdprune.pruning.narrowing import NarrowReport

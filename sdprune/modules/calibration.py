@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, List
 from sdprune.calibration.settings import Calibration
 from sdprune.errors import InputError
 from sdprune.modules.base import CalibratingModule
-from sdprune.modules.pruning_plan import CalibrationPlan, PruningOptions
+from sdprune.modules.calibration_plan import CalibrationPlan
+from sdprune.modules.pruning_options import PruningOptions
 from sdprune.pipelines import DiffusersFamily, Sampling
 from sdprune.pruning import PruneSpec, find_targets, statistic_names
 from sdprune.pruning.statistics import InputStatistic, statistic_class

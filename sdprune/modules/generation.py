@@ -19,7 +19,8 @@ from sdprune.errors import InputError
 from sdprune.locks import RunLock
 from sdprune.metrics import ImageScores, Score
 from sdprune.modules.base import FrozenModule
-from sdprune.modules.pruning_plan import PruningOptions, PruningPlan
+from sdprune.modules.pruning_options import PruningOptions
+from sdprune.modules.pruning_plan import PruningPlan
 from sdprune.pipelines import DiffusersFamily, Sampling
 from sdprune.pipelines.sampling import image_seed
 from sdprune.processes import Processes

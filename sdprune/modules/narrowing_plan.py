@@ -30,8 +30,8 @@ from sdprune.pruning.narrowing.engine import LAYERS, Units
 
 if TYPE_CHECKING:
     from sdprune.calibration.requests import Request
+    from sdprune.modules.calibration_plan import CalibrationPlan
     from sdprune.modules.prompts import Requests
-    from sdprune.modules.pruning_plan import CalibrationPlan
 
 
 @dataclass(frozen=True)

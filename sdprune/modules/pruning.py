@@ -16,7 +16,8 @@ from sdprune.identity import fingerprint, own_version
 from sdprune.locks import RunLock
 from sdprune.modules.base import CalibratingModule
 from sdprune.modules.card import model_card, origin, records_of
-from sdprune.modules.pruning_plan import PruningOptions, PruningPlan
+from sdprune.modules.pruning_options import PruningOptions
+from sdprune.modules.pruning_plan import PruningPlan
 from sdprune.pipelines import DiffusersFamily, Sampling
 from sdprune.pruning import Budget, PruneReport, PruneSpec, scopes
 from sdprune.pruning.narrowing import NarrowReport, NarrowSpec

@@ -16,7 +16,8 @@ from sdprune.identity import SCORING, facts_of, package_code
 from sdprune.locks import RunLock
 from sdprune.metrics import Column, ImageBatch, Score
 from sdprune.modules.generation import DrawingModule
-from sdprune.modules.pruning_plan import PruningOptions, PruningPlan
+from sdprune.modules.pruning_options import PruningOptions
+from sdprune.modules.pruning_plan import PruningPlan
 from sdprune.modules.weights import Weights
 from sdprune.pipelines import DiffusersFamily, Sampling
 from sdprune.processes import Processes

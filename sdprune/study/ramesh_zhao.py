@@ -18,13 +18,14 @@ from sdprune.pruning import Budget, InfeasibleError, Size
 from sdprune.study import figures, sensitivity, tables
 from sdprune.study.figures import Figure
 from sdprune.study.group import DENSE, Cell, Study, number
+from sdprune.study.methods import NARROWED
 from sdprune.study.tables import MISSING, Table, difference, percent, rounded
 
 TOTALS, SHARES = (0.2, 0.3, 0.4, 0.5, 0.6), (0.75, 0.5, 0.25)
 STEPS = tuple((round(0.625 - i * 0.025, 4), round(0.5 - i * 0.025, 4)) for i in range(9))
 """Sparsities of text encoder and U-Net, down from the drop-off points."""
 _METRICS = (("fid", "FID", 2), ("clip_score", "CLIP score", 3))
-
+_NAMES = {"wanda": "Wanda", "sparsegpt": "SparseGPT", "owl": "OWL", "sensitivity": "Sensitivity"}
 
 Scores = dict[Cell, list[float]]
 """Results of others: FID and CLIP score by cell."""
@@ -193,7 +194,7 @@ def _findings(study: Study, splits: Splits) -> Table:
 
 def report_figures(study: Study) -> list[Figure]:
     """Draw those of Figures 1 to 14 for which there are runs."""
-    text, image = ({_words(name): runs for name, runs in study.alone(kind).items()} for kind in ("text", "image"))
+    text, image = (_named(study.alone(kind)) for kind in ("text", "image"))
 
     def strips(caption: str, lines: Mapping[str, pd.DataFrame], column: str) -> list[Figure | None]:
         return [figures.strip(study, caption + name, runs, column) for name, runs in lines.items()]
@@ -227,8 +228,17 @@ def _steps(study: Study, method: str) -> pd.DataFrame:
     return study.runs.loc[[run.name for run in found if run is not None]]
 
 
+def _named(lines: Mapping[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
+    """Lines by their names in captions: criterion by criterion, and of each the plain one first."""
+    return dict(sorted(((_words(name), runs) for name, runs in lines.items()), key=lambda line: line[0].casefold()))
+
+
 def _words(name: str) -> str:
-    """Write a method and its choices as captions have them."""
+    """Write a method and its choices as captions have them: `owl_wanda by layer` as `Wanda by layer with OWL`."""
     method, comma, choices = name.partition(", ")
-    words = {"owl_magnitude": "magnitude with OWL", "owl_wanda": "Wanda with OWL", "wanda": "Wanda"}
-    return words.get(method, method) + comma + choices
+    *narrowed, method = method.rsplit(f"{NARROWED} ", 1)
+    criterion, by, granularity = method.partition(" by ")
+    allocation, _, criterion = criterion.rpartition("_")
+    words = _NAMES.get(criterion, criterion) + by + granularity
+    words += f" with {_NAMES.get(allocation, allocation)}" if allocation else ""
+    return (f"{NARROWED} " if narrowed else "") + words + comma + choices

@@ -69,7 +69,7 @@ def test_futility_is_the_formula():
         def hopeless(n, x=x):
             mean = sum(x[:n]) / n
             sd = math.sqrt(sum((one - mean) ** 2 for one in x[:n]) / (n - 1))
-            return mean - 2 * sd / math.sqrt(n) > -sd * math.sqrt(2 * math.log(100) / 256)
+            return mean - 1.5 * sd / math.sqrt(n) > -sd * math.sqrt(2 * math.log(100) / 256)
 
         first = next((n for n in range(32, 257, 8) if hopeless(n)), 257)
         assert found.verdict == "certified" or (found.verdict, found.n) == ("futile", first)

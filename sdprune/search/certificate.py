@@ -144,10 +144,10 @@ def decide(excess: np.ndarray, cap: float, alpha: float, n_max: int) -> Decision
     It looks after FIRST pictures, then after every EVERY ones, and after n_max. E >= 1 / alpha certifies. From FUTILE
     on it gives up where
 
-        mean(x) - 2 sd / sqrt(n) > -sd sqrt(2 ln(1 / alpha) / n_max),
+        mean(x) - 1.5 sd / sqrt(n) > -sd sqrt(2 ln(1 / alpha) / n_max),
 
-    that is where the mean, two standard errors better than it looks, would not do for n_max pictures. Giving up claims
-    nothing, so it costs power only.
+    that is where the mean, one and a half standard errors better than it looks, would not do for n_max pictures. Giving
+    up claims nothing, so it costs power only.
 
     Args:
         excess: [n], see `Tolerance`.
@@ -165,7 +165,7 @@ def decide(excess: np.ndarray, cap: float, alpha: float, n_max: int) -> Decision
             return Decision("undecided", n, e_value)
         if n >= FUTILE:
             mean, sd = x[:n].mean(), x[:n].std(ddof=1)
-            if mean - 2 * sd / math.sqrt(n) > -sd * math.sqrt(2 * math.log(1 / alpha) / n_max):
+            if mean - 1.5 * sd / math.sqrt(n) > -sd * math.sqrt(2 * math.log(1 / alpha) / n_max):
                 return Decision("futile", n, e_value)
     return None
 

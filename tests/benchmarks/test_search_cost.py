@@ -2,11 +2,11 @@
 
     SDPRUNE_RUNS=runs pytest -n 0 -s tests/benchmarks/test_search_cost.py -k stored
 
-simulates 100 searches of up to 512 images a test by the scores of a grid of finished runs below `runs`, prompts drawn
+simulates 100 searches of up to 768 images a test by the scores of a grid of finished runs below `runs`, prompts drawn
 anew with replacement: for each component and method whose runs prune it alone at eight sparsities or more. Levels are
 2.5 % apart; between two of the grid a picture has the score at one or the other, in proportion. Such a grid is
 
-    sdprune sweep mini_sparsity
+    sdprune sweep mini_methods_unet mini_methods_text_encoder
 
     SDPRUNE_BENCHMARK=1 SDPRUNE_BENCHMARK_RUNS=searches pytest -n 0 -s tests/benchmarks/test_search_cost.py -k ten
 
@@ -32,7 +32,7 @@ from searching import simulate
 
 from sdprune.search.certificate import FIRST, Tolerance
 
-SEARCHES, N_MAX, STEP = 100, 512, 0.025
+SEARCHES, N_MAX, STEP = 100, 768, 0.025
 LEVELS = 8  # a grid has so many at least
 POPULATION = 4000
 
@@ -126,7 +126,7 @@ def test_pooled_scores_of_searches():
     worlds = list(pooled(os.environ["SDPRUNE_RUNS"]))
     assert worlds, "no finished searches"
     for name, scores in worlds:
-        measure(name, between(scores), 0.02, 768, 400)
+        measure(name, between(scores), 0.02, N_MAX, 4 * SEARCHES)
 
 
 @pytest.mark.skipif(os.environ.get("SDPRUNE_BENCHMARK") != "1", reason="ten searches take an hour")
